@@ -1,0 +1,66 @@
+"""What every flow needs: its connections, its run's id, and retries that are safe."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import MissingContextError
+from prefect.runtime import flow_run
+from prefect.tasks import Task
+
+from blocks.connections import Artifacts, RegistryDatabase
+from registry.database import Database
+from registry.errors import UnavailableError
+from registry.settings import Settings, load_settings
+from registry.store import ArtifactStore
+
+
+@dataclass(frozen=True, slots=True)
+class Connections:
+    """The blocks, resolved to what tasks take."""
+
+    settings: Settings
+    database: Database
+    artifacts: ArtifactStore
+    cache: Path
+
+
+def connect() -> Connections:
+    """Resolve the blocks that the settings describe. Raises SettingsError, UnavailableError."""
+    settings = load_settings()
+    artifacts = Artifacts.from_settings(settings)
+    return Connections(settings, RegistryDatabase.from_settings(settings).connect(), artifacts.connect(), artifacts.cache)
+
+
+def run_id() -> str | None:
+    identity = flow_run.id
+    return str(identity) if identity else None
+
+
+def logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
+    try:
+        return get_run_logger()
+    except MissingContextError:  # a task's function called on its own
+        return logging.getLogger("modelkeep.flows")
+
+
+def when_unavailable(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Retry only where something did not answer: every step can be taken up again, none is worth repeating when it decided."""
+    try:
+        state.result(raise_on_failure=True)
+    except UnavailableError:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+def artifact_key(*parts: str) -> str:
+    """Prefect allows small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")

@@ -1,0 +1,135 @@
+"""promote-model: bring a version up to all of the traffic, in judged stages; every decision is on record."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.common import Connections, artifact_key, connect, logger, run_id, when_unavailable
+from registry import promotions
+from registry.errors import FencedError, LockedError, RefusedError
+from registry.policy import PromotionPolicy
+from tasks import lease, promotion, servers, story
+from tasks.promotion import Ended, Promoting
+
+
+class PromoteModel(BaseModel):
+    """Which version goes up, and how."""
+
+    model_config = ConfigDict(extra="forbid", title="Promotion")
+
+    model: str = Field(description="Name of the model, as in `modelkeep models`.")
+    version: str = Field(description="The version to promote.")
+    environment: str | None = Field(default=None, description="Where to; empty: the environment that the settings name.")
+    strategy: Literal["canary", "blue-green"] = Field(
+        default="canary", description="canary: stage by stage. blue-green: everything at once after the shadow, then watched."
+    )
+    force: bool = Field(
+        default=False, description="Give it all of the traffic whatever the validation says, without a canary. Needs a reason."
+    )
+    reason: str | None = Field(default=None, description="Why; it goes on record. Needed to force.")
+    policy: PromotionPolicy | None = Field(
+        default=None, description="Stages, evidence, dwell, soak; empty: the policy of the settings."
+    )
+
+
+_retried: dict[str, Any] = {
+    "retries": 30,
+    "retry_delay_seconds": 2,
+    "retry_condition_fn": when_unavailable,
+    "persist_result": False,
+    "cache_policy": NO_CACHE,
+}
+validate = task(promotion.validate, name="validate", **_retried)
+shadow = task(promotion.shadow, name="shadow", **_retried)
+canary = task(promotion.canary, name="canary", **_retried)
+promote = task(promotion.promote, name="promote", **_retried)
+soak = task(promotion.soak, name="soak", **_retried)
+take_all = task(promotion.without_comparison, name="take-all", **_retried)
+
+
+@flow(
+    name="promote-model",
+    description="Validate a version, show it copies of live requests, give it a growing share of the traffic, judge it at each "
+    "stage, make it the stable version, and watch it. It is withdrawn on evidence that it is worse.",
+    flow_run_name="{request.model} {request.version}",
+    validate_parameters=True,
+    persist_result=False,
+)
+def promote_model(request: PromoteModel) -> State[Any]:
+    """Ends Promoted, Rejected, RolledBack, Held or Locked, each with its reason."""
+    if request.force and not request.reason:
+        raise RefusedError("a forced promotion needs a reason: it goes on record")
+    with_all = connect()
+    environment = request.environment or with_all.settings.environment
+    try:
+        operation = promotions.begin(
+            with_all.database,
+            environment=environment,
+            model=request.model,
+            version=request.version,
+            policy=request.policy or with_all.settings.promotion,
+            strategy="forced" if request.force else request.strategy,
+            ttl_seconds=with_all.settings.lease_seconds,
+            flow_run_id=run_id(),
+            force_reason=request.reason if request.force else None,
+        )
+    except LockedError as error:
+        return Failed(name="Locked", message=str(error))
+    with lease.kept(with_all.database, operation.held) as keeper:
+        work = Promoting(
+            with_all.database,
+            with_all.artifacts,
+            with_all.cache,
+            operation,
+            keeper,
+            poll_seconds=with_all.settings.poll_seconds,
+            tell=logger().info,
+        )
+        try:
+            ended = _steps(work)
+        except Ended as early:
+            ended = early
+        except FencedError as error:
+            return _tell(with_all, operation.id, Failed(name="Fenced", message=str(error)))
+        except BaseException as error:
+            promotion.failed(work, error)
+            _tell(with_all, operation.id, None)
+            raise
+    states = {"promoted": (Completed, "Promoted"), "rejected": (Failed, "Rejected"), "held": (Failed, "Held")}
+    make, name = states.get(ended.outcome, (Failed, "RolledBack"))
+    return _tell(with_all, operation.id, make(name=name, message=ended.reason))
+
+
+def _steps(work: Promoting) -> Ended:
+    operation = work.operation
+    if "validated" not in operation.progress:
+        validate(work)
+    if operation.forced is not None:
+        return take_all(work, f"forced: {operation.forced}")
+    if operation.stable is None:
+        return take_all(work, "it is the first version in this environment: there is nothing to compare it with")
+    if not servers.alive(work.database, operation.environment) and not operation.progress.get("windows"):
+        return take_all(
+            work, "no server answers, so there is no traffic to judge it by: the route is set and takes effect when a server comes"
+        )
+    shadow(work)
+    canary(work)
+    promote(work)
+    return soak(work)
+
+
+def _tell(with_all: Connections, identity: str, state: State[Any] | None) -> State[Any]:
+    """Leave the story of the promotion as a page of this run."""
+    with with_all.database.read() as session:
+        row = promotions.get(session, identity)
+        page = story.as_markdown(promotions.describe(row), promotions.story(session, identity), row.policy)
+        key = artifact_key("promotion", row.model, row.version)
+    create_markdown_artifact(page, key=key, description=f"Promotion {identity}")
+    return state if state is not None else Failed(name="Failed")

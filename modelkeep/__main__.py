@@ -1,0 +1,7 @@
+"""`python -m modelkeep`."""
+
+import sys
+
+from modelkeep.cli import main
+
+sys.exit(main())

@@ -1,0 +1,142 @@
+"""What the commands print: tables for people, one JSON document for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def document(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def say(text: str, *, to_stderr: bool = False) -> None:
+    print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+
+
+def problem(text: str) -> None:
+    print(f"modelkeep: {text}", file=sys.stderr, flush=True)
+
+
+def usage_error(error: Exception) -> int | None:
+    """The exit code of an error that Click raised, printed its way; None for any other."""
+    import click
+
+    # typer brings its own copy of click's exceptions in some releases: go by what they can do
+    if isinstance(error, click.ClickException) or (hasattr(error, "exit_code") and hasattr(error, "show")):
+        error.show()
+        return int(error.exit_code)
+    if type(error).__name__ == "Abort":
+        problem("aborted")
+        return 1
+    return None
+
+
+def size(size_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if size_bytes < 1000 or unit == "GB":
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        say(empty)
+        return
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for header in headers:
+        drawn.add_column(header, overflow="fold")
+    for row in rows:
+        drawn.add_row(*("" if cell is None else str(cell) for cell in row))
+    Console(highlight=False, soft_wrap=False).print(drawn)
+
+
+def versions(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        document(rows)
+        return
+    table(
+        ["model", "version", "state", "where", "format", "size", "digest", "by"],
+        [
+            [
+                row["model"],
+                row["version"],
+                row["state"],
+                ", ".join(f"{where}: {how}" for where, how in sorted(row["environments"].items())),
+                row["format"],
+                size(row["size_bytes"]),
+                row["digest"][:12],
+                row["created_by"],
+            ]
+            for row in rows
+        ],
+        empty="no versions yet; register one: modelkeep register FILE --name NAME",
+    )
+
+
+def promotions(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        document(rows)
+        return
+    table(
+        ["id", "model", "version", "state", "step", "by", "begun", "why"],
+        [
+            [r["id"], r["model"], r["version"], r["state"], r["step"], r["actor"], r["created_at"][:19], r["reason"]]
+            for r in rows
+        ],
+        empty="no promotions yet; start one: modelkeep promote NAME VERSION",
+    )
+
+
+def promotion(row: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+    say(f"{row['model']} {row['version']} in {row['environment']}: {row['state']}" + (f" ({row['reason']})" if row["reason"] else ""))
+    table(
+        ["when", "step", "what", "why"],
+        [[step["at"][11:19], step["step"], step["title"], step["detail"]] for step in steps],
+        empty="nothing is on record yet",
+    )
+    say(f"promotion {row['id']}")
+
+
+def events(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        document(rows)
+        return
+    table(
+        ["seq", "when", "actor", "action", "subject", "reason"],
+        [[e["seq"], e["at"][:19], e["actor"], e["action"], e["subject"], e["reason"][:100]] for e in rows],
+        empty="the audit trail has no such event",
+    )
+
+
+def status(found: dict[str, Any]) -> None:
+    say(f"environment {found['environment']}")
+    table(
+        ["model", "stable", "candidate", "share"],
+        [
+            [m["model"], m["stable"], m["candidate"], "shadow" if m["shadow"] else f"{m['weight']:.0%}" if m["candidate"] else None]
+            for m in found["models"]
+        ],
+        empty="no model is served yet; promote one: modelkeep promote NAME VERSION",
+    )
+    say("")
+    table(
+        ["server", "address", "generation", "answers", "errors"],
+        [
+            [s["id"], s["address"], s["generation"], "yes" if s["answers"] else "no", "; ".join(f"{k}: {v}" for k, v in s["errors"].items())]
+            for s in found["servers"]
+        ],
+        empty="no server has reported yet; start one: modelkeep serve",
+    )
+    for running in found["promotions_running"]:
+        say(f"\npromotion {running['id']}: {running['model']} {running['version']}, step {running['step']}, by {running['actor']}")
+
+
+def findings(rows: Sequence[Any]) -> None:
+    table(["", "what", "finding"], [[row.level, row.what, row.text] for row in rows], empty="nothing to report")

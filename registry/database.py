@@ -1,0 +1,145 @@
+"""The registry's database: engine, transactions with their audit events, and the schema's revision. SQL of a table lives beside its noun."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.orm import Session
+
+from registry import actor as actors
+from registry import audit
+from registry.errors import ModelkeepError, StorageError, UnavailableError
+from registry.schema import REVISION
+
+_BUSY_TIMEOUT_MS = 15_000
+
+
+@dataclass(slots=True)
+class Transaction:
+    """One write transaction: the session, who does it, and the events that are appended when it ends."""
+
+    session: Session
+    actor: str
+    flow_run_id: str | None = None
+    events: list[audit.Event] = field(default_factory=list)
+
+    def record(self, action: str, subject: str, *, before: Any = None, after: Any = None, reason: str = "") -> None:
+        """Note a change. It is written with the transaction or not at all."""
+        self.events.append(
+            audit.Event(action, subject, self.actor, before, after, reason=reason, flow_run_id=self.flow_run_id)
+        )
+
+
+class Database:
+    """The engine and its two kinds of transactions. Cheap to create; connects at the first use."""
+
+    def __init__(self, url: str, *, anchors: Path | None = None, pool: dict[str, Any] | None = None) -> None:
+        self.url = make_url(url)
+        self.anchors = anchors
+        self.sqlite = self.url.get_backend_name() == "sqlite"
+        options: dict[str, Any] = {}
+        if self.sqlite:
+            options["connect_args"] = {"timeout": _BUSY_TIMEOUT_MS / 1000, "check_same_thread": False}
+        else:
+            options.update(isolation_level="READ COMMITTED", pool_pre_ping=True, **(pool or {}))
+        self.engine: Engine = create_engine(self.url, **options)
+        self._writer = self.engine.execution_options(modelkeep_write=True)
+        if self.sqlite:
+            event.listen(self.engine, "connect", _sqlite_connect)
+            event.listen(self.engine, "begin", _sqlite_begin)
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session to read with. Nothing is written."""
+        with self._translated(), Session(self.engine) as session:
+            yield session
+
+    @contextlib.contextmanager
+    def write(self, *, actor: str | None = None, flow_run_id: str | None = None) -> Iterator[Transaction]:
+        """A transaction: all of it and its audit events, or nothing.
+
+        Raises StorageError where the disk is full or read-only, UnavailableError where the database does not answer.
+        """
+        head: audit.Head | None = None
+        with self._translated(), Session(self._writer, expire_on_commit=False) as session:
+            transaction = Transaction(session, actor or actors.current(), flow_run_id)
+            yield transaction
+            session.flush()
+            if transaction.events:
+                head = audit.append(session, transaction.events)
+            session.commit()
+        if head is not None and self.anchors is not None:
+            audit.anchor(self.anchors, head)
+
+    def revision(self) -> str | None:
+        """The schema's revision in the database, None where it is empty."""
+        with self._translated(), self.engine.connect() as connection:
+            if not inspect(connection).has_table("alembic_version"):
+                return None
+            found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+            return None if found is None else str(found)
+
+    def prepare(self) -> None:
+        """Bring an empty or older database to this code's schema; refuse one that is newer than this code.
+
+        Several processes may do so at once: on SQLite the first takes a lock, on a server the upgrade is one's by
+        Alembic's own transaction, and who loses the race finds the work done.
+        """
+        if self.sqlite and self.url.database not in (None, "", ":memory:"):
+            path = Path(str(self.url.database))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageError(
+                    f"the registry {path} cannot be created: {error.strerror or error}; "
+                    f"make {path.parent} writable or set MODELKEEP_HOME to another folder"
+                ) from error
+        if self.revision() == REVISION:
+            return
+        from registry.migrate import upgrade
+
+        upgrade(self)
+
+    def dispose(self) -> None:
+        self.engine.dispose()
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except ModelkeepError:
+            raise
+        except DBAPIError as error:
+            raise _translate(error, self.url.render_as_string(hide_password=True)) from error
+
+
+def _translate(error: DBAPIError, url: str) -> ModelkeepError | DBAPIError:
+    message = str(error.orig).lower()
+    if "disk is full" in message or "disk i/o error" in message:
+        return StorageError(f"the registry {url} could not be written: {error.orig}; free some space and repeat the command")
+    if "readonly" in message or "read-only" in message or "unable to open database file" in message:
+        return StorageError(
+            f"the registry {url} cannot be opened for writing: {error.orig}; check its folder's permissions, or set MODELKEEP_HOME"
+        )
+    if isinstance(error, OperationalError) or error.connection_invalidated:
+        return UnavailableError(f"the registry {url} does not answer: {error.orig}")
+    return error
+
+
+def _sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # the "begin" event below speaks to SQLite, not the driver
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={_BUSY_TIMEOUT_MS}"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _sqlite_begin(connection: Connection) -> None:
+    # A transaction that begins as a reader and then writes fails at once under contention, whatever the timeout.
+    write = connection.get_execution_options().get("modelkeep_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

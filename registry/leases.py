@@ -1,0 +1,176 @@
+"""Leases: one operation per subject at a time, with a fencing token that each of its writes must present."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from registry import clock
+from registry.database import Database, Transaction
+from registry.errors import FencedError, LockedError
+from registry.routes import lock_environment
+from registry.schema import Lease
+
+HELD, AWAITING, RELEASED = "held", "awaiting_approval", "released"
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A lease in hand. `token` is epoch and counter: it stays dead after a restore too."""
+
+    subject: str
+    environment: str
+    token: str
+    ttl_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What an observer sees of a lease: who holds it, and how far its heartbeat has come."""
+
+    subject: str
+    token: str
+    heartbeat: int
+    ttl_seconds: float
+
+
+def subject_of(environment: str, model: str) -> str:
+    return f"model:{environment}/{model}"
+
+
+def acquire(
+    transaction: Transaction, subject: str, environment: str, *, holder: str, ttl_seconds: float, promotion: str | None
+) -> Held:
+    """Take a free lease, with a new token. Raises LockedError, which says who holds it and since when."""
+    row = _locked(transaction, subject, environment)
+    if row is not None and row.state != RELEASED:
+        raise LockedError(
+            f"{subject} is locked by {row.holder} since {clock.text(row.since)}"
+            + (f" (promotion {row.promotion})" if row.promotion else "")
+            + ": wait for it to end, or undo it at once with: modelkeep rollback NAME --strategy emergency"
+        )
+    return _give(transaction, row, subject, environment, holder, ttl_seconds, promotion, "lease.acquired")
+
+
+def take_over(transaction: Transaction, subject: str, environment: str, *, holder: str, ttl_seconds: float) -> Held:
+    """The same operation goes on in another process: a new token, so that the old process is fenced off."""
+    row = _locked(transaction, subject, environment)
+    if row is None or row.state == RELEASED:
+        raise FencedError(f"{subject}: the lease has run out, so the operation was withdrawn; start a new one")
+    return _give(transaction, row, subject, environment, holder, ttl_seconds, row.promotion, "lease.taken-over")
+
+
+def preempt(transaction: Transaction, subject: str, environment: str, *, reason: str) -> str | None:
+    """Take a lease away from whoever holds it (emergency rollback). Returns the promotion that was under way."""
+    row = _locked(transaction, subject, environment)
+    if row is None or row.state == RELEASED:
+        return None
+    promotion, row.promotion = row.promotion, None
+    row.state, row.counter = RELEASED, row.counter + 1
+    transaction.record("lease.pre-empted", subject, before={"holder": row.holder, "token": row.token}, reason=reason)
+    return promotion
+
+
+def check(transaction: Transaction, held: Held) -> None:
+    """Every write of an operation begins with this. Raises FencedError where the token is dead."""
+    row = _locked(transaction, held.subject, held.environment)
+    if row is None or row.state == RELEASED or row.token != held.token:
+        raise FencedError(
+            f"{held.subject}: this run no longer holds the lease (its token {held.token} is dead), so nothing was written; "
+            "see: modelkeep promotions"
+        )
+
+
+def release(transaction: Transaction, held: Held) -> None:
+    check(transaction, held)
+    row = transaction.session.get_one(Lease, held.subject)
+    row.state, row.promotion = RELEASED, None
+    transaction.record("lease.released", held.subject, before={"token": held.token})
+
+
+def beat(database: Database, held: Held) -> None:
+    """Move the heartbeat. Raises FencedError where the lease is no longer ours. Not audited."""
+    with database.write() as transaction:
+        moved = transaction.session.execute(
+            update(Lease)
+            .where(Lease.subject == held.subject, Lease.token == held.token, Lease.state == HELD)
+            .values(heartbeat=Lease.heartbeat + 1)
+            .execution_options(synchronize_session=False)
+        )
+        if moved.rowcount != 1:  # type: ignore[attr-defined]
+            raise FencedError(f"{held.subject}: the lease with token {held.token} has expired or was taken")
+
+
+def beats(session: Session, environment: str) -> list[Beat]:
+    """The leases that need a heartbeat (one that waits for an approval has none)."""
+    rows = session.execute(
+        select(Lease.subject, Lease.token, Lease.heartbeat, Lease.ttl_seconds).where(
+            Lease.environment == environment, Lease.state == HELD
+        )
+    )
+    return [Beat(*row) for row in rows]
+
+
+class Observer:
+    """Tells which leases have not moved for their time to live, on the observer's own monotonic clock.
+
+    Wall clocks are never compared: a lease is expired when *this* process has seen the same token and heartbeat for that long.
+    """
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._seen: dict[str, tuple[str, int, float]] = {}
+
+    def stale(self, beats: Iterable[Beat]) -> list[Beat]:
+        now, stale, alive = self._monotonic(), [], set()
+        for beat in beats:
+            alive.add(beat.subject)
+            token, heartbeat, since = self._seen.get(beat.subject, ("", -1, now))
+            if (token, heartbeat) != (beat.token, beat.heartbeat):
+                self._seen[beat.subject] = (beat.token, beat.heartbeat, now)
+            elif now - since >= beat.ttl_seconds:
+                stale.append(beat)
+        for subject in self._seen.keys() - alive:
+            del self._seen[subject]
+        return stale
+
+
+def still(transaction: Transaction, environment: str, beat: Beat) -> Lease | None:
+    """The lease, locked, if it has not moved since `beat` was seen (compare-and-set), else None."""
+    row = _locked(transaction, beat.subject, environment)
+    if row is None or (row.state, row.token, row.heartbeat) != (HELD, beat.token, beat.heartbeat):
+        return None
+    return row
+
+
+def _locked(transaction: Transaction, subject: str, environment: str) -> Lease | None:
+    lock_environment(transaction, environment)
+    return transaction.session.execute(
+        select(Lease).where(Lease.subject == subject).with_for_update().execution_options(populate_existing=True)
+    ).scalar_one_or_none()
+
+
+def _give(
+    transaction: Transaction,
+    row: Lease | None,
+    subject: str,
+    environment: str,
+    holder: str,
+    ttl_seconds: float,
+    promotion: str | None,
+    action: str,
+) -> Held:
+    epoch = lock_environment(transaction, environment).epoch
+    if row is None:
+        row = Lease(subject=subject, environment=environment, counter=0)
+        transaction.session.add(row)
+    row.counter += 1
+    row.token = f"{epoch}.{row.counter}"
+    row.state, row.heartbeat, row.ttl_seconds = HELD, 0, ttl_seconds
+    row.holder, row.promotion, row.since = holder, promotion, clock.now()
+    transaction.session.flush()
+    transaction.record(action, subject, after={"holder": holder, "token": row.token, "promotion": promotion})
+    return Held(subject, environment, row.token, ttl_seconds)

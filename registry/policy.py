@@ -1,0 +1,70 @@
+"""The promotion policy: every number that decides how a version goes up. Its field descriptions are the form in the UI."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class PromotionPolicy(BaseModel):
+    """How a candidate is validated, staged, judged and watched. Durations are seconds, shares are fractions of 1."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stages: list[float] = Field(
+        default=[0.05, 0.25, 0.5, 1.0],
+        description="Share of the live requests that the candidate answers, stage by stage; rising, the last is 1.",
+    )
+    dwell_seconds: float = Field(default=60.0, ge=0, description="The least time that each stage lasts.")
+    minimum_requests: int = Field(
+        default=300, ge=1, description="Requests that the candidate must have answered before a stage can be passed."
+    )
+    margin: float = Field(
+        default=0.25,
+        ge=0,
+        le=10,
+        description="How much worse than the stable version's the candidate's rate of bad requests may be (0.25: a quarter more).",
+    )
+    evidence: float = Field(
+        default=100.0,
+        gt=1,
+        description="The e-value, per stream, at which the candidate is withdrawn (100: a good one is withdrawn less than once in 100).",
+    )
+    sudden_requests: int = Field(
+        default=20, ge=1, description="From this many candidate requests on, the share below stops the canary at once."
+    )
+    sudden_share: float = Field(default=0.5, gt=0, le=1, description="Share of bad requests that stops the canary at once.")
+    deadline_seconds: float = Field(
+        default=3600.0, gt=0, description="A stage without enough requests by then is held: no decision without data."
+    )
+    shadow_seconds: float = Field(
+        default=60.0, ge=0, description="How long the candidate sees copies of live requests before it answers any."
+    )
+    shadow_requests: int = Field(
+        default=300, ge=0, description="Copies that it should have seen by the end of the shadow stage; fewer are reported, not held against it."
+    )
+    shadow_gate: bool = Field(
+        default=True, description="Withdraw a candidate that fails or is slow on copies already, before it answers anyone."
+    )
+    soak_seconds: float = Field(
+        default=300.0, ge=0, description="How long the new stable version is watched after the promotion, and taken back if it is bad."
+    )
+    accuracy_margin: float = Field(
+        default=0.02, ge=0, le=1, description="How much accuracy on the golden cases the candidate may lose against the stable version."
+    )
+    latency_ratio: float = Field(
+        default=2.0, gt=0, description="The candidate's median latency may be this many times the stable version's (measured interleaved)."
+    )
+    memory_ratio: float = Field(
+        default=4.0, gt=0, description="The candidate's memory may be this many times the stable version's."
+    )
+    validation_timeout_seconds: float = Field(default=300.0, gt=0, description="Time that the validation may take.")
+    validation_memory_mb: int = Field(default=4096, ge=256, description="Memory that the validation may take, in MB.")
+
+    @field_validator("stages")
+    @classmethod
+    def _rising_to_one(cls, stages: list[float]) -> list[float]:
+        if not stages or stages[-1] != 1.0:
+            raise ValueError(f"stages {stages}: the last stage must be 1.0 (all of the traffic)")
+        if any(not 0 < share <= 1 for share in stages) or any(a >= b for a, b in zip(stages, stages[1:], strict=False)):
+            raise ValueError(f"stages {stages}: shares must rise, each above 0 and at most 1")
+        return stages

@@ -1,0 +1,150 @@
+"""What the servers report: a row each, and while something is watched their cumulative counts. Neither is audited."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from registry import clock
+from registry.database import Database
+from registry.leases import Beat
+from registry.schema import Environment, Lease, Replica, ReplicaCount, Route, Version
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """What one poll of a server brings: the generation to be at, and the leases to keep an eye on."""
+
+    epoch: str
+    generation: int
+    beats: tuple[Beat, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a server says of itself."""
+
+    id: str
+    environment: str
+    address: str
+    boot_id: str
+    epoch: str
+    generation: int
+    serving: dict[str, Any]
+    started_at: dt.datetime
+    counts: tuple[dict[str, Any], ...] = ()
+    """[{"model", "version", "generation", "epoch", …cumulative figures}]"""
+
+
+def pulse(session: Session, environment: str) -> Pulse | None:
+    """One cheap query. None where the environment has no route yet."""
+    rows = session.execute(
+        select(Environment.epoch, Environment.generation, Lease.subject, Lease.token, Lease.heartbeat, Lease.ttl_seconds)
+        .join(Lease, (Lease.environment == Environment.name) & (Lease.state == "held"), isouter=True)
+        .where(Environment.name == environment)
+    ).all()
+    if not rows:
+        return None
+    beats = tuple(Beat(row[2], row[3], row[4], row[5]) for row in rows if row[2] is not None)
+    return Pulse(rows[0][0], rows[0][1], beats)
+
+
+def desired(session: Session, environment: str) -> tuple[list[Route], list[Version]]:
+    """All routes of an environment and the versions that they name."""
+    routes = list(session.scalars(select(Route).where(Route.environment == environment)))
+    wanted = {(route.model, version) for route in routes for version in (route.stable, route.candidate) if version}
+    models = {model for model, _ in wanted}
+    rows = session.scalars(select(Version).where(Version.model.in_(models))) if models else []
+    return routes, [row for row in rows if (row.model, row.version) in wanted]
+
+
+def report(database: Database, what: Report) -> None:
+    """Write a server's row and counts. A new boot takes the row over."""
+    with database.write(actor=f"replica:{what.id}") as transaction:
+        session, now = transaction.session, clock.now()
+        row = session.get(Replica, what.id)
+        if row is None:
+            row = Replica(id=what.id, heartbeat=0, reached_at=now)
+            session.add(row)
+        if row.boot_id != what.boot_id or (row.epoch, row.generation) != (what.epoch, what.generation):
+            row.reached_at = now
+        row.environment, row.address, row.boot_id = what.environment, what.address, what.boot_id
+        row.epoch, row.generation, row.serving = what.epoch, what.generation, what.serving
+        row.started_at, row.reported_at, row.heartbeat = what.started_at, now, row.heartbeat + 1
+        for counts in what.counts:
+            figures = dict(counts)
+            key = (
+                what.id,
+                what.boot_id,
+                figures.pop("epoch"),
+                figures.pop("generation"),
+                figures.pop("model"),
+                figures.pop("version"),
+            )
+            found = session.get(ReplicaCount, key)
+            if found is None:
+                replica, boot, epoch, generation, model, version = key
+                session.add(
+                    ReplicaCount(
+                        replica=replica,
+                        boot_id=boot,
+                        epoch=epoch,
+                        generation=generation,
+                        model=model,
+                        version=version,
+                        counts=figures,
+                    )
+                )
+            else:
+                found.counts = figures
+
+
+def counts(session: Session, model: str, epoch: str, generation: int) -> dict[str, list[dict[str, Any]]]:
+    """What all boots of all replicas counted under one generation of a route, by version."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    rows = session.scalars(
+        select(ReplicaCount).where(
+            ReplicaCount.model == model, ReplicaCount.epoch == epoch, ReplicaCount.generation == generation
+        )
+    )
+    for row in rows:
+        found.setdefault(row.version, []).append(row.counts)
+    return found
+
+
+def forget_counts(database: Database, model: str, generations: Iterable[tuple[str, int]]) -> None:
+    """Drop the raw counts of a promotion that has ended; its decisions keep the sums."""
+    with database.write() as transaction:
+        for epoch, generation in generations:
+            transaction.session.execute(
+                delete(ReplicaCount).where(
+                    ReplicaCount.model == model, ReplicaCount.epoch == epoch, ReplicaCount.generation == generation
+                )
+            )
+
+
+def listed(session: Session, environment: str | None = None) -> list[dict[str, Any]]:
+    query = select(Replica).order_by(Replica.environment, Replica.id)
+    if environment is not None:
+        query = query.where(Replica.environment == environment)
+    return [
+        {
+            "id": row.id,
+            "environment": row.environment,
+            "address": row.address,
+            "boot_id": row.boot_id,
+            "heartbeat": row.heartbeat,
+            "epoch": row.epoch,
+            "generation": row.generation,
+            "serving": row.serving,
+            "started_at": clock.text(row.started_at),
+            "reached_at": clock.text(row.reached_at),
+            "reported_at": clock.text(row.reported_at),
+        }
+        for row in session.scalars(query)
+    ]

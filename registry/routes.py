@@ -1,0 +1,140 @@
+"""Routes, the desired state of each model in an environment, and the generation that tells servers to look."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry import clock
+from registry.database import Transaction
+from registry.errors import NotFoundError
+from registry.schema import Environment, Route, RouteChange
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """What a route shall be. A candidate answers `weight` of the requests; with `shadow` it sees copies of the rest."""
+
+    stable: str | None
+    candidate: str | None = None
+    weight: float = 0.0
+    shadow: bool = False
+    watch: bool = False
+    slow_threshold_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"weight {self.weight}: a share between 0 and 1 is")
+        if self.candidate is None and (self.weight or self.shadow):
+            raise ValueError("a weight or a shadow needs a candidate")
+        if self.candidate is not None and self.candidate == self.stable:
+            raise ValueError(f"version {self.candidate} cannot be stable and candidate at once")
+
+
+def new_epoch() -> str:
+    """A random id: a counter would repeat when one backup is restored twice."""
+    return secrets.token_hex(8)
+
+
+def lock_environment(transaction: Transaction, name: str) -> Environment:
+    """The generation row, locked. The first lock of every transaction that changes a route or a lease."""
+    row = transaction.session.execute(
+        select(Environment).where(Environment.name == name).with_for_update()
+    ).scalar_one_or_none()
+    if row is None:
+        row = Environment(name=name, epoch=new_epoch(), generation=0)
+        transaction.session.add(row)
+        transaction.session.flush()
+        transaction.record("environment.created", f"environment:{name}", after={"epoch": row.epoch})
+    return row
+
+
+def read(session: Session, environment: str, model: str) -> Route | None:
+    return session.get(Route, (environment, model))
+
+
+def change(
+    transaction: Transaction,
+    environment: str,
+    model: str,
+    desired: Desired,
+    *,
+    kind: str,
+    reason: str,
+    promotion: str | None = None,
+) -> Route:
+    """Set a route and give it the next generation. The caller has checked its lease in this transaction."""
+    session = transaction.session
+    row = lock_environment(transaction, environment)
+    route = session.get(Route, (environment, model))
+    before = None if route is None else as_dict(route)
+    row.generation += 1
+    if route is None:
+        route = Route(environment=environment, model=model)
+        session.add(route)
+    for name, value in asdict(desired).items():
+        setattr(route, name, value)
+    route.generation, route.promotion = row.generation, promotion
+    session.add(
+        RouteChange(
+            environment=environment,
+            epoch=row.epoch,
+            generation=row.generation,
+            model=model,
+            kind=kind,
+            stable=desired.stable,
+            candidate=desired.candidate,
+            weight=desired.weight,
+            shadow=desired.shadow,
+            at=clock.now(),
+            actor=transaction.actor,
+            reason=reason,
+        )
+    )
+    session.flush()
+    transaction.record(
+        f"route.{kind}", f"route:{environment}/{model}", before=before, after=as_dict(route), reason=reason
+    )
+    return route
+
+
+def as_dict(route: Route) -> dict[str, Any]:
+    return {
+        "stable": route.stable,
+        "candidate": route.candidate,
+        "weight": route.weight,
+        "shadow": route.shadow,
+        "watch": route.watch,
+        "slow_threshold_seconds": route.slow_threshold_seconds,
+        "generation": route.generation,
+        "promotion": route.promotion,
+    }
+
+
+def previous_stable(session: Session, environment: str, model: str) -> str:
+    """The version that a rollback without --to goes to: the one below the stable version on the stack of promotions.
+
+    A promotion puts a version on top, a rollback takes everything above its target away: rolling back twice goes back
+    two steps, never forward again to the version that was rolled back from. Raises NotFoundError where nothing is below.
+    """
+    stack: list[str] = []
+    changes = select(RouteChange).where(RouteChange.environment == environment, RouteChange.model == model)
+    for change_ in session.scalars(changes.order_by(RouteChange.at, RouteChange.generation)):
+        version = change_.stable
+        if version is None or (stack and stack[-1] == version):
+            continue
+        if change_.kind in ("rollback", "withdraw") and version in stack:
+            del stack[len(stack) - 1 - stack[::-1].index(version) + 1 :]
+        else:
+            stack.append(version)
+    if len(stack) < 2:
+        raise NotFoundError(
+            f"{model} has no earlier stable version in {environment}"
+            + (f" than {stack[-1]}" if stack else "")
+            + "; name one with --to VERSION"
+        )
+    return stack[-2]

@@ -1,0 +1,64 @@
+"""What goes into a model and what comes out: names, datatypes and shapes, in the words of the Open Inference Protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+DATATYPES: dict[str, str] = {
+    "BOOL": "bool",
+    "UINT8": "uint8",
+    "UINT16": "uint16",
+    "UINT32": "uint32",
+    "UINT64": "uint64",
+    "INT8": "int8",
+    "INT16": "int16",
+    "INT32": "int32",
+    "INT64": "int64",
+    "FP16": "float16",
+    "FP32": "float32",
+    "FP64": "float64",
+    "BYTES": "object",
+}
+"""Protocol datatype -> numpy dtype name (BF16 has no numpy dtype and is not here)."""
+
+FROM_NUMPY: dict[str, str] = {numpy: name for name, numpy in DATATYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor. `shape` holds -1 for a dimension that may vary."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> TensorSpec:
+        return cls(str(value["name"]), str(value["datatype"]), tuple(int(n) for n in value["shape"]))
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """True where `shape` has the same rank and every fixed dimension agrees."""
+        return len(shape) == len(self.shape) and all(
+            want in (-1, got) for want, got in zip(self.shape, shape, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"inputs": [t.as_dict() for t in self.inputs], "outputs": [t.as_dict() for t in self.outputs]}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Signature:
+        return cls(
+            tuple(TensorSpec.from_dict(t) for t in value["inputs"]),
+            tuple(TensorSpec.from_dict(t) for t in value["outputs"]),
+        )

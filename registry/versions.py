@@ -1,0 +1,249 @@
+"""Models and their versions: register, find, list. What a file is, is read from the file (registry.formats)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from registry import clock, formats, names
+from registry.database import Database, Transaction
+from registry.errors import ConflictError, NotFoundError, RefusedError
+from registry.schema import Model, Placement, Route, Version
+from registry.signature import Signature
+from registry.store import ArtifactStore, StoredFile, artifact_digest, file_digest
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """What `register` did. `created` is False where the same bytes were there under that version already."""
+
+    model: str
+    version: str
+    digest: str
+    state: str
+    created: bool
+    format: str
+    size_bytes: int
+    golden_digest: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def register(
+    database: Database,
+    store: ArtifactStore,
+    path: Path,
+    *,
+    name: str,
+    version: str | None = None,
+    golden: Path | None = None,
+    tags: dict[str, str] | None = None,
+    max_bytes: int,
+    actor: str | None = None,
+) -> Registered:
+    """Inspect a file, store its bytes, and note it as a version (the next number where none is given).
+
+    Raises RefusedError for a file that is not safe or not whole, ConflictError where the version exists with other
+    bytes, UsageError for a name that is not allowed, StorageError. The artifact is stored before the row is written: a kill
+    in between leaves bytes that nothing refers to, never a row without its bytes.
+    """
+    names.check_model_name(name)
+    if version is not None:
+        names.check_version(version)
+    found = formats.inspect(path, max_bytes=max_bytes)
+    golden_facts = formats_golden(golden) if golden is not None else None
+    listed = [StoredFile(file.name, *file_digest(file)) for file in found.files]
+    digest = artifact_digest(listed)
+
+    with database.read() as session:
+        existing = session.get(Version, (name, version)) if version is not None else _same_bytes(session, name, digest)
+        if existing is not None:
+            return _again(existing, digest, path)
+    stored = [store.put(file) for file in found.files]
+    if stored != listed:
+        raise ConflictError(f"{path} changed while it was being registered: wait until it is written, then register it again")
+    golden_stored = store.put(golden) if golden is not None else None
+
+    with database.write(actor=actor) as transaction:
+        session = transaction.session
+        if version is not None and (existing := session.get(Version, (name, version))) is not None:
+            return _again(existing, digest, path)
+        if session.get(Model, name) is None:
+            session.add(Model(name=name, created_at=clock.now()))
+            transaction.record("model.created", f"model:{name}", after={"name": name})
+        ordinal = (session.scalar(select(func.max(Version.ordinal)).where(Version.model == name)) or 0) + 1
+        chosen = version or _next_number(session, name)
+        signature = found.signature
+        row = Version(
+            model=name,
+            version=chosen,
+            ordinal=ordinal,
+            state="registered",
+            digest=digest,
+            format=found.format,
+            size_bytes=found.size_bytes,
+            files=[file.as_dict() for file in stored],
+            signature=signature.as_dict() if signature else None,
+            facts=dict(found.metadata),
+            tags=dict(tags or {}),
+            golden_digest=golden_stored.digest if golden_stored else None,
+            created_at=clock.now(),
+            created_by=transaction.actor,
+        )
+        session.add(row)
+        transaction.record(
+            "version.registered",
+            f"version:{name}/{chosen}",
+            after={
+                "digest": digest,
+                "format": found.format,
+                "size_bytes": found.size_bytes,
+                "golden": golden_stored.digest if golden_stored else None,
+                "golden_cases": golden_facts["cases"] if golden_facts else None,
+                "tags": dict(tags or {}),
+            },
+        )
+        return _registered(row, created=True)
+
+
+def formats_golden(path: Path) -> dict[str, Any]:
+    """Look into a golden file (.npz): how many cases it has. Raises RefusedError where it is none."""
+    import numpy as np
+
+    if not path.is_file():
+        raise RefusedError(f"golden cases {path}: there is no such file")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            rows = {name: arrays[name].shape[0] if arrays[name].ndim else 0 for name in arrays.files}
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise RefusedError(f"golden cases {path}: not a readable .npz of plain arrays ({error})") from error
+    except Exception as error:
+        import zipfile
+
+        if isinstance(error, zipfile.BadZipFile):
+            raise RefusedError(f"golden cases {path}: not a readable .npz of plain arrays ({error})") from error
+        raise
+    inputs = [name for name in rows if name.startswith("input.")]
+    if not inputs:
+        raise RefusedError(f"golden cases {path}: no array is named input.<tensor>; it has {sorted(rows) or 'nothing'}")
+    if len(set(rows.values())) != 1 or not next(iter(rows.values())):
+        raise RefusedError(f"golden cases {path}: every array needs the same number of rows, at least one; it has {rows}")
+    return {"cases": next(iter(rows.values())), "arrays": sorted(rows)}
+
+
+def get(session: Session, model: str, version: str) -> Version:
+    """The row of a version. Raises NotFoundError, which names what is there."""
+    row = session.get(Version, (model, version))
+    if row is not None:
+        return row
+    if session.get(Model, model) is None:
+        known = session.scalars(select(Model.name).order_by(Model.name).limit(20)).all()
+        raise NotFoundError(
+            f"there is no model {model!r}; "
+            + (f"known are {', '.join(known)}" if known else "none is registered yet: modelkeep register FILE --name NAME")
+        )
+    known = session.scalars(
+        select(Version.version).where(Version.model == model).order_by(Version.ordinal.desc()).limit(20)
+    ).all()
+    raise NotFoundError(f"{model} has no version {version!r}; its newest are {', '.join(known)}")
+
+
+def listed(session: Session, model: str | None = None, *, limit: int = 200) -> list[dict[str, Any]]:
+    """Versions, the newest of each model first, with where they stand."""
+    query = select(Version).order_by(Version.model, Version.ordinal.desc()).limit(limit)
+    if model is not None:
+        query = query.where(Version.model == model)
+    rows = session.scalars(query).all()
+    places: dict[tuple[str, str], dict[str, str]] = {}
+    placements = select(Placement) if model is None else select(Placement).where(Placement.model == model)
+    for row in session.scalars(placements):
+        places.setdefault((row.model, row.version), {})[row.environment] = row.status
+    return [describe(row, places.get((row.model, row.version), {})) for row in rows]
+
+
+def describe(row: Version, places: dict[str, str] | None = None) -> dict[str, Any]:
+    return {
+        "model": row.model,
+        "version": row.version,
+        "state": row.state,
+        "environments": places or {},
+        "digest": row.digest,
+        "format": row.format,
+        "size_bytes": row.size_bytes,
+        "signature": row.signature,
+        "golden_digest": row.golden_digest,
+        "rows_independent": row.rows_independent,
+        "tags": row.tags,
+        "facts": row.facts,
+        "created_at": clock.text(row.created_at),
+        "created_by": row.created_by,
+    }
+
+
+def signature_of(row: Version) -> Signature | None:
+    return None if row.signature is None else Signature.from_dict(row.signature)
+
+
+def stored_files(row: Version) -> list[StoredFile]:
+    return [StoredFile.from_dict(file) for file in row.files]
+
+
+def note_validation(
+    transaction: Transaction,
+    row: Version,
+    *,
+    report: dict[str, Any],
+    signature: Signature | None,
+    rows_independent: bool | None,
+) -> None:
+    """Keep what a validation measured (its verdict is moved by registry.states)."""
+    row.validation = report
+    row.rows_independent = rows_independent
+    if row.signature is None and signature is not None:
+        row.signature = signature.as_dict()
+    transaction.record(
+        "version.measured",
+        f"version:{row.model}/{row.version}",
+        after={"rows_independent": rows_independent, "passed": report.get("passed")},
+    )
+
+
+def golden_for(session: Session, row: Version, environment: str) -> str | None:
+    """The digest of the golden cases to hold a version to: the stable version's where it has some (so that a candidate cannot
+    bring easier ones), else its own."""
+    route = session.get(Route, (environment, row.model))
+    if route is not None and route.stable is not None:
+        stable = session.get(Version, (row.model, route.stable))
+        if stable is not None and stable.golden_digest is not None:
+            return stable.golden_digest
+    return row.golden_digest
+
+
+def _same_bytes(session: Session, name: str, digest: str) -> Version | None:
+    query = select(Version).where(Version.model == name, Version.digest == digest).order_by(Version.ordinal).limit(1)
+    return session.scalars(query).first()
+
+
+def _again(existing: Version, digest: str, path: Path) -> Registered:
+    if existing.digest != digest:
+        raise ConflictError(
+            f"{existing.model} {existing.version} exists with other bytes ({existing.digest[:12]}…; {path} has {digest[:12]}…): "
+            "versions never change, register it under another version"
+        )
+    return _registered(existing, created=False)
+
+
+def _registered(row: Version, *, created: bool) -> Registered:
+    return Registered(
+        row.model, row.version, row.digest, row.state, created, row.format, row.size_bytes, row.golden_digest
+    )
+
+
+def _next_number(session: Session, name: str) -> str:
+    known = session.scalars(select(Version.version).where(Version.model == name))
+    return str(max((int(version) for version in known if version.isdigit()), default=0) + 1)

@@ -1,0 +1,456 @@
+"""One loaded version: its queue, its worker thread, its micro-batches. Who is routed here is decided elsewhere.
+
+Everything but the worker's own loop runs on the event loop, so counts and references need no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from registry.errors import ModelkeepError, UnavailableError, UsageError
+from serving.routing import Route
+from serving.runtimes import Runtime, first_line
+from serving.shadow import Copy, compare
+from serving.telemetry import VersionTelemetry, WatchCounts
+from serving.v2 import Codec
+
+logger = logging.getLogger(__name__)
+
+SHADOW_QUEUE_SIZE = 16
+_FAILURES_LOGGED_EVERY_SECONDS = 1.0
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class QueueFullError(ModelkeepError):
+    """The version has as many requests waiting as its queue holds. Answered 429."""
+
+
+class ModelError(ModelkeepError):
+    """The model failed on an input. Answered 500 and counted as the version's error."""
+
+
+class Work:
+    """One request on its way through a version. `future` resolves on the event loop once `answer` is there."""
+
+    __slots__ = (
+        "answer",
+        "counted",
+        "counts",
+        "enqueued",
+        "failure",
+        "finished",
+        "future",
+        "inputs",
+        "key",
+        "outputs",
+        "rows",
+        "slow_threshold_seconds",
+        "started",
+        "withdrawn",
+    )
+
+    def __init__(
+        self,
+        inputs: Arrays,
+        outputs: tuple[str, ...] | None,
+        rows: int,
+        key: object,
+        future: asyncio.Future[None],
+        enqueued: float,
+        counts: WatchCounts | None,
+        slow_threshold_seconds: float | None,
+    ) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self.rows = rows
+        self.key = key
+        self.future = future
+        self.enqueued = enqueued
+        self.counts = counts
+        self.slow_threshold_seconds = slow_threshold_seconds
+        self.started = self.finished = enqueued
+        self.answer: dict[str, NDArray[Any]] = {}
+        self.failure: ModelkeepError | None = None
+        self.withdrawn = False
+        self.counted = False
+
+    @property
+    def queue_seconds(self) -> float:
+        return self.started - self.enqueued
+
+    @property
+    def model_seconds(self) -> float:
+        return self.finished - self.started
+
+
+class LoadedVersion:
+    """A version in memory, with one worker thread.
+
+    Queued requests are computed together, up to `max_batch` rows, only where the rows are independent and the first
+    dimension of every input and output is free; nothing ever waits for company. A batch that fails is computed again
+    one by one, so that a bad input fails alone. `mark(True)` and `mark(False)` are called on the worker thread around
+    every computation (the supervisor learns from it who was computing at a crash).
+    """
+
+    def __init__(
+        self,
+        model: str,
+        version: str,
+        digest: str,
+        runtime: Runtime,
+        *,
+        rows_independent: bool,
+        max_batch: int,
+        queue_size: int,
+        shadow_queue_size: int = SHADOW_QUEUE_SIZE,
+        mark: Callable[[bool], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.model = model
+        self.version = version
+        self.digest = digest
+        self.runtime = runtime
+        self.rows_independent = rows_independent
+        self.max_batch = max_batch
+        self.queue_size = queue_size
+        self.shadow_queue_size = shadow_queue_size
+        self.codec = Codec(runtime.signature)
+        self.telemetry = VersionTelemetry()
+        self.watch: dict[int, WatchCounts] = {}
+        self.references = 0
+        self.version_header = version.encode("latin-1", "replace")
+        specs = (*runtime.signature.inputs, *runtime.signature.outputs)
+        self._batching = rows_independent and max_batch > 1 and all(s.shape[:1] == (-1,) for s in specs)
+        self._fixed_rows = all(-1 not in s.shape[1:] for s in runtime.signature.inputs)
+        self._mark = mark
+        self._clock = clock
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._live: deque[Work] = deque()
+        self._copies: deque[Copy] = deque()
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._closing = False
+        self._idle: list[asyncio.Future[None]] = []
+        self._logged_at = -_FAILURES_LOGGED_EVERY_SECONDS
+        self._thread = threading.Thread(target=self._serve, name=f"{model}/{version}", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"LoadedVersion({self.model!r}, {self.version!r})"
+
+    # What the event loop calls
+
+    @property
+    def batching(self) -> bool:
+        return self._batching
+
+    @property
+    def queue_length(self) -> int:
+        return len(self._live)
+
+    @property
+    def shadow_queue_length(self) -> int:
+        return len(self._copies)
+
+    def acquire(self) -> None:
+        """Hold the version: `drain` waits until every hold is released."""
+        self.references += 1
+
+    def release(self) -> None:
+        self.references -= 1
+        if not self.references and self._idle:
+            for waiter in self._idle:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._idle.clear()
+
+    def counts_for(self, route: Route) -> WatchCounts:
+        """The counts of this version under `route.generation`; kept until Serving forgets them."""
+        counts = self.watch.get(route.generation)
+        if counts is None:
+            counts = self.watch[route.generation] = WatchCounts()
+        return counts
+
+    def submit(self, inputs: Arrays, outputs: tuple[str, ...] | None, route: Route | None = None) -> Work:
+        """Queue a request that the codec has checked. `route` is what chose this version, None where the client did.
+
+        Raises QueueFullError, or UnavailableError once the version is closed.
+        """
+        if len(self._live) >= self.queue_size:
+            raise QueueFullError(
+                f"model '{self.model}' version '{self.version}' has {self.queue_size} requests waiting; try again later"
+            )
+        if self._closing:
+            raise UnavailableError(f"model '{self.model}' version '{self.version}' is closed")
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        counts = slow_threshold = None
+        if route is not None and route.watch:
+            counts = self.counts_for(route)
+            slow_threshold = route.slow_threshold_seconds
+        rows, key = self._batch_key(inputs, outputs) if self._batching else (0, None)
+        work = Work(inputs, outputs, rows, key, self._loop.create_future(), self._clock(), counts, slow_threshold)
+        self._live.append(work)
+        self._wake.put(None)
+        return work
+
+    def withdraw(self, work: Work, reason: ModelkeepError, *, count_as_error: bool) -> None:
+        """Give a request up: it is not computed if it has not begun, and its future raises `reason`.
+
+        With `count_as_error` (it ran out of time) it counts as the version's error now; otherwise (its client is gone)
+        it counts by its outcome if it is being computed already, and not at all if it is not.
+        """
+        if work.future.done():
+            return
+        work.withdrawn = True
+        with suppress(ValueError):  # the worker has it already
+            self._live.remove(work)
+        if count_as_error:
+            self._count(work, self._clock() - work.enqueued, error=True)
+        work.future.set_exception(reason)
+
+    def count_output_error(self, work: Work) -> None:
+        """The answer could not be encoded: after all, the version failed this request."""
+        self.telemetry.total.errors += 1
+        if work.counts is not None:
+            work.counts.errors += 1
+
+    def offer(self, copy: Copy) -> bool:
+        """Queue a shadow copy, where there is nothing live to do and room for it."""
+        if self._closing or self._live or len(self._copies) >= self.shadow_queue_size:
+            return False
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        self._copies.append(copy)
+        self._wake.put(None)
+        return True
+
+    def count_dropped(self, copy: Copy) -> None:
+        self.telemetry.total.shadow_dropped += 1
+        if copy.counts is not None:
+            copy.counts.shadow_dropped += 1
+
+    async def drain(self, timeout_seconds: float) -> bool:
+        """Wait until nobody holds the version. False where that took longer than `timeout_seconds`."""
+        if not self.references:
+            return True
+        waiter = asyncio.get_running_loop().create_future()
+        self._idle.append(waiter)
+        done, _ = await asyncio.wait([waiter], timeout=timeout_seconds)
+        return bool(done)
+
+    def close(self) -> None:
+        """Stop the worker after what it is computing; it then closes the runtime. Returns at once; `join` waits.
+
+        What is still queued (a drain that ran out of time) fails with UnavailableError.
+        """
+        if self._closing:
+            return
+        self._closing = True
+        error = UnavailableError(f"model '{self.model}' version '{self.version}' was taken out of service")
+        for work in tuple(self._live):
+            self.withdraw(work, error, count_as_error=False)
+        with suppress(IndexError):
+            while True:
+                self.count_dropped(self._copies.popleft())
+        self._wake.put(None)
+
+    def join(self, timeout_seconds: float) -> bool:
+        """Wait for the worker to end; blocks, so not on the event loop."""
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def _batch_key(self, inputs: Arrays, outputs: tuple[str, ...] | None) -> tuple[int, object]:
+        """(rows, what must be equal to share a batch); 0 rows where the request must be computed alone."""
+        rows = -1
+        for array in inputs.values():
+            if rows < 0:
+                rows = array.shape[0]
+            elif array.shape[0] != rows:
+                return 0, None
+        if self._fixed_rows:
+            return rows, outputs
+        return rows, (outputs, tuple((name, inputs[name].shape[1:]) for name in sorted(inputs)))
+
+    def _deliver(self, batch: list[Work], batches: int) -> None:
+        telemetry = self.telemetry
+        telemetry.batches += batches
+        telemetry.last_inference_unix_seconds = time.time()
+        for work in batch:
+            failure = work.failure
+            if not work.counted and not isinstance(failure, UsageError):
+                telemetry.rows += work.rows or 1
+                telemetry.queue_seconds += work.started - work.enqueued
+                telemetry.model_seconds += work.finished - work.started
+                self._count(work, work.finished - work.enqueued, error=failure is not None)
+            future = work.future
+            if not future.done():
+                if failure is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(failure)
+
+    def _count(self, work: Work, latency_seconds: float, *, error: bool) -> None:
+        work.counted = True
+        threshold = work.slow_threshold_seconds
+        slow = threshold is not None and latency_seconds > threshold
+        self.telemetry.total.record(latency_seconds, error=error, slow=slow)
+        if work.counts is not None:
+            work.counts.record(latency_seconds, error=error, slow=slow)
+
+    def _deliver_copy(self, copy: Copy, seconds: float | None, error: bool, disagrees: bool, differs: bool) -> None:
+        if seconds is None:
+            self.count_dropped(copy)
+            return
+        # The model's time alone: a copy waits in its queue on purpose.
+        threshold = copy.slow_threshold_seconds
+        slow = threshold is not None and seconds > threshold
+        for counts in (self.telemetry.total, copy.counts):
+            if counts is not None:
+                counts.record_copy(error=error, slow=slow, disagrees=disagrees, differs=differs)
+
+    # What the worker thread runs
+
+    def _serve(self) -> None:
+        live, copies, wake = self._live, self._copies, self._wake
+        try:
+            while True:
+                if live:
+                    batch = self._take()
+                    if batch:
+                        self._report(self._deliver, batch, self._compute(batch))
+                elif copies:
+                    try:
+                        copy = copies.popleft()
+                    except IndexError:
+                        continue
+                    self._compute_copy(copy)
+                elif self._closing:
+                    return
+                else:
+                    # One token for every append: a token too many makes one more round, and none is ever lost.
+                    wake.get()
+        finally:
+            self.runtime.close()
+
+    def _take(self) -> list[Work]:
+        """The next request, and those behind it that can be computed with it."""
+        live = self._live
+        batch: list[Work] = []
+        rows = 0
+        while live:
+            try:
+                work = live[0]
+                if batch and (work.key != batch[0].key or rows + work.rows > self.max_batch or not work.rows):
+                    break
+                work = live.popleft()
+            except IndexError:  # withdrawn by the event loop in between
+                break
+            if work.withdrawn:
+                continue
+            if batch and (work.key != batch[0].key or rows + work.rows > self.max_batch or not work.rows):
+                live.appendleft(work)
+                break
+            batch.append(work)
+            rows += work.rows
+            if not self._batching or not work.rows:
+                break
+        return batch
+
+    def _compute(self, batch: list[Work]) -> int:
+        """Compute a batch into its works; the number of runs that it took."""
+        runs = 1
+        if self._mark is not None:
+            self._mark(True)
+        started = self._clock()
+        for work in batch:
+            work.started = started
+        if len(batch) == 1:
+            self._compute_single(batch[0])
+        elif not self._compute_together(batch):
+            runs += len(batch)
+            for work in batch:
+                if not work.withdrawn:
+                    self._compute_single(work)
+        if self._mark is not None:
+            self._mark(False)
+        return runs
+
+    def _compute_single(self, work: Work) -> None:
+        try:
+            work.answer = self.runtime.run(work.inputs, work.outputs)
+        except Exception as error:  # whatever a model raises is its failure, and no reason to stop serving
+            work.failure = self._failure(error)
+        work.finished = self._clock()
+
+    def _compute_together(self, batch: list[Work]) -> bool:
+        names = batch[0].inputs
+        total = sum(work.rows for work in batch)
+        try:
+            inputs = {name: np.concatenate([work.inputs[name] for work in batch]) for name in names}
+            answer = self.runtime.run(inputs, batch[0].outputs)
+        except Exception as error:  # as above; computed again one by one, which finds out whose input it was
+            logger.debug("%r: a batch of %d failed: %s", self, len(batch), first_line(error))
+            return False
+        if any(not array.shape or array.shape[0] != total for array in answer.values()):
+            logger.warning("%r does not answer a row for every row: it is no longer batched", self)
+            self._batching = False
+            return False
+        finished = self._clock()
+        start = 0
+        for work in batch:
+            end = start + work.rows
+            work.answer = {name: array[start:end] for name, array in answer.items()}
+            work.finished = finished
+            start = end
+        return True
+
+    def _failure(self, error: Exception) -> ModelkeepError:
+        if isinstance(error, UsageError):
+            return error
+        now = self._clock()
+        if now - self._logged_at >= _FAILURES_LOGGED_EVERY_SECONDS:
+            self._logged_at = now
+            logger.warning("%r failed on an input", self, exc_info=error)
+        return ModelError(f"model '{self.model}' version '{self.version}' failed on this input: {first_line(error)}")
+
+    def _compute_copy(self, copy: Copy) -> None:
+        if copy.stable.queue_length:
+            self._report(self._deliver_copy, copy, None, False, False, False)
+            return
+        if self._mark is not None:
+            self._mark(True)
+        started = self._clock()
+        error = disagrees = differs = False
+        try:
+            answer = self.runtime.run(copy.inputs, copy.outputs)
+        except Exception as failure:  # as above; it is counted, and no client is concerned
+            self._failure(failure)
+            error = True
+        seconds = self._clock() - started
+        if self._mark is not None:
+            self._mark(False)
+        if not error:
+            disagrees, differs = compare(copy.expected, answer)
+        self._report(self._deliver_copy, copy, seconds, error, disagrees, differs)
+
+    def _report(self, callback: Callable[..., None], *values: Any) -> None:
+        loop = self._loop
+        assert loop is not None  # set by whoever queued
+        try:
+            loop.call_soon_threadsafe(callback, *values)
+        except RuntimeError:
+            if not loop.is_closed():
+                raise
+            logger.debug("%r finished after the event loop had ended", self)

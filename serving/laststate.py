@@ -1,0 +1,76 @@
+"""The last good state, on disk: what to serve when the registry does not answer at start."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from serving.routing import Route
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A version that a route names: all that is needed to load it without the registry."""
+
+    model: str
+    version: str
+    digest: str
+    format: str
+    files: tuple[dict[str, Any], ...]
+    signature: dict[str, Any] | None
+    rows_independent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LastState:
+    epoch: str
+    generation: int
+    routes: tuple[Route, ...]
+    versions: tuple[Wanted, ...]
+
+
+def write(path: Path, state: LastState) -> None:
+    """Replace the file in one step: a kill leaves the old or the new one."""
+    document = {
+        "format": _FORMAT,
+        "epoch": state.epoch,
+        "generation": state.generation,
+        "routes": [asdict(route) for route in state.routes],
+        "versions": [asdict(version) for version in state.versions],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(descriptor, "w") as target:
+            json.dump(document, target)
+            target.flush()
+            os.fsync(target.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> LastState | None:
+    """The state, None where there is none. Raises ValueError where the file is not one of ours (the caller says so and goes on)."""
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no state of format {_FORMAT}")
+    try:
+        return LastState(
+            epoch=str(document["epoch"]),
+            generation=int(document["generation"]),
+            routes=tuple(Route(**route) for route in document["routes"]),
+            versions=tuple(Wanted(**{**version, "files": tuple(version["files"])}) for version in document["versions"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error

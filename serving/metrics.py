@@ -1,0 +1,133 @@
+"""The text of /metrics: what `Serving` has counted, read at the scrape; labels only of versions that were loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from serving.state import Serving
+from serving.telemetry import cumulative_buckets
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_VERSION = ["model", "version"]
+
+
+def software_version() -> str:
+    try:
+        return version("modelkeep")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"
+
+
+class Metrics:
+    """`render()` is the page."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_ServingCollector(serving))
+        ProcessCollector(namespace="modelkeep", registry=self._registry)
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _ServingCollector(Collector):
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._software_version = software_version()
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._process()
+        yield from self._requests()
+        yield from self._shadow()
+        yield from self._loaded()
+        yield from self._routes()
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: the registry would collect to find the names out."""
+        return iter(())
+
+    def _process(self) -> Iterator[Metric]:
+        serving = self._serving
+        yield InfoMetricFamily("modelkeep_build", "The software.", value={"version": self._software_version})
+        names = {"replica": serving.replica_id, "environment": serving.environment, "boot": serving.boot_id}
+        yield InfoMetricFamily("modelkeep_replica", "This server process.", value=names)
+        yield GaugeMetricFamily("modelkeep_ready", "1 where the server takes traffic.", value=float(serving.ready))
+        yield GaugeMetricFamily("modelkeep_generation", "Registry generation served.", value=float(serving.generation))
+        yield GaugeMetricFamily(
+            "modelkeep_requests_in_flight", "Inference requests not yet answered.", value=float(serving.in_flight)
+        )
+
+    def _requests(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "modelkeep_requests",
+            "Inference requests by status (no model: it never reached one).",
+            labels=[*_VERSION, "code"],
+        )
+        duration = HistogramMetricFamily(
+            "modelkeep_request_duration_seconds", "Seconds in queue and model of answered requests.", labels=_VERSION
+        )
+        errors = CounterMetricFamily("modelkeep_model_errors", "Requests that the version failed.", labels=_VERSION)
+        batches = CounterMetricFamily("modelkeep_batches", "Runs of the model.", labels=_VERSION)
+        rows = CounterMetricFamily("modelkeep_batched_rows", "Rows computed in those runs.", labels=_VERSION)
+        for code, count in self._serving.unrouted_codes.items():
+            requests.add_metric(["", "", str(code)], count)
+        for model, name, telemetry in self._serving.telemetry():
+            labels, total = [model, name], telemetry.total
+            for code, count in telemetry.codes.items():
+                requests.add_metric([*labels, str(code)], count)
+            duration.add_metric(labels, cumulative_buckets(total.latency), total.latency_seconds_total)
+            errors.add_metric(labels, total.errors)
+            batches.add_metric(labels, telemetry.batches)
+            rows.add_metric(labels, telemetry.rows)
+        yield from (requests, duration, errors, batches, rows)
+
+    def _shadow(self) -> Iterator[Metric]:
+        texts = {
+            "requests": "Copies of live requests that the candidate computed.",
+            "errors": "Copies that it failed.",
+            "disagreements": "Copies where its top class differs from the stable version's.",
+            "differences": "Copies with a value beyond tolerance.",
+            "dropped": "Copies not computed, because live work went first.",
+        }
+        for what, text in texts.items():
+            family = CounterMetricFamily(f"modelkeep_shadow_{what}", text, labels=_VERSION)
+            for model, name, telemetry in self._serving.telemetry():
+                family.add_metric([model, name], getattr(telemetry.total, f"shadow_{what}"))
+            yield family
+
+    def _loaded(self) -> Iterator[Metric]:
+        queue = GaugeMetricFamily("modelkeep_queue_length", "Requests waiting for the model.", labels=_VERSION)
+        held = GaugeMetricFamily("modelkeep_version_requests_in_flight", "Requests in queue or model.", labels=_VERSION)
+        memory = GaugeMetricFamily("modelkeep_model_memory_bytes", "Memory that loading it took.", labels=_VERSION)
+        for (model, name), loaded in self._serving.loaded.items():
+            queue.add_metric([model, name], loaded.queue_length)
+            held.add_metric([model, name], loaded.references)
+            memory.add_metric([model, name], loaded.runtime.memory_bytes)
+        yield from (queue, held, memory)
+
+    def _routes(self) -> Iterator[Metric]:
+        weight = GaugeMetricFamily(
+            "modelkeep_route_weight",
+            "Share of the model's requests that the version answers.",
+            labels=[*_VERSION, "role"],
+        )
+        generation = GaugeMetricFamily("modelkeep_route_generation", "Generation of the route.", labels=["model"])
+        for route in self._serving.routes.values():
+            share = route.weight if route.candidate is not None else 0.0
+            if route.stable is not None:
+                weight.add_metric([route.model, route.stable, "stable"], 1.0 - share)
+            if route.candidate is not None:
+                weight.add_metric([route.model, route.candidate, "candidate"], share)
+            generation.add_metric([route.model], route.generation)
+        yield from (weight, generation)

@@ -1,0 +1,363 @@
+"""Make this process serve what the registry wants: poll or be nudged, load, flip, drain, report. Requests never wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from registry import clock, leases, promotions, replicas, store
+from registry.database import Database
+from registry.errors import ModelkeepError, UnavailableError
+from registry.settings import Settings
+from registry.signature import Signature
+from serving import laststate
+from serving.engine import LoadedVersion
+from serving.laststate import LastState, Wanted
+from serving.routing import Route
+from serving.runtimes import load_runtime
+from serving.state import Serving
+
+log = logging.getLogger("modelkeep.reconcile")
+T = TypeVar("T")
+Key = tuple[str, str]
+
+_HEARTBEAT_SECONDS = 10.0
+_RETRY_FIRST_SECONDS, _RETRY_MOST_SECONDS = 1.0, 60.0
+_COUNTS_KEPT_SECONDS = 60.0
+
+
+class Reconciler:
+    """Owns the way from the registry's desired state to what `serving` holds. One a process."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        settings: Settings,
+        database: Database,
+        artifacts: store.ArtifactStore,
+        *,
+        state_folder: Path,
+        address: str,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.serving, self.settings, self.database, self.artifacts = serving, settings, database, artifacts
+        self.address = address
+        self.state_file = state_folder / "last-state.json"
+        self.cache = state_folder / "artifacts"
+        self.errors: dict[Key, str] = {}
+        self.registry_error: str | None = None
+        self.started_at = clock.now()
+        self._monotonic = monotonic
+        self._observer = leases.Observer(monotonic)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reconcile")
+        self._drains: set[asyncio.Task[None]] = set()
+        self._lock = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._prepared = False
+        self._retry: tuple[float, float] | None = None  # (when, pause) of the next try to load what failed
+        self._reported_at = float("-inf")
+        self._reported: dict[tuple[str, str, int], dict[str, Any]] = {}
+        self._reported_state: tuple[Any, ...] | None = None
+        self._superseded: dict[tuple[str, int], float] = {}  # (model, generation) no longer routed -> since when
+
+    async def start(self, *, patience_seconds: float = 10.0) -> None:
+        """Serve what the registry says; where it does not answer in time, what was served last."""
+        try:
+            await asyncio.wait_for(self.once(), patience_seconds)
+        except TimeoutError:
+            log.error("the registry did not answer within %g s of the start", patience_seconds)
+            self.registry_error = f"no answer within {patience_seconds:g} s of the start"
+        if self.registry_error is not None and not self.serving.routes:
+            await self._restore()
+        self.serving.ready = True
+
+    async def run(self) -> None:
+        """Poll until cancelled. A failure is logged, shown in model-info, and tried again."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self.settings.poll_seconds)
+            self._wake.clear()
+            await self.once()
+
+    async def nudge(self) -> dict[str, Any]:
+        """Reconcile now; the answer says how far this replica is."""
+        await self.once()
+        return self.info()
+
+    async def once(self) -> None:
+        """One round. Never raises what the registry or a model did wrong: that is reported."""
+        async with self._lock:
+            try:
+                await self._round()
+            except ModelkeepError as error:
+                if self.registry_error is None:
+                    log.error("going on with the last good state: %s", error)
+                self.registry_error = str(error)
+            except Exception:
+                log.exception("reconciling failed; going on with what is served")
+                self.registry_error = "reconciling failed with an unexpected error, see the log"
+            else:
+                if self.registry_error is not None:
+                    log.info("the registry answers again")
+                self.registry_error = None
+
+    async def stop(self) -> None:
+        """Let the versions that were on their way out finish."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._drains:
+            await asyncio.wait(self._drains)
+
+    def info(self) -> dict[str, Any]:
+        """What this replica serves and how far it has come. JSON-able."""
+        serving = self.serving
+        return {
+            "replica": serving.replica_id,
+            "boot_id": serving.boot_id,
+            "environment": serving.environment,
+            "address": self.address,
+            "epoch": serving.epoch,
+            "generation": serving.generation,
+            "ready": serving.ready,
+            "registry": "ok" if self.registry_error is None else self.registry_error,
+            **self._serving(),
+        }
+
+    def _serving(self) -> dict[str, Any]:
+        return {
+            "models": {
+                name: {
+                    "stable": route.stable,
+                    "candidate": route.candidate,
+                    "weight": route.weight,
+                    "shadow": route.shadow,
+                    "generation": route.generation,
+                }
+                for name, route in sorted(self.serving.routes.items())
+            },
+            "loaded": [
+                {
+                    "model": model,
+                    "version": version,
+                    "digest": loaded.digest,
+                    "memory_bytes": loaded.runtime.memory_bytes,
+                    "signature": loaded.runtime.signature.as_dict(),
+                }
+                for (model, version), loaded in sorted(self.serving.loaded.items())
+            ],
+            "errors": {f"{model}/{version}": error for (model, version), error in sorted(self.errors.items())},
+        }
+
+    async def _round(self) -> None:
+        if not self._prepared:
+            await self._in_thread(self.database.prepare)
+            self._prepared = True
+        pulse = await self._in_thread(self._pulse)
+        for beat in self._observer.stale(pulse.beats if pulse else ()):
+            observer = f"replica:{self.serving.replica_id}"
+            ended = await self._in_thread(
+                lambda beat=beat: promotions.expire(self.database, self.serving.environment, beat, observer=observer)
+            )
+            if ended is not None:
+                log.warning("withdrew promotion %s: its lease on %s stood still", ended, beat.subject)
+                pulse = await self._in_thread(self._pulse)
+        due = self._retry is not None and self._monotonic() >= self._retry[0]
+        if pulse is not None and (due or (pulse.epoch, pulse.generation) != (self.serving.epoch, self.serving.generation)):
+            routes, wanted, epoch, generation = await self._in_thread(self._desired)
+            await self._apply(LastState(epoch, generation, tuple(routes), tuple(wanted)), remember=True)
+        await self._report()
+
+    def _pulse(self) -> replicas.Pulse | None:
+        with self.database.read() as session:
+            return replicas.pulse(session, self.serving.environment)
+
+    def _desired(self) -> tuple[list[Route], list[Wanted], str, int]:
+        with self.database.read() as session:
+            pulse = replicas.pulse(session, self.serving.environment)
+            if pulse is None:
+                raise UnavailableError(f"environment {self.serving.environment} vanished from the registry")
+            rows, versions = replicas.desired(session, self.serving.environment)
+            routes = [
+                Route(
+                    model=row.model,
+                    generation=row.generation,
+                    stable=row.stable,
+                    candidate=row.candidate,
+                    weight=row.weight,
+                    shadow=row.shadow,
+                    slow_threshold_seconds=row.slow_threshold_seconds,
+                    watch=row.watch,
+                )
+                for row in rows
+            ]
+            wanted = [
+                Wanted(
+                    row.model,
+                    row.version,
+                    row.digest,
+                    row.format,
+                    tuple(row.files),
+                    row.signature,
+                    bool(row.rows_independent),
+                )
+                for row in versions
+            ]
+            # Read in one snapshot on SQLite; elsewhere a change in between shows as a newer generation at the next poll.
+            return routes, wanted, pulse.epoch, pulse.generation
+
+    async def _apply(self, state: LastState, *, remember: bool) -> None:
+        """Load what is missing, then flip all routes at once, then let go of what nobody needs."""
+        versions = {(version.model, version.version): version for version in state.versions}
+        loaded: dict[Key, LoadedVersion] = {}
+        errors: dict[Key, str] = {}
+        for key, version in versions.items():
+            current = self.serving.loaded.get(key)
+            if current is not None and current.digest == version.digest:
+                loaded[key] = current
+                continue
+            try:
+                loaded[key] = await self._in_thread(lambda version=version: self._load(version))
+            except ModelkeepError as error:
+                errors[key] = str(error)
+            except Exception as error:
+                log.exception("%s %s does not load", *key)
+                errors[key] = f"does not load: {type(error).__name__}: {error}"
+        self._note_errors(errors)
+        routes = {route.model: self._servable(route, loaded, errors) for route in state.routes}
+        for route in routes.values():
+            # A route that had to stay on the old version keeps that version loaded.
+            for version in (route.stable, route.candidate):
+                key = (route.model, version or "")
+                if version is not None and key not in loaded and key in self.serving.loaded:
+                    loaded[key] = self.serving.loaded[key]
+        self._supersede(routes)
+        unneeded = self.serving.install(routes, loaded, state.epoch, state.generation)
+        for old in unneeded:
+            task = asyncio.create_task(self._drain(old))
+            self._drains.add(task)
+            task.add_done_callback(self._drains.discard)
+        if remember and not errors:
+            try:
+                await self._in_thread(lambda: laststate.write(self.state_file, state))
+            except OSError as error:
+                log.error("the last state could not be kept in %s: %s", self.state_file, error)
+
+    def _servable(self, route: Route, loaded: dict[Key, LoadedVersion], errors: dict[Key, str]) -> Route:
+        """The route as far as it can be served: without a candidate that does not load, and never with a stable that does not
+        while the one before it is here."""
+        stable, candidate = route.stable, route.candidate
+        if candidate is not None and (route.model, candidate) in errors:
+            candidate = None
+        if stable is not None and (route.model, stable) in errors:
+            before = self.serving.routes.get(route.model)
+            if before is not None and before.stable is not None and (route.model, before.stable) in self.serving.loaded:
+                log.error("%s stays on version %s: %s", route.model, before.stable, errors[route.model, stable])
+                stable = before.stable
+        if candidate == stable:
+            candidate = None
+        if (stable, candidate) == (route.stable, route.candidate):
+            return route
+        return Route(
+            model=route.model,
+            generation=route.generation,
+            stable=stable,
+            candidate=candidate,
+            weight=route.weight if candidate else 0.0,
+            shadow=route.shadow and candidate is not None,
+            slow_threshold_seconds=route.slow_threshold_seconds,
+            watch=route.watch,
+        )
+
+    def _load(self, version: Wanted) -> LoadedVersion:
+        started = self._monotonic()
+        files = [store.StoredFile.from_dict(file) for file in version.files]
+        path = store.materialise(self.artifacts, files, self.cache)
+        signature = None if version.signature is None else Signature.from_dict(version.signature)
+        runtime = load_runtime(path, version.format, signature=signature, threads=self.settings.server.threads)
+        loaded = LoadedVersion(
+            version.model,
+            version.version,
+            version.digest,
+            runtime,
+            rows_independent=version.rows_independent,
+            max_batch=self.settings.performance.batch_size,
+            queue_size=self.settings.performance.queue_size,
+        )
+        log.info("loaded %s %s in %.3f s", version.model, version.version, self._monotonic() - started)
+        return loaded
+
+    def _note_errors(self, errors: dict[Key, str]) -> None:
+        for key in errors.keys() - self.errors.keys():
+            log.error("%s %s: %s", *key, errors[key])
+        self.errors = errors
+        if not errors:
+            self._retry = None
+        else:
+            pause = min(self._retry[1] * 2, _RETRY_MOST_SECONDS) if self._retry else _RETRY_FIRST_SECONDS
+            self._retry = (self._monotonic() + pause, pause)
+
+    async def _drain(self, version: LoadedVersion) -> None:
+        if not await version.drain(self.settings.server.drain_seconds):
+            log.error("%s %s still had requests after %g s", version.model, version.version, self.settings.server.drain_seconds)
+        version.close()
+
+    def _supersede(self, routes: dict[str, Route]) -> None:
+        now = self._monotonic()
+        for name, route in self.serving.routes.items():
+            fresh = routes.get(name)
+            if fresh is None or fresh.generation != route.generation:
+                self._superseded[name, route.generation] = now
+
+    async def _restore(self) -> None:
+        """Serve from the disk what was served last."""
+        try:
+            state = laststate.read(self.state_file)
+        except (OSError, ValueError) as error:
+            log.error("the last state cannot be used: %s", error)
+            return
+        if state is None:
+            log.error("the registry does not answer and there is no last state: nothing to serve yet")
+            return
+        log.warning("serving the last good state, generation %d", state.generation)
+        await self._apply(state, remember=False)
+
+    async def _report(self) -> None:
+        """Tell the registry: at once when something changed or is being counted, else now and then."""
+        serving = self.serving
+        counts = serving.watch_counts()
+        fresh = [row for row in counts if self._reported.get(_count_key(row)) != row]
+        state = (serving.epoch, serving.generation, tuple(sorted(self.errors.items())))
+        due = self._monotonic() - self._reported_at >= _HEARTBEAT_SECONDS
+        if not (fresh or due or state != self._reported_state):
+            return
+        what = replicas.Report(
+            id=serving.replica_id,
+            environment=serving.environment,
+            address=self.address,
+            boot_id=serving.boot_id,
+            epoch=serving.epoch,
+            generation=serving.generation,
+            serving=self._serving(),
+            started_at=self.started_at,
+            counts=tuple(fresh),
+        )
+        await self._in_thread(lambda: replicas.report(self.database, what))
+        self._reported_at, self._reported_state = self._monotonic(), state
+        self._reported = {_count_key(row): row for row in counts}
+        now = self._monotonic()
+        for (model, generation), since in list(self._superseded.items()):
+            if now - since > _COUNTS_KEPT_SECONDS:
+                serving.forget_counts(model, [generation])
+                del self._superseded[model, generation]
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _count_key(row: dict[str, Any]) -> tuple[str, str, int]:
+    return (row["model"], row["version"], row["generation"])

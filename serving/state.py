@@ -1,0 +1,152 @@
+"""What this process serves now: routes, loaded versions and their counts. It never reads the registry itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from random import random as uniform
+from typing import Any
+
+from registry.errors import NotFoundError, UnavailableError
+from serving.engine import LoadedVersion
+from serving.routing import Route, choose
+from serving.telemetry import VersionTelemetry, WatchCounts
+
+_TELEMETRY_KEPT = 64
+_NAMED_IN_ERRORS = 20
+
+
+class Serving:
+    """Changed and read on the event loop only, so that a request sees one state or the next and nothing in between."""
+
+    def __init__(
+        self, *, environment: str, replica_id: str, boot_id: str, random: Callable[[], float] = uniform
+    ) -> None:
+        self.environment = environment
+        self.replica_id = replica_id
+        self.boot_id = boot_id
+        self.random = random
+        self.routes: dict[str, Route] = {}
+        self.loaded: dict[tuple[str, str], LoadedVersion] = {}
+        self.epoch = ""
+        self.generation = 0
+        self.ready = False
+        self.live = True
+        self.in_flight = 0
+        """Inference requests between their first byte and the last of their answer."""
+        self.unrouted_codes: dict[int, int] = {}
+        """Answers by status of requests that never reached a version."""
+        self._telemetry: dict[tuple[str, str], VersionTelemetry] = {}
+        self._watch: dict[tuple[str, str], dict[int, WatchCounts]] = {}
+
+    def install(
+        self,
+        routes: Mapping[str, Route],
+        loaded: Mapping[tuple[str, str], LoadedVersion],
+        epoch: str,
+        generation: int,
+    ) -> list[LoadedVersion]:
+        """Swap everything in one step. Returns the versions no longer needed, for the caller to drain and close.
+
+        Requests that were routed before the step hold their version and finish on it. Counts go on under a new object
+        of the same version; a new epoch starts new ones, because its generations are other changes.
+        """
+        if epoch != self.epoch:
+            self._watch = {}
+        kept = {id(version) for version in loaded.values()}
+        removed = [version for version in self.loaded.values() if id(version) not in kept]
+        for key, version in loaded.items():
+            known = self._telemetry.pop(key, None)
+            version.telemetry = self._telemetry[key] = known if known is not None else version.telemetry
+            if epoch != self.epoch:
+                version.watch = {}
+            version.watch = self._watch.setdefault(key, version.watch)
+        self.routes = dict(routes)
+        self.loaded = dict(loaded)
+        self.epoch = epoch
+        self.generation = generation
+        self._watch = {key: windows for key, windows in self._watch.items() if windows or key in self.loaded}
+        gone = [key for key in self._telemetry if key not in self.loaded]
+        for key in gone[: max(0, len(gone) - _TELEMETRY_KEPT)]:
+            del self._telemetry[key]
+        return removed
+
+    def admit(self, model: str, version: str | None) -> tuple[LoadedVersion, Route | None]:
+        """The version that answers, held for the caller (who must release it), and the route if that was what chose.
+
+        Raises NotFoundError for a model or version that is not here, UnavailableError for one that should be.
+        """
+        route = None
+        if version is None:
+            route = self.routes.get(model)
+            if route is None:
+                raise NotFoundError(self._unknown(model))
+            name = choose(route, self.random)
+            loaded = self.loaded.get((model, name))
+            if loaded is None and name == route.candidate and route.stable is not None:
+                loaded = self.loaded.get((model, route.stable))
+            if loaded is None:
+                raise UnavailableError(f"model '{model}' version '{name}' is not loaded yet; try again later")
+        else:
+            loaded = self.loaded.get((model, version))
+            if loaded is None:
+                raise NotFoundError(self._unknown(model, version))
+        loaded.acquire()
+        return loaded, route
+
+    def versions(self, model: str, version: str | None = None) -> list[LoadedVersion]:
+        """The loaded versions of a model, or the one that is named. Raises NotFoundError where there are none."""
+        if version is not None:
+            found = self.loaded.get((model, version))
+            if found is None:
+                raise NotFoundError(self._unknown(model, version))
+            return [found]
+        versions = [loaded for (name, _), loaded in sorted(self.loaded.items()) if name == model]
+        if not versions:
+            raise NotFoundError(self._unknown(model))
+        return versions
+
+    def default_version(self, model: str) -> LoadedVersion:
+        """The stable version where it is loaded, else the first. Raises NotFoundError where there are none."""
+        versions = self.versions(model)
+        route = self.routes.get(model)
+        stable = route.stable if route is not None else None
+        return next((loaded for loaded in versions if loaded.version == stable), versions[0])
+
+    def telemetry(self) -> list[tuple[str, str, VersionTelemetry]]:
+        """(model, version, telemetry) of every version that is loaded, and of the last ones that were."""
+        return [(model, version, telemetry) for (model, version), telemetry in self._telemetry.items()]
+
+    def watch_counts(self) -> list[dict[str, Any]]:
+        """The counts of every window since they were last forgotten, also those of versions that are gone."""
+        return [
+            {"model": model, "version": version, "epoch": self.epoch, "generation": generation, **counts.as_dict()}
+            for (model, version), windows in self._watch.items()
+            for generation, counts in windows.items()
+        ]
+
+    def forget_counts(self, model: str, generations: Iterable[int]) -> None:
+        """Drop the counts of these generations of a model: their last report is in the registry and judged."""
+        dead = set(generations)
+        for (name, version), windows in list(self._watch.items()):
+            if name != model:
+                continue
+            for generation in dead.intersection(windows):
+                del windows[generation]
+            if not windows and (name, version) not in self.loaded:
+                del self._watch[(name, version)]
+
+    def unrouted(self, code: int) -> None:
+        self.unrouted_codes[code] = self.unrouted_codes.get(code, 0) + 1
+
+    def _unknown(self, model: str, version: str | None = None) -> str:
+        versions = sorted(v for m, v in self.loaded if m == model)
+        if version is not None and versions:
+            return f"model '{model}' has no version '{version}' loaded; loaded are {_named(versions)}"
+        models = sorted({*self.routes, *(m for m, _ in self.loaded)})
+        known = f"this server has {_named(models)}" if models else "this server has no models yet"
+        return f"model '{model}' is not known; {known}"
+
+
+def _named(names: list[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:_NAMED_IN_ERRORS])
+    return shown if len(names) <= _NAMED_IN_ERRORS else f"{shown} and {len(names) - _NAMED_IN_ERRORS} more"

@@ -1,0 +1,145 @@
+"""The parent of a server: it holds the listening socket and keeps a child alive, so that a crash refuses nobody."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from registry.errors import SettingsError, UnavailableError
+from registry.settings import Settings
+
+log = logging.getLogger("modelkeep.supervisor")
+
+_BACKLOG = 4096
+_BIND_PATIENCE_SECONDS = 3.0
+_HEALTHY_SECONDS = 5.0
+_PAUSES_SECONDS = (0.0, 0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The listening socket: systemd's where it hands one over, else a new one. Raises UnavailableError, which says who has the port."""
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and int(os.environ.get("LISTEN_FDS", "0")) >= 1:
+        return socket.socket(fileno=3)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise SettingsError(f"server.host = {host!r}: {error.strerror}; give an address of this machine") from error
+    deadline = time.monotonic() + _BIND_PATIENCE_SECONDS
+    while True:
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+            return listener
+        except OSError as error:
+            listener.close()
+            # The child of a supervisor that was killed needs a moment to drain and let go.
+            if error.errno != 98 or time.monotonic() >= deadline:
+                who = who_listens(port)
+                raise UnavailableError(
+                    f"cannot listen on {host}:{port}: {error.strerror}"
+                    + (f" ({who} has it)" if who else "")
+                    + "; stop that, or choose another with --port"
+                ) from error
+            time.sleep(0.1)
+
+
+def who_listens(port: int) -> str | None:
+    """Name and id of the process that listens on a port, where this user may see it."""
+    import psutil
+
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f"{psutil.Process(connection.pid).name()}, process {connection.pid}"
+    except psutil.Error:
+        log.debug("the process on port %d cannot be named", port, exc_info=True)
+    return None
+
+
+def check_exposure(settings: Settings, host: str) -> None:
+    """This release has no API keys yet: refuse to listen where others can reach it, unless told that something in front guards it."""
+    if host not in LOOPBACK and not settings.security.allow_unauthenticated:
+        raise SettingsError(
+            f"server.host = {host!r} is reachable from other machines and this release has no API keys: listen on 127.0.0.1 behind a "
+            "proxy that authenticates, or accept the risk with MODELKEEP_SECURITY__ALLOW_UNAUTHENTICATED=true"
+        )
+
+
+class Supervisor:
+    """Keeps one child serving on a socket until it is told to stop."""
+
+    def __init__(self, settings: Settings, *, host: str, port: int) -> None:
+        check_exposure(settings, host)
+        self.listener = listen(host, port)
+        self.host, self.port = host, int(self.listener.getsockname()[1])
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self.folder = settings.home / "serving" / f"{settings.environment}-{self.port}"
+        self.grace_seconds = settings.server.drain_seconds + 5
+        self._child: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT. Returns the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "supervisor.pid").write_text(str(os.getpid()))
+        short_lives = 0
+        while not self._stopping:
+            started = time.monotonic()
+            self._child = self._spawn()
+            if self._stopping:  # a signal between the test and the start
+                self._child.terminate()
+            code = self._wait(self._child)
+            if self._stopping:
+                break
+            lived = time.monotonic() - started
+            short_lives = short_lives + 1 if lived < _HEALTHY_SECONDS else 0
+            pause = _PAUSES_SECONDS[min(short_lives, len(_PAUSES_SECONDS) - 1)]
+            log.error("the server ended (%s) after %.1f s; starting it again in %g s", _how(code), lived, pause)
+            self._pause(pause)
+        self.listener.close()
+        return 0
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        descriptor = self.listener.fileno()
+        command = [sys.executable, "-P", "-m", "serving.child", "--fd", str(descriptor)]
+        child = subprocess.Popen(
+            [*command, "--address", self.address, "--folder", str(self.folder)], pass_fds=[descriptor], stdin=subprocess.DEVNULL
+        )
+        (self.folder / "child.pid").write_text(str(child.pid))
+        return child
+
+    def _wait(self, child: subprocess.Popen[bytes]) -> int:
+        while True:
+            try:
+                return child.wait(timeout=0.5 if not self._stopping else self.grace_seconds)
+            except subprocess.TimeoutExpired:
+                if self._stopping:
+                    log.error("the server did not end within %g s: killed", self.grace_seconds)
+                    child.kill()
+                    return child.wait()
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self._stopping and time.monotonic() < deadline:
+            time.sleep(min(0.1, seconds))
+
+    def _stop(self, _number: int, _frame: FrameType | None) -> None:
+        self._stopping = True
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(signal.SIGTERM)
+
+
+def _how(code: int) -> str:
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,67 @@
+"""A server process for the tests: the ONNX models given on the command line behind the real API, on a given socket."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import uvicorn
+
+from serving.api import create_app
+from serving.engine import LoadedVersion
+from serving.protocol import bounded_protocol
+from serving.routing import Route
+from serving.runtimes import load_runtime
+from serving.state import Serving
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--receive-timeout", type=float, default=30.0)
+    parser.add_argument("models", nargs="+", help="NAME=PATH; the version of each is 1")
+    options = parser.parse_args()
+    loaded = {}
+    for model, path in (item.split("=", 1) for item in options.models):
+        loaded[model, "1"] = LoadedVersion(
+            model,
+            "1",
+            "0" * 64,
+            load_runtime(Path(path), "onnx", signature=None),
+            rows_independent=True,
+            max_batch=8,
+            queue_size=100,
+        )
+    serving = Serving(environment="production", replica_id="test", boot_id="0123456789")
+    serving.install({model: Route(model, 1, "1", watch=True) for model, _ in loaded}, loaded, "epoch", 1)
+    serving.ready = True
+
+    async def nudge() -> dict[str, Any]:
+        return {"generation": serving.generation}
+
+    def info() -> dict[str, Any]:
+        return {"modules": [name for name in ("torch", "prefect", "scipy", "boto3") if name in sys.modules]}
+
+    settings = SimpleNamespace(
+        server=SimpleNamespace(request_timeout_seconds=30.0, max_body_bytes=1_000_000),
+        performance=SimpleNamespace(max_concurrent_requests=256),
+    )
+    app = create_app(serving, settings=settings, nudge=nudge, info=info)
+    config = uvicorn.Config(
+        app,
+        http=bounded_protocol(options.receive_timeout),
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_level="error",
+    )
+    await uvicorn.Server(config).serve(sockets=[socket.socket(fileno=options.fd)])
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

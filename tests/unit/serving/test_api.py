@@ -1,0 +1,387 @@
+"""The HTTP face: statuses and words of every refusal, routing and its headers, limits, and the pages beside inference."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from numpy.typing import NDArray
+
+from registry.errors import UnavailableError
+from registry.signature import Signature, TensorSpec
+from serving.routing import Route
+from tests.unit.serving.helpers import ROWS, Arrays, PythonRuntime, close, load, request, serve, until
+
+INFER = "/v2/models/m/infer"
+
+
+def fail(inputs: Arrays) -> dict[str, NDArray[Any]]:
+    raise IndexError("index 12 is out of range\n  File '/somewhere/inside.py'")
+
+
+def test_an_answer_names_the_version_and_the_request() -> None:
+    async def scenario() -> None:
+        version = load(version="7")
+        server = serve(version)
+        first, second = await server.infer(1, 2), await server.infer(1, 2)
+        assert first.status == 200
+        document = first.json()
+        assert (document["model_name"], document["model_version"]) == ("m", "7")
+        assert document["outputs"][0]["data"] == [2, 4]
+        assert set(document["parameters"]) == {"queue_seconds", "model_seconds"}
+        assert first.headers["x-model-version"] == "7"
+        assert first.headers["x-request-id"] == "box-1-abcdef-1"
+        assert second.headers["x-request-id"] == "box-1-abcdef-2"
+        given = await server.post(INFER, request(), {"X-Request-ID": "mine"})
+        assert given.headers["x-request-id"] == "mine"
+        unfit = await server.post(INFER, request(), {"X-Request-ID": "x" * 129})
+        assert unfit.headers["x-request-id"] == "box-1-abcdef-3"
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_the_route_decides_unless_the_path_names_a_version() -> None:
+    async def scenario() -> None:
+        stable, candidate = load(version="1"), load(version="2")
+        server = serve(stable, candidate, route=Route("m", 1, "1", "2", 0.4, watch=True), random=lambda: 0.39)
+        assert (await server.infer()).headers["x-model-version"] == "2"
+        server.serving.random = lambda: 0.4
+        assert (await server.infer()).headers["x-model-version"] == "1"
+        assert (await server.infer(version="2")).headers["x-model-version"] == "2"
+        # Who names a version chose for himself: he is no part of the comparison.
+        assert {row["version"]: row["requests"] for row in server.serving.watch_counts()} == {"1": 1, "2": 1}
+        close(stable, candidate)
+
+    asyncio.run(scenario())
+
+
+def test_binary_requests_are_answered_in_binary() -> None:
+    async def scenario() -> None:
+        version = load()
+        server = serve(version)
+        x = np.array([[1, 2]], np.float32).tobytes()
+        tensor = {"name": "x", "shape": [1, 2], "datatype": "FP32", "parameters": {"binary_data_size": 8}}
+        head = orjson.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}})
+        headers = {"Inference-Header-Content-Length": str(len(head))}
+        answer = await server.ask("POST", INFER, head + x, headers)
+        assert answer is not None and answer.status == 200
+        length = int(answer.headers["inference-header-content-length"])
+        assert answer.headers["content-type"] == "application/octet-stream"
+        assert np.frombuffer(answer.body[length:], np.float32).tolist() == [2, 4]
+        close(version)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "status", "words"),
+    [
+        ("/v2/models/x/infer", b"{}", {}, 404, "model 'x' is not known"),
+        ("/v2/models/m/versions/9/infer", b"{}", {}, 404, "loaded are '1'"),
+        (INFER, b"{", {}, 400, "not valid JSON"),
+        (INFER, b"[]", {}, 400, "must be a JSON object"),
+        (INFER, b"{}", {"Inference-Header-Content-Length": "x"}, 400, "must be a number of bytes, it is 'x'"),
+        (INFER, b"{}", {"Inference-Header-Content-Length": "-1"}, 400, "must be a number of bytes"),
+        (INFER, b"{}", {"Inference-Header-Content-Length": "3"}, 400, "is 3, but the body has 2 bytes"),
+        (INFER, b"{}", {"Content-Encoding": "br"}, 415, "Content-Encoding 'br'"),
+        (INFER, b"{}", {"Content-Encoding": "gzip"}, 400, "not valid gzip"),
+        (INFER, bytes(100_001), {}, 413, "the body has 100001 bytes, the limit is 100000"),
+    ],
+)
+def test_a_wrong_request_is_refused_and_the_next_one_is_served(
+    path: str, body: bytes, headers: dict[str, str], status: int, words: str
+) -> None:
+    async def scenario() -> None:
+        version = load()
+        server = serve(version, route=Route("m", 1, "1", watch=True))
+        answer = await server.ask("POST", path, body, headers)
+        assert answer is not None and answer.status == status
+        assert words in answer.error
+        assert "x-request-id" in answer.headers
+        assert (await server.infer()).status == 200
+        assert version.counts_for(server.serving.routes["m"]).requests == 1
+        assert server.serving.in_flight == version.references == 0
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_a_body_without_a_length_is_cut_off_at_the_limit_before_it_is_all_there() -> None:
+    async def scenario() -> None:
+        version = load()
+        server = serve(version)
+        chunks = [bytes(60_000), bytes(60_000), *[bytes(60_000)] * 100]
+        answer = await server.ask("POST", INFER, chunks)
+        assert answer is not None and answer.status == 413
+        assert "longer than the limit of 100000 bytes" in answer.error
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_fails_answers_500_with_its_name_and_counts_as_its_error() -> None:
+    async def scenario() -> None:
+        version = load(PythonRuntime(fail), "3")
+        server = serve(version, route=Route("m", 1, "3", watch=True))
+        answer = await server.infer()
+        assert answer.status == 500
+        assert answer.error == "model 'm' version '3' failed on this input: index 12 is out of range"
+        assert answer.headers["x-model-version"] == "3"
+        counts = version.counts_for(server.serving.routes["m"])
+        assert (counts.requests, counts.errors) == (1, 1)
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_with_nan_is_refused_in_json_and_counts_as_the_versions_error() -> None:
+    async def scenario() -> None:
+        version = load(PythonRuntime(lambda inputs: {"y": inputs["x"] / np.float32(np.nan)}))
+        server = serve(version, route=Route("m", 1, "1", watch=True))
+        answer = await server.infer()
+        assert answer.status == 422
+        assert "output 'y'" in answer.error and "binary" in answer.error
+        binary = await server.post(INFER, {**request(), "parameters": {"binary_data_output": True}})
+        assert binary.status == 200
+        counts = version.counts_for(server.serving.routes["m"])
+        assert (counts.requests, counts.errors) == (2, 1)
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_runs_out_of_time_answers_504_and_the_next_one_is_not_computed_for_nobody() -> None:
+    async def scenario() -> None:
+        runtime = PythonRuntime()
+        version = load(runtime)
+        server = serve(version, route=Route("m", 1, "1", watch=True), timeout_seconds=0.01)
+        runtime.gate.clear()
+        computing = asyncio.create_task(server.infer(1, 1))
+        await until(runtime.entered.is_set)
+        queued = asyncio.create_task(server.infer(2, 2))
+        for answer in (await computing, await queued):
+            assert answer.status == 504
+            assert answer.error == "model 'm' version '1' did not answer within 0.01 seconds"
+        runtime.gate.set()
+        close(version)
+        assert len(runtime.calls) == 1
+        counts = version.counts_for(server.serving.routes["m"])
+        assert (counts.requests, counts.errors) == (2, 2)
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_goes_is_noticed_and_not_computed_for() -> None:
+    async def scenario() -> None:
+        runtime = PythonRuntime()
+        version = load(runtime)
+        server = serve(version)
+        runtime.gate.clear()
+        computing = asyncio.create_task(server.infer(1, 1))
+        await until(runtime.entered.is_set)
+        gone = asyncio.Event()
+        queued = asyncio.create_task(server.ask("POST", INFER, orjson.dumps(request(2, 2)), gone=gone))
+        await until(lambda: version.queue_length)
+        gone.set()
+        assert await queued is None
+        runtime.gate.set()
+        assert (await computing).status == 200
+        assert len(runtime.calls) == 1
+        assert version.telemetry.codes == {499: 1, 200: 1}
+        assert version.references == 0
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_goes_while_it_sends_is_no_error() -> None:
+    async def scenario() -> None:
+        version = load()
+        server = serve(version)
+        gone = asyncio.Event()
+        gone.set()
+        assert await server.ask("POST", INFER, [], gone=gone) is None
+        assert (await server.infer()).status == 200
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_too_many_requests_are_told_to_come_back() -> None:
+    async def scenario() -> None:
+        runtime = PythonRuntime()
+        version = load(runtime, queue_size=1)
+        server = serve(version, max_concurrent=3)
+        runtime.gate.clear()
+        tasks = [asyncio.create_task(server.infer())]
+        await until(runtime.entered.is_set)
+        tasks.append(asyncio.create_task(server.infer()))
+        await until(lambda: version.queue_length)
+        full = await server.infer()
+        assert full.status == 429 and full.headers["retry-after"] == "1"
+        assert "version '1' has 1 requests waiting" in full.error
+        server.app.v2._max_concurrent = 2
+        busy = await server.infer()
+        assert busy.status == 429 and busy.headers["retry-after"] == "1"
+        assert "the server has 2 requests in flight" in busy.error
+        runtime.gate.set()
+        assert [(await task).status for task in tasks] == [200, 200]
+        assert server.serving.unrouted_codes == {429: 1} and version.telemetry.codes == {429: 1, 200: 2}
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_copies_go_to_the_candidate_only_after_the_answer_and_its_failures_stay_there() -> None:
+    async def scenario() -> None:
+        runtime = PythonRuntime(fail)
+        stable, candidate = load(version="1"), load(runtime, "2")
+        route = Route("m", 1, "1", "2", 0.0, shadow=True, watch=True)
+        server = serve(stable, candidate, route=route)
+        runtime.gate.clear()
+        answer = await server.infer()
+        assert answer.status == 200 and answer.headers["x-model-version"] == "1"
+        runtime.gate.set()
+        counts = candidate.counts_for(route)
+        await until(lambda: counts.shadow_requests)
+        assert (counts.shadow_errors, counts.requests, counts.errors) == (1, 0, 0)
+        assert stable.counts_for(route).requests == 1
+        assert not runtime.closed.is_set()
+        close(stable, candidate)
+
+    asyncio.run(scenario())
+
+
+def test_a_fault_of_the_server_answers_500_without_its_details(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        version = load()
+        server = serve(version)
+        with monkeypatch.context() as patch:
+            patch.setattr(version.codec, "decode", lambda body, length: 1 / 0)
+            answer = await server.infer()
+        assert answer.status == 500 and "division" not in answer.error
+        assert version.telemetry.total.errors == 0
+        assert (await server.infer()).status == 200
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_the_protocols_descriptions() -> None:
+    async def scenario() -> None:
+        spec = (TensorSpec("x", "FP32", (-1, 2)), TensorSpec("t", "BYTES", (-1,)))
+        version, second = load(PythonRuntime(signature=Signature(spec, ROWS.outputs)), "1"), load(version="2")
+        server = serve(version, second)
+        assert (await server.get("/v2")).json()["name"] == "modelkeep"
+        for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/m/ready", "/v2/models/m/versions/2/ready"):
+            answer = await server.get(path)
+            assert (answer.status, answer.body) == (200, b""), path
+        metadata = (await server.get("/v2/models/m")).json()
+        assert metadata["versions"] == ["1", "2"] and metadata["platform"] == "python"
+        assert metadata["inputs"][1] == {"name": "t", "datatype": "BYTES", "shape": [-1]}
+        config = (await server.get("/v2/models/m/config")).json()
+        assert config["max_batch_size"] == 8
+        assert config["input"][1] == {"name": "t", "data_type": "TYPE_STRING", "dims": []}
+        await server.infer(version="2")
+        stats = (await server.get("/v2/models/m/versions/2/stats")).json()["model_stats"]
+        assert [s["version"] for s in stats] == ["2"] and stats[0]["inference_stats"]["success"]["count"] == 1
+        assert len((await server.get("/v2/models/m/stats")).json()["model_stats"]) == 2
+        assert len((await server.get("/v2/models/stats")).json()["model_stats"]) == 2
+        index = (await server.post("/v2/repository/index", None)).json()
+        assert index[0] == {"name": "m", "version": "1", "state": "READY", "reason": ""}
+        close(version, second)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("GET", "/v2/models/x", 404, "model 'x' is not known"),
+        ("GET", "/v2/models/m/versions/9/ready", 404, "no version '9'"),
+        ("GET", "/v2/models/m/nothing", 404, "not a path of the V2 protocol"),
+        ("GET", "/v2/nothing", 404, "not a path of the V2 protocol"),
+        ("GET", INFER, 405, "takes POST, not GET"),
+        ("DELETE", "/v2/models/m", 405, "takes GET, not DELETE"),
+        ("GET", "/v2/repository/index", 405, "takes POST, not GET"),
+        ("POST", "/v2/repository/models/m/load", 501, "load by the V2 protocol is not available yet"),
+        ("POST", "/v2/repository/models/m/unload", 501, "unload by the V2 protocol is not available yet"),
+        ("GET", "/nothing", 404, "/nothing: Not Found"),
+        ("GET", "/api/v2/update-models", 405, "Method Not Allowed"),
+        ("GET", "/v2x", 404, "/v2x: Not Found"),
+    ],
+)
+def test_every_error_is_one_json_object(method: str, path: str, status: int, words: str) -> None:
+    async def scenario() -> None:
+        version = load()
+        server = serve(version)
+        answer = await server.ask(method, path)
+        assert answer is not None and answer.status == status
+        assert words in answer.error
+        if status == 405:
+            assert answer.headers["allow"]
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_is_not_ready_says_so() -> None:
+    async def scenario() -> None:
+        server = serve()
+        server.serving.ready = False
+        for path in ("/v2/health/ready", "/health"):
+            assert (await server.get(path)).status == 503
+        assert (await server.get("/v2/health/live")).status == 200
+        server.serving.live = False
+        assert (await server.get("/v2/health/live")).status == 503
+
+    asyncio.run(scenario())
+
+
+def test_a_model_whose_version_is_not_loaded_is_not_ready() -> None:
+    async def scenario() -> None:
+        version = load(version="1")
+        server = serve(version, route=Route("m", 1, "2"))
+        assert (await server.get("/v2/models/m/ready")).status == 503
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_the_pages_beside_inference() -> None:
+    async def nudge() -> dict[str, Any]:
+        return {"generation": 9}
+
+    async def scenario() -> None:
+        version = load()
+        server = serve(version, nudge=nudge, info=lambda: {"replica": "box-1"})
+        assert (await server.get("/")).json()["models"] == ["m"]
+        assert (await server.get("/health")).json() == {"live": True, "ready": True, "in_flight": 0}
+        assert (await server.get("/api/v2/model-info")).json() == {"replica": "box-1"}
+        assert (await server.get("/api/v2/model-health")).json()["models"][0]["version"] == "1"
+        assert (await server.post("/api/v2/update-models", None)).json() == {"generation": 9}
+        metrics = await server.get("/metrics")
+        assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert b"modelkeep_requests_total" in metrics.body
+        docs = await server.get("/docs")
+        assert b"/v2/models/{model}" in docs.body and b"/api/v2/update-models" in docs.body
+        assert b"src=" not in docs.body  # opened without network
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_errors_of_the_composition_keep_their_status() -> None:
+    async def nudge() -> dict[str, Any]:
+        raise UnavailableError("the registry does not answer")
+
+    async def scenario() -> None:
+        server = serve(nudge=nudge)
+        answer = await server.post("/api/v2/update-models", None)
+        assert (answer.status, answer.error) == (503, "the registry does not answer")
+
+    asyncio.run(scenario())

@@ -1,0 +1,80 @@
+"""ONNX Runtime behind the runtime protocol: signature, types, failures. TorchScript is in the integration layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from registry.errors import RefusedError, UsageError
+from registry.signature import DATATYPES, TensorSpec
+from serving.runtimes import load_runtime
+from tests.unit.serving.helpers import affine_model, identity_model
+
+
+def test_an_onnx_model_says_what_goes_in_and_out_and_computes(tmp_path: Path) -> None:
+    path = affine_model(tmp_path / "model.onnx", scale=3)
+    runtime = load_runtime(path, "onnx", signature=None)
+    assert runtime.signature.inputs == (TensorSpec("x", "FP32", (-1, 2)),)
+    assert runtime.signature.outputs == (TensorSpec("y", "FP32", (-1, 2)),)
+    assert runtime.platform == "onnxruntime_onnx"
+    assert runtime.memory_bytes >= path.stat().st_size
+    x = np.array([[1, 2], [3, 4]], np.float32)
+    assert runtime.run({"x": x}, None)["y"].tolist() == [[3, 6], [9, 12]]
+    runtime.close()
+
+
+def test_only_the_outputs_that_are_asked_for_are_answered(tmp_path: Path) -> None:
+    runtime = load_runtime(affine_model(tmp_path / "m.onnx", fails_above=9), "onnx", signature=None)
+    answer = runtime.run({"x": np.ones((1, 2), np.float32)}, ["z"])
+    assert list(answer) == ["z"] and answer["z"].tolist() == [[1, 1]]
+
+
+def test_a_model_that_fails_inside_raises_and_goes_on(tmp_path: Path) -> None:
+    runtime = load_runtime(affine_model(tmp_path / "m.onnx", fails_above=9), "onnx", signature=None)
+    with pytest.raises(Exception, match="out of data bounds"):
+        runtime.run({"x": np.full((1, 2), 99, np.float32)}, None)
+    assert runtime.run({"x": np.ones((1, 2), np.float32)}, None)["y"].tolist() == [[2, 2]]
+
+
+@pytest.mark.parametrize("datatype", DATATYPES)
+def test_every_datatype_goes_through_onnx_runtime(datatype: str, tmp_path: Path) -> None:
+    from onnx import TensorProto
+
+    name = {"BYTES": "STRING", "FP16": "FLOAT16", "FP32": "FLOAT", "FP64": "DOUBLE"}.get(datatype, datatype)
+    runtime = load_runtime(
+        identity_model(tmp_path / "m.onnx", TensorProto.DataType.Value(name)), "onnx", signature=None
+    )
+    assert runtime.signature.inputs == (TensorSpec("x", datatype, (-1,)),)
+    if datatype == "BYTES":
+        x = np.array([b"ab", "é".encode()], dtype=object)
+        assert runtime.run({"x": x}, None)["y"].tolist() == ["ab", "é"]
+        with pytest.raises(UsageError, match="input 'x'.*not UTF-8"):
+            runtime.run({"x": np.array([b"\xff"], dtype=object)}, None)
+        return
+    x = np.array([0, 1], dtype=DATATYPES[datatype])
+    y = runtime.run({"x": x}, None)["y"]
+    assert y.dtype == x.dtype and y.tolist() == x.tolist()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x80\x04\x95"])
+def test_what_is_no_onnx_model_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content)
+    with pytest.raises(RefusedError, match=r"m\.onnx: ONNX Runtime cannot load it"):
+        load_runtime(path, "onnx", signature=None)
+
+
+def test_a_truncated_onnx_model_is_refused(tmp_path: Path) -> None:
+    path = affine_model(tmp_path / "m.onnx")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(RefusedError, match="cannot load it"):
+        load_runtime(path, "onnx", signature=None)
+
+
+def test_unknown_formats_and_missing_signatures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="format 'pickle' is not known"):
+        load_runtime(tmp_path / "m.pkl", "pickle", signature=None)
+    with pytest.raises(RefusedError, match="give it a signature"):
+        load_runtime(tmp_path / "m.pt", "torchscript", signature=None)
