@@ -1,8 +1,8 @@
-"""How fast the server answers V2 inference: a server process with a small ONNX model, driven at 1, 16 and 64 connections.
+"""How fast the server answers V2 inference: one process, a small ONNX model, 1, 16 and 64 connections.
 
-`python benchmarks/serving_hot_path.py [--seconds 5]` prints one JSON document. With wrk on the PATH it drives, with every answer's
-status checked; otherwise an asyncio client does, which is slower than the server and says so. The server runs on the first core that
-this process may use, the client on the last one.
+`python benchmarks/serving_hot_path.py [--seconds 5]` prints one JSON document. The driver is wrk where it is on the
+PATH, otherwise an asyncio client (slower than the server: the document says which). The server runs on the first core
+that this process may use, the client on the last one.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ file:close()
 local length = os.getenv("BENCH_HEADER_LENGTH")
 if length ~= "" then wrk.headers["Inference-Header-Content-Length"] = length end
 done = function(summary, latency, requests)
-    local bad = summary.errors.status + summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.timeout
-    io.write(string.format("RESULT %d %d %d %d %d\\n", summary.requests, summary.duration, latency:percentile(50), latency:percentile(99), bad))
+    local e = summary.errors
+    local bad = e.status + e.connect + e.read + e.write + e.timeout
+    local p50, p99 = latency:percentile(50), latency:percentile(99)
+    io.write(string.format("RESULT %d %d %d %d %d\\n", summary.requests, summary.duration, p50, p99, bad))
 end
 """
 
@@ -87,7 +89,7 @@ def bodies() -> dict[str, tuple[bytes, int | None]]:
 async def serve(descriptor: int, path: Path) -> None:
     import uvicorn
 
-    from serving.api import create_app
+    from serving.api import create_app, freeze_startup_objects
     from serving.engine import LoadedVersion
     from serving.protocol import bounded_protocol
     from serving.routing import Route
@@ -109,6 +111,7 @@ async def serve(descriptor: int, path: Path) -> None:
         performance=SimpleNamespace(max_concurrent_requests=256),
     )
     app = create_app(serving, settings=settings, nudge=nudge, info=dict)
+    freeze_startup_objects()
     config = uvicorn.Config(
         app,
         http=bounded_protocol(30.0),
@@ -183,7 +186,7 @@ def health_under_load(address: str, folder: Path, driver: str, seconds: float) -
     """Latency of health checks while 64 connections infer as fast as they can."""
     from concurrent.futures import ThreadPoolExecutor
 
-    latencies = []
+    latencies: list[float] = []
     with ThreadPoolExecutor(1) as pool:
         if driver == "wrk":
             load = pool.submit(drive_with_wrk, address, folder, "json", 64, seconds)
@@ -202,7 +205,7 @@ def health_under_load(address: str, folder: Path, driver: str, seconds: float) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of each of the six runs")
+    parser.add_argument("--seconds", type=int, default=5, help="length of each of the six runs")
     parser.add_argument("--serve", nargs=2, metavar=("FD", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
@@ -237,7 +240,7 @@ def main() -> None:
             for kind in ("json", "binary"):
                 for connections in CONNECTIONS:
                     if driver == "wrk":
-                        drive_with_wrk(address, folder, kind, connections, 0.5)
+                        drive_with_wrk(address, folder, kind, connections, 1)
                         result = drive_with_wrk(address, folder, kind, connections, options.seconds)
                     else:
                         result = drive_with_asyncio(address, kind, connections, options.seconds)

@@ -35,7 +35,9 @@ def connect() -> Connections:
     """Resolve the blocks that the settings describe. Raises SettingsError, UnavailableError."""
     settings = load_settings()
     artifacts = Artifacts.from_settings(settings)
-    return Connections(settings, RegistryDatabase.from_settings(settings).connect(), artifacts.connect(), artifacts.cache)
+    return Connections(
+        settings, RegistryDatabase.from_settings(settings).connect(), artifacts.connect(), artifacts.cache
+    )
 
 
 def run_id() -> str | None:

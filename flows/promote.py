@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
 from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
+from prefect.tasks import Task
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.common import Connections, artifact_key, connect, logger, run_id, when_unavailable
@@ -18,6 +20,9 @@ from registry.policy import PromotionPolicy
 from tasks import lease, promotion, servers, story
 from tasks.promotion import Ended, Promoting
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 class PromoteModel(BaseModel):
     """Which version goes up, and how."""
@@ -26,12 +31,16 @@ class PromoteModel(BaseModel):
 
     model: str = Field(description="Name of the model, as in `modelkeep models`.")
     version: str = Field(description="The version to promote.")
-    environment: str | None = Field(default=None, description="Where to; empty: the environment that the settings name.")
+    environment: str | None = Field(
+        default=None, description="Where to; empty: the environment that the settings name."
+    )
     strategy: Literal["canary", "blue-green"] = Field(
-        default="canary", description="canary: stage by stage. blue-green: everything at once after the shadow, then watched."
+        default="canary",
+        description="canary: stage by stage. blue-green: everything at once after the shadow, then watched.",
     )
     force: bool = Field(
-        default=False, description="Give it all of the traffic whatever the validation says, without a canary. Needs a reason."
+        default=False,
+        description="Give it all of the traffic whatever the validation says, without a canary. Needs a reason.",
     )
     reason: str | None = Field(default=None, description="Why; it goes on record. Needed to force.")
     policy: PromotionPolicy | None = Field(
@@ -39,19 +48,25 @@ class PromoteModel(BaseModel):
     )
 
 
-_retried: dict[str, Any] = {
-    "retries": 30,
-    "retry_delay_seconds": 2,
-    "retry_condition_fn": when_unavailable,
-    "persist_result": False,
-    "cache_policy": NO_CACHE,
-}
-validate = task(promotion.validate, name="validate", **_retried)
-shadow = task(promotion.shadow, name="shadow", **_retried)
-canary = task(promotion.canary, name="canary", **_retried)
-promote = task(promotion.promote, name="promote", **_retried)
-soak = task(promotion.soak, name="soak", **_retried)
-take_all = task(promotion.without_comparison, name="take-all", **_retried)
+def _step(name: str, work: Callable[P, R]) -> Task[P, R]:
+    """A step as a Prefect task. Every step can be taken up again where it stopped, so one that got no answer is repeated."""
+    return task(
+        name=name,
+        retries=30,
+        retry_delay_seconds=2,
+        retry_condition_fn=when_unavailable,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )(work)
+
+
+validate = _step("validate", promotion.validate)
+baseline = _step("baseline", promotion.baseline)
+shadow = _step("shadow", promotion.shadow)
+canary = _step("canary", promotion.canary)
+promote = _step("promote", promotion.promote)
+soak = _step("soak", promotion.soak)
+take_all = _step("take-all", promotion.without_comparison)
 
 
 @flow(
@@ -117,8 +132,10 @@ def _steps(work: Promoting) -> Ended:
         return take_all(work, "it is the first version in this environment: there is nothing to compare it with")
     if not servers.alive(work.database, operation.environment) and not operation.progress.get("windows"):
         return take_all(
-            work, "no server answers, so there is no traffic to judge it by: the route is set and takes effect when a server comes"
+            work,
+            "no server answers, so there is no traffic to judge it by: the route is set and takes effect when a server comes",
         )
+    baseline(work)
     shadow(work)
     canary(work)
     promote(work)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
 from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,20 +22,27 @@ class RollbackModel(BaseModel):
     model_config = ConfigDict(extra="forbid", title="Rollback")
 
     model: str = Field(description="Name of the model.")
-    to: str | None = Field(default=None, description="The version to go back to; empty: the stable version before this one.")
+    to: str | None = Field(
+        default=None, description="The version to go back to; empty: the stable version before this one."
+    )
     environment: str | None = Field(default=None, description="Where; empty: the environment that the settings name.")
     strategy: Literal["instant", "emergency"] = Field(
-        default="instant", description="instant waits for its turn; emergency takes the model away from whatever runs on it."
+        default="instant",
+        description="instant waits for its turn; emergency takes the model away from whatever runs on it.",
     )
     reason: str = Field(default="", description="Why; it goes on record.")
 
 
 # The change is one transaction that either happened or did not, so repeating it after "no answer" is not safe; following is.
-change = task(rollback.change, name="change-route", persist_result=False, cache_policy=NO_CACHE)
+change = task(name="change-route", persist_result=False, cache_policy=NO_CACHE)(rollback.change)
 follow = task(
-    rollback.follow, name="follow", retries=5, retry_delay_seconds=2, retry_condition_fn=when_unavailable, persist_result=False,
+    name="follow",
+    retries=5,
+    retry_delay_seconds=2,
+    retry_condition_fn=when_unavailable,
+    persist_result=False,
     cache_policy=NO_CACHE,
-)
+)(rollback.follow)
 
 
 @flow(

@@ -25,14 +25,13 @@ class ValidateModels(BaseModel):
 
 
 check = task(
-    revalidation.check,
     name="validate",
     retries=3,
     retry_delay_seconds=10,
     retry_condition_fn=when_unavailable,
     cache_policy=NO_CACHE,
     persist_result=False,
-)
+)(revalidation.check)
 
 
 @flow(
@@ -46,13 +45,22 @@ def validate_models(request: ValidateModels | None = None) -> State[Any]:
     with_all = connect()
     environment = request.environment or with_all.settings.environment
     found = [
-        check(with_all.database, with_all.artifacts, with_all.cache, subject, with_all.settings.promotion, flow_run_id=run_id())
+        check(
+            with_all.database,
+            with_all.artifacts,
+            with_all.cache,
+            subject,
+            with_all.settings.promotion,
+            flow_run_id=run_id(),
+        )
         for subject in revalidation.subjects(with_all.database, environment, request.model)
     ]
     for result in found:
         logger().info("%s: %s", result.name, result.text)
     create_markdown_artifact(
-        revalidation.as_markdown(environment, found), key=artifact_key("validation", environment), description="Validation"
+        revalidation.as_markdown(environment, found),
+        key=artifact_key("validation", environment),
+        description="Validation",
     )
     bad = [result.name for result in found if not result.passed]
     if bad:

@@ -81,7 +81,9 @@ def register(
     path: Annotated[Path, typer.Argument(help="An ONNX or TorchScript file, or a folder that holds one.")],
     name: Annotated[str, typer.Option("--name", help="Name of the model.")],
     version: Annotated[str | None, typer.Option("--version", help="Default: the next number.")] = None,
-    golden: Annotated[Path | None, typer.Option("--golden", help="Golden cases (.npz): input.NAME, label, output.NAME.")] = None,
+    golden: Annotated[
+        Path | None, typer.Option("--golden", help="Golden cases (.npz): input.NAME, label, output.NAME.")
+    ] = None,
     tag: Annotated[list[str] | None, typer.Option("--tag", help="KEY=VALUE, as often as you like.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -102,7 +104,9 @@ def register(
         output.document(result.as_dict())
         return
     what = "registered" if result.created else "is registered already, with the same bytes: nothing to do"
-    output.say(f"{result.model} {result.version} {what} ({result.format}, {output.size(result.size_bytes)}, {result.digest[:12]}…)")
+    output.say(
+        f"{result.model} {result.version} {what} ({result.format}, {output.size(result.size_bytes)}, {result.digest[:12]}…)"
+    )
     if result.created:
         output.say(f"next: modelkeep promote {result.model} {result.version}")
 
@@ -113,7 +117,9 @@ def promote(
     version: Annotated[str, typer.Argument(help="The version to promote.")],
     environment: Where = None,
     strategy: Annotated[str, typer.Option("--strategy", help="canary or blue-green.")] = "canary",
-    force: Annotated[bool, typer.Option("--force", help="All of the traffic whatever the validation says. Needs --reason.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="All of the traffic whatever the validation says. Needs --reason.")
+    ] = False,
     reason: Reason = None,
     no_canary: Annotated[bool, typer.Option("--no-canary", help="The same as --strategy blue-green.")] = False,
     as_json: Json = False,
@@ -127,7 +133,14 @@ def promote(
     with opened() as context:
         with context.database.read() as session:
             versions.get(session, name, version)  # a wrong name shall not wait for Prefect
-        request = {"model": name, "version": version, "environment": environment, "strategy": strategy, "force": force, "reason": reason}
+        request = {
+            "model": name,
+            "version": version,
+            "environment": environment,
+            "strategy": strategy,
+            "force": force,
+            "reason": reason,
+        }
         code, identity, message = _run_promotion(context, request)
         if identity is None:
             output.problem(message)
@@ -152,7 +165,9 @@ def _run_promotion(context: Context, request: dict[str, Any]) -> tuple[int, str 
     state = promote_model(PromoteModel(**request), return_state=True)
     run = str(state.state_details.flow_run_id) if state.state_details.flow_run_id else None
     with context.database.read() as session:
-        found = next((p for p in promotions.listed(session, model=request["model"]) if run and p["flow_run_id"] == run), None)
+        found = next(
+            (p for p in promotions.listed(session, model=request["model"]) if run and p["flow_run_id"] == run), None
+        )
     if state.name == "Locked":
         return 4, None, state.message or "locked"
     if state.name == "Promoted":
@@ -168,7 +183,9 @@ def rollback(
     name: Annotated[str, typer.Argument(help="Name of the model.")],
     to: Annotated[str | None, typer.Option("--to", help="Default: the stable version before this one.")] = None,
     environment: Where = None,
-    strategy: Annotated[str, typer.Option("--strategy", help="instant, or emergency: pre-empts whatever runs, without Prefect.")] = "instant",
+    strategy: Annotated[
+        str, typer.Option("--strategy", help="instant, or emergency: pre-empts whatever runs, without Prefect.")
+    ] = "instant",
     reason: Reason = None,
     as_json: Json = False,
 ) -> None:
@@ -219,7 +236,9 @@ def status(as_json: Json = False) -> None:
         with context.database.read() as session:
             routes, _ = replicas.desired(session, environment)
             rows = replicas.listed(session, environment)
-            running = [p for p in promotions.listed(session, environment=environment) if p["state"] == promotions.RUNNING]
+            running = [
+                p for p in promotions.listed(session, environment=environment) if p["state"] == promotions.RUNNING
+            ]
         living = servers.alive(context.database, environment)
     document = {
         "environment": environment,
@@ -303,7 +322,9 @@ def audit_verify(as_json: Json = False) -> None:
              "anchors": verdict.anchors, "faults": verdict.faults}
         )  # fmt: skip
     elif verdict.holds:
-        output.say(f"the audit chain holds: {verdict.events} events, {verdict.anchors} anchors, head {verdict.head.hash[:16]}…")
+        output.say(
+            f"the audit chain holds: {verdict.events} events, {verdict.anchors} anchors, head {verdict.head.hash[:16]}…"
+        )
     else:
         for fault in verdict.faults:
             output.problem(fault)

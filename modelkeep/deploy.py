@@ -23,7 +23,9 @@ def prefect_file() -> Path:
     """prefect.yaml of this checkout. Raises ModelkeepError where modelkeep was installed without it."""
     path = Path(__file__).resolve().parent.parent / "prefect.yaml"
     if not path.is_file():
-        raise ModelkeepError(f"{path} is missing: run modelkeep from its checkout (pip install -e), or put the file there")
+        raise ModelkeepError(
+            f"{path} is missing: run modelkeep from its checkout (pip install -e), or put the file there"
+        )
     return path
 
 
@@ -48,7 +50,9 @@ def deploy_all(settings: Settings) -> list[str]:
         found = _find(settings, wanted)
         crons = sorted(s["schedule"].get("cron", "") for s in found["schedules"]) if found else []
         if found is None or crons != sorted(s["cron"] for s in wanted["schedules"]):
-            missing.append(f"{wanted['name']} (wanted schedules {[s['cron'] for s in wanted['schedules']]}, found {crons})")
+            missing.append(
+                f"{wanted['name']} (wanted schedules {[s['cron'] for s in wanted['schedules']]}, found {crons})"
+            )
         else:
             lines.append(f"deployment {found['name']}" + (f" at {', '.join(crons)}" if crons else ""))
     if missing:

@@ -36,7 +36,11 @@ def examine(settings: Settings) -> list[Finding]:
         level: Literal["ok", "warning"] = "ok" if free > 2e9 else "warning"
         findings.append(Finding(level, "home", f"{settings.home}, {free / 1e9:.1f} GB free"))
     except OSError as error:
-        findings.append(Finding("error", "home", f"{settings.home}: {error.strerror}; set MODELKEEP_HOME to a folder you can write to"))
+        findings.append(
+            Finding(
+                "error", "home", f"{settings.home}: {error.strerror}; set MODELKEEP_HOME to a folder you can write to"
+            )
+        )
     try:
         database = open_database(settings)
         database.prepare()

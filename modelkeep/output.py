@@ -95,7 +95,10 @@ def promotions(rows: list[dict[str, Any]], *, as_json: bool) -> None:
 
 
 def promotion(row: dict[str, Any], steps: list[dict[str, Any]]) -> None:
-    say(f"{row['model']} {row['version']} in {row['environment']}: {row['state']}" + (f" ({row['reason']})" if row["reason"] else ""))
+    say(
+        f"{row['model']} {row['version']} in {row['environment']}: {row['state']}"
+        + (f" ({row['reason']})" if row["reason"] else "")
+    )
     table(
         ["when", "step", "what", "why"],
         [[step["at"][11:19], step["step"], step["title"], step["detail"]] for step in steps],
@@ -120,7 +123,12 @@ def status(found: dict[str, Any]) -> None:
     table(
         ["model", "stable", "candidate", "share"],
         [
-            [m["model"], m["stable"], m["candidate"], "shadow" if m["shadow"] else f"{m['weight']:.0%}" if m["candidate"] else None]
+            [
+                m["model"],
+                m["stable"],
+                m["candidate"],
+                "shadow" if m["shadow"] else f"{m['weight']:.0%}" if m["candidate"] else None,
+            ]
             for m in found["models"]
         ],
         empty="no model is served yet; promote one: modelkeep promote NAME VERSION",
@@ -129,13 +137,21 @@ def status(found: dict[str, Any]) -> None:
     table(
         ["server", "address", "generation", "answers", "errors"],
         [
-            [s["id"], s["address"], s["generation"], "yes" if s["answers"] else "no", "; ".join(f"{k}: {v}" for k, v in s["errors"].items())]
+            [
+                s["id"],
+                s["address"],
+                s["generation"],
+                "yes" if s["answers"] else "no",
+                "; ".join(f"{k}: {v}" for k, v in s["errors"].items()),
+            ]
             for s in found["servers"]
         ],
         empty="no server has reported yet; start one: modelkeep serve",
     )
     for running in found["promotions_running"]:
-        say(f"\npromotion {running['id']}: {running['model']} {running['version']}, step {running['step']}, by {running['actor']}")
+        say(
+            f"\npromotion {running['id']}: {running['model']} {running['version']}, step {running['step']}, by {running['actor']}"
+        )
 
 
 def findings(rows: Sequence[Any]) -> None:

@@ -95,7 +95,18 @@ class Up:
             Child("prefect", [*python, "prefect", "server", "start", "--host", host, "--port", port], environment),
             Child(
                 "worker",
-                [*python, "prefect", "worker", "start", "--pool", "modelkeep", "--type", "process", "--name", "modelkeep"],
+                [
+                    *python,
+                    "prefect",
+                    "worker",
+                    "start",
+                    "--pool",
+                    "modelkeep",
+                    "--type",
+                    "process",
+                    "--name",
+                    "modelkeep",
+                ],
                 {**environment, **heartbeat},
                 ready=self._worker_may_start,
             ),
@@ -151,7 +162,9 @@ class Up:
                 time.sleep(5.0)
         if not self._stopping:
             address = f"http://{self.settings.server.host}:{self.settings.server.port}"
-            output.say(f"       up | ready: inference {address}, Prefect {self.settings.prefect.api_url.removesuffix('/api')}; Ctrl-C ends it")
+            output.say(
+                f"       up | ready: inference {address}, Prefect {self.settings.prefect.api_url.removesuffix('/api')}; Ctrl-C ends it"
+            )
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         self._stopping = True
@@ -176,5 +189,3 @@ class Up:
 def run(settings: Settings) -> int:
     """Keep all three running until Ctrl-C or SIGTERM. Returns the exit code."""
     return Up(settings).run()
-
-

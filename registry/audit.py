@@ -122,7 +122,9 @@ def verify(session: Session, anchors: Path | None = None) -> Verdict:
     """
     faults: list[str] = []
     previous, expected, hashes = GENESIS, 1, {0: GENESIS}
-    for event in session.execute(select(AuditEvent).order_by(AuditEvent.seq).execution_options(yield_per=1000)).scalars():
+    for event in session.execute(
+        select(AuditEvent).order_by(AuditEvent.seq).execution_options(yield_per=1000)
+    ).scalars():
         if event.seq > expected:
             gap = f"event {expected} is" if event.seq == expected + 1 else f"events {expected} to {event.seq - 1} are"
             faults.append(f"{gap} missing: removed from the table")

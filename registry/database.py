@@ -123,7 +123,9 @@ class Database:
 def _translate(error: DBAPIError, url: str) -> ModelkeepError | DBAPIError:
     message = str(error.orig).lower()
     if "disk is full" in message or "disk i/o error" in message:
-        return StorageError(f"the registry {url} could not be written: {error.orig}; free some space and repeat the command")
+        return StorageError(
+            f"the registry {url} could not be written: {error.orig}; free some space and repeat the command"
+        )
     if "readonly" in message or "read-only" in message or "unable to open database file" in message:
         return StorageError(
             f"the registry {url} cannot be opened for writing: {error.orig}; check its folder's permissions, or set MODELKEEP_HOME"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
@@ -32,27 +34,50 @@ class PromotionPolicy(BaseModel):
     sudden_requests: int = Field(
         default=20, ge=1, description="From this many candidate requests on, the share below stops the canary at once."
     )
-    sudden_share: float = Field(default=0.5, gt=0, le=1, description="Share of bad requests that stops the canary at once.")
+    sudden_share: float = Field(
+        default=0.5, gt=0, le=1, description="Share of bad requests that stops the canary at once."
+    )
+    slow_factor: float = Field(
+        default=1.25,
+        ge=1,
+        le=100,
+        description="An answer is slow when it takes longer than this many times the stable version's p95, frozen before the candidate came.",
+    )
     deadline_seconds: float = Field(
         default=3600.0, gt=0, description="A stage without enough requests by then is held: no decision without data."
+    )
+    baseline_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="How long the stable version is measured alone, to freeze its p95, before the candidate is loaded.",
     )
     shadow_seconds: float = Field(
         default=60.0, ge=0, description="How long the candidate sees copies of live requests before it answers any."
     )
     shadow_requests: int = Field(
-        default=300, ge=0, description="Copies that it should have seen by the end of the shadow stage; fewer are reported, not held against it."
+        default=300,
+        ge=0,
+        description="Copies that it should have seen by the end of the shadow stage; fewer are reported, not held against it.",
     )
     shadow_gate: bool = Field(
-        default=True, description="Withdraw a candidate that fails or is slow on copies already, before it answers anyone."
+        default=True,
+        description="Withdraw a candidate that fails or is slow on copies already, before it answers anyone.",
     )
     soak_seconds: float = Field(
-        default=300.0, ge=0, description="How long the new stable version is watched after the promotion, and taken back if it is bad."
+        default=300.0,
+        ge=0,
+        description="How long the new stable version is watched after the promotion, and taken back if it is bad.",
     )
     accuracy_margin: float = Field(
-        default=0.02, ge=0, le=1, description="How much accuracy on the golden cases the candidate may lose against the stable version."
+        default=0.02,
+        ge=0,
+        le=1,
+        description="How much accuracy on the golden cases the candidate may lose against the stable version.",
     )
     latency_ratio: float = Field(
-        default=2.0, gt=0, description="The candidate's median latency may be this many times the stable version's (measured interleaved)."
+        default=2.0,
+        gt=0,
+        description="The candidate's median latency may be this many times the stable version's (measured interleaved).",
     )
     memory_ratio: float = Field(
         default=4.0, gt=0, description="The candidate's memory may be this many times the stable version's."
@@ -65,6 +90,6 @@ class PromotionPolicy(BaseModel):
     def _rising_to_one(cls, stages: list[float]) -> list[float]:
         if not stages or stages[-1] != 1.0:
             raise ValueError(f"stages {stages}: the last stage must be 1.0 (all of the traffic)")
-        if any(not 0 < share <= 1 for share in stages) or any(a >= b for a, b in zip(stages, stages[1:], strict=False)):
+        if any(not 0 < share <= 1 for share in stages) or any(a >= b for a, b in pairwise(stages)):
             raise ValueError(f"stages {stages}: shares must rise, each above 0 and at most 1")
         return stages

@@ -181,13 +181,18 @@ def stage(
         epoch = routes.lock_environment(transaction, operation.environment).epoch
         merged = dict(progress or {})
         if window is not None:
-            windows = [*operation.progress.get("windows", []), {**window, "epoch": epoch, "generation": route.generation}]
+            windows = [
+                *operation.progress.get("windows", []),
+                {**window, "epoch": epoch, "generation": route.generation},
+            ]
             merged["windows"] = windows
         _note(transaction, operation, step, title, detail, {"generation": route.generation, **(figures or {})}, merged)
         return epoch, route.generation
 
 
-def promote(database: Database, operation: Operation, *, title: str, detail: str, watch: bool, window: dict[str, Any]) -> int:
+def promote(
+    database: Database, operation: Operation, *, title: str, detail: str, watch: bool, window: dict[str, Any]
+) -> int:
     """Make the candidate the stable version; the one before it is retired. With `watch` it is counted on for the soak."""
     with _write(database, operation) as transaction:
         _make_stable(transaction, operation.environment, operation.model, operation.version, reason=title)
@@ -205,7 +210,10 @@ def promote(database: Database, operation: Operation, *, title: str, detail: str
         progress = {"soak": {**window, "epoch": epoch, "generation": route.generation}, "promoted": True}
         _note(transaction, operation, "promote", title, detail, {"generation": route.generation}, progress)
         transaction.record(
-            "promotion.promoted", operation.subject, after={"stable": operation.version, "before": operation.stable}, reason=title
+            "promotion.promoted",
+            operation.subject,
+            after={"stable": operation.version, "before": operation.stable},
+            reason=title,
         )
         return route.generation
 
@@ -237,7 +245,9 @@ def expire(database: Database, environment: str, beat: leases.Beat, *, observer:
         identity = lease.promotion
         lease.state, lease.promotion = leases.RELEASED, None
         reason = f"the run that held the lease has not moved for {beat.ttl_seconds:g} s"
-        transaction.record("lease.expired", beat.subject, before={"token": beat.token, "heartbeat": beat.heartbeat}, reason=reason)
+        transaction.record(
+            "lease.expired", beat.subject, before={"token": beat.token, "heartbeat": beat.heartbeat}, reason=reason
+        )
         promotion = transaction.session.get(Promotion, identity) if identity else None
         if promotion is None or promotion.state != RUNNING:
             return identity
@@ -248,7 +258,11 @@ def expire(database: Database, environment: str, beat: leases.Beat, *, observer:
             "promoted" if soaking else "withdrawn",
             "Lease expired",
             f"{reason}; seen by {observer}. "
-            + ("The version had been promoted; its soak was cut short." if soaking else "The candidate is withdrawn, the stable version stays."),
+            + (
+                "The version had been promoted; its soak was cut short."
+                if soaking
+                else "The candidate is withdrawn, the stable version stays."
+            ),
             {},
         )
         return identity
@@ -286,11 +300,18 @@ def roll_back(
                 closed = True
         else:
             held = leases.acquire(
-                transaction, subject, environment, holder=f"rollback by {transaction.actor}", ttl_seconds=ttl_seconds, promotion=None
+                transaction,
+                subject,
+                environment,
+                holder=f"rollback by {transaction.actor}",
+                ttl_seconds=ttl_seconds,
+                promotion=None,
             )
             leases.release(transaction, held)
         # To withdraw what was under way is the rollback that was asked for, unless a version was named.
-        target = to or (route.stable if closed and route.stable else routes.previous_stable(session, environment, model))
+        target = to or (
+            route.stable if closed and route.stable else routes.previous_stable(session, environment, model)
+        )
         row = versions.get(session, model, target)
         if row.state in ("archived", "rejected", "registered"):
             raise RefusedError(f"{model} {target} is {row.state}: only a validated version can take traffic")
@@ -305,9 +326,19 @@ def roll_back(
             transaction, environment, model, routes.Desired(stable=target), kind="rollback", reason=reason
         )
         transaction.record(
-            "model.rolled-back", f"model:{environment}/{model}", before={"stable": before}, after={"stable": target}, reason=reason
+            "model.rolled-back",
+            f"model:{environment}/{model}",
+            before={"stable": before},
+            after={"stable": target},
+            reason=reason,
         )
-        return {"model": model, "environment": environment, "from": before, "to": target, "generation": changed.generation}
+        return {
+            "model": model,
+            "environment": environment,
+            "from": before,
+            "to": target,
+            "generation": changed.generation,
+        }
 
 
 def get(session: Session, identity: str) -> Promotion:
@@ -317,7 +348,9 @@ def get(session: Session, identity: str) -> Promotion:
     return row
 
 
-def listed(session: Session, *, model: str | None = None, environment: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
+def listed(
+    session: Session, *, model: str | None = None, environment: str | None = None, limit: int = 50
+) -> list[dict[str, Any]]:
     query = select(Promotion).order_by(Promotion.created_at.desc()).limit(limit)
     if model is not None:
         query = query.where(Promotion.model == model)
@@ -350,7 +383,14 @@ def story(session: Session, identity: str) -> list[dict[str, Any]]:
         select(PromotionStep).where(PromotionStep.promotion == identity).order_by(PromotionStep.number)
     )
     return [
-        {"number": s.number, "at": clock.text(s.at), "step": s.step, "title": s.title, "detail": s.detail, "figures": s.figures}
+        {
+            "number": s.number,
+            "at": clock.text(s.at),
+            "step": s.step,
+            "title": s.title,
+            "detail": s.detail,
+            "figures": s.figures,
+        }
         for s in rows
     ]
 
@@ -376,7 +416,9 @@ class _write:
         try:
             suppressed = self._context.__exit__(*error)
         except BaseException:
-            self._operation.step, self._operation.progress = self._before  # the commit failed: nothing of it is on record
+            self._operation.step, self._operation.progress = (
+                self._before
+            )  # the commit failed: nothing of it is on record
             raise
         if error[0] is not None:
             self._operation.step, self._operation.progress = self._before
@@ -441,7 +483,13 @@ def _add_step(
     number = (session.scalar(select(func.max(PromotionStep.number)).where(PromotionStep.promotion == row.id)) or 0) + 1
     session.add(
         PromotionStep(
-            promotion=row.id, number=number, at=clock.now(), step=step, title=title[:255], detail=detail, figures=figures
+            promotion=row.id,
+            number=number,
+            at=clock.now(),
+            step=step,
+            title=title[:255],
+            detail=detail,
+            figures=figures,
         )
     )
     transaction.record(f"promotion.{step}", f"promotion:{row.id}", after={"title": title}, reason=detail[:2000])
@@ -475,9 +523,15 @@ def _close(
         if outcome == "promoted":
             # The route stays; only the counting ends.
             routes.change(
-                transaction, row.environment, row.model, routes.Desired(stable=row.version), kind="settled", reason=title, promotion=None
+                transaction,
+                row.environment,
+                row.model,
+                routes.Desired(stable=row.version),
+                kind="settled",
+                reason=title,
+                promotion=None,
             )
-        elif route.candidate is not None or promoted:
+        elif route.candidate is not None or route.watch:
             stable = row.from_version
             if promoted and stable is not None:
                 states.place(transaction, row.model, stable, row.environment, "stable", reason=title)

@@ -44,7 +44,9 @@ class Report:
 def pulse(session: Session, environment: str) -> Pulse | None:
     """One cheap query. None where the environment has no route yet."""
     rows = session.execute(
-        select(Environment.epoch, Environment.generation, Lease.subject, Lease.token, Lease.heartbeat, Lease.ttl_seconds)
+        select(
+            Environment.epoch, Environment.generation, Lease.subject, Lease.token, Lease.heartbeat, Lease.ttl_seconds
+        )
         .join(Lease, (Lease.environment == Environment.name) & (Lease.state == "held"), isouter=True)
         .where(Environment.name == environment)
     ).all()
@@ -59,7 +61,7 @@ def desired(session: Session, environment: str) -> tuple[list[Route], list[Versi
     routes = list(session.scalars(select(Route).where(Route.environment == environment)))
     wanted = {(route.model, version) for route in routes for version in (route.stable, route.candidate) if version}
     models = {model for model, _ in wanted}
-    rows = session.scalars(select(Version).where(Version.model.in_(models))) if models else []
+    rows: Iterable[Version] = session.scalars(select(Version).where(Version.model.in_(models))) if models else []
     return routes, [row for row in rows if (row.model, row.version) in wanted]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Index, Integer, MetaData, String, Text, TypeDecorator
 from sqlalchemy.dialects.mysql import LONGTEXT
@@ -48,7 +48,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON, dt.datetime: UtcDateTime}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, list[Any]: JSON, dt.datetime: UtcDateTime}
 
 
 class Model(Base):
@@ -137,7 +137,7 @@ class RouteChange(Base):
     epoch: Mapped[str] = mapped_column(String(32), primary_key=True)
     model: Mapped[str] = mapped_column(String(NAME), index=True)
     kind: Mapped[str] = mapped_column(String(16))
-    """first | shadow | canary | promote | withdraw | rollback | force"""
+    """first | baseline | shadow | canary | promote | settled | withdraw | rollback"""
     stable: Mapped[str | None] = mapped_column(String(NAME))
     candidate: Mapped[str | None] = mapped_column(String(NAME))
     weight: Mapped[float]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +45,9 @@ class ArtifactStore(Protocol):
         """A local path to verified bytes. Raises ArtifactError where they are missing or not those of the digest."""
 
     def has(self, digest: str) -> bool: ...
+
+    def intake(self) -> AbstractContextManager[Path]:
+        """A private folder for files that are looked at before they are stored. It is gone when the block ends."""
 
 
 def artifact_digest(files: Iterable[StoredFile]) -> str:
@@ -108,7 +113,9 @@ class DirectoryStore:
                 f"artifact {digest} is not in {self.folder}: restore it from a backup, or register the file again"
             ) from error
         except OSError as error:
-            raise StorageError(f"artifact {digest} in {self.folder} cannot be read: {error.strerror or error}") from error
+            raise StorageError(
+                f"artifact {digest} in {self.folder} cannot be read: {error.strerror or error}"
+            ) from error
         if found != digest:
             raise ArtifactError(
                 f"artifact {digest} in {self.folder} is corrupt: its bytes hash to {found}; "
@@ -119,11 +126,27 @@ class DirectoryStore:
     def has(self, digest: str) -> bool:
         return self._place(digest).exists()
 
+    @contextlib.contextmanager
+    def intake(self) -> Iterator[Path]:
+        incoming = self.folder / "incoming"
+        try:
+            incoming.mkdir(parents=True, exist_ok=True)
+            private = Path(tempfile.mkdtemp(dir=incoming))
+        except OSError as error:
+            raise _storage_error(error, Path("the model"), self.folder) from error
+        try:
+            yield private
+        finally:
+            shutil.rmtree(private, ignore_errors=True)
+
     def clean_incoming(self) -> int:
         """Remove what a killed writer left. Returns how many. Only safe while nobody writes."""
-        left = [path for path in (self.folder / "incoming").glob("*") if path.is_file()]
+        left = list((self.folder / "incoming").glob("*"))
         for path in left:
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         return len(left)
 
     def _intact(self, place: Path, digest: str) -> bool:
@@ -187,4 +210,6 @@ def _storage_error(error: OSError, path: Path, folder: Path) -> StorageError:
         errno.EACCES: "check the permissions",
         errno.EPERM: "check the permissions",
     }.get(error.errno or 0, "check the disk")
-    return StorageError(f"{path} could not be stored in {folder}: {error.strerror or error}; {remedy}. Nothing was left behind.")
+    return StorageError(
+        f"{path} could not be stored in {folder}: {error.strerror or error}; {remedy}. Nothing was left behind."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from registry import clock, formats, names
 from registry.database import Database, Transaction
-from registry.errors import ConflictError, NotFoundError, RefusedError
+from registry.errors import ConflictError, NotFoundError, RefusedError, StorageError
 from registry.schema import Model, Placement, Route, Version
 from registry.signature import Signature
 from registry.store import ArtifactStore, StoredFile, artifact_digest, file_digest
@@ -55,18 +56,20 @@ def register(
     names.check_model_name(name)
     if version is not None:
         names.check_version(version)
-    found = formats.inspect(path, max_bytes=max_bytes)
     golden_facts = formats_golden(golden) if golden is not None else None
-    listed = [StoredFile(file.name, *file_digest(file)) for file in found.files]
-    digest = artifact_digest(listed)
-
-    with database.read() as session:
-        existing = session.get(Version, (name, version)) if version is not None else _same_bytes(session, name, digest)
-        if existing is not None:
-            return _again(existing, digest, path)
-    stored = [store.put(file) for file in found.files]
-    if stored != listed:
-        raise ConflictError(f"{path} changed while it was being registered: wait until it is written, then register it again")
+    with store.intake() as private:
+        # What is inspected is what is stored: a private copy that nobody can change in between.
+        found = formats.inspect(_copied(formats.inspect(path, max_bytes=max_bytes), private), max_bytes=max_bytes)
+        stated = _stated(found)
+        listed = [StoredFile(file.name, *file_digest(file)) for file in found.files]
+        digest = artifact_digest(listed)
+        with database.read() as session:
+            existing = (
+                session.get(Version, (name, version)) if version is not None else _same_bytes(session, name, digest)
+            )
+            if existing is not None:
+                return _again(existing, digest, path)
+        stored = [store.put(file) for file in found.files]
     golden_stored = store.put(golden) if golden is not None else None
 
     with database.write(actor=actor) as transaction:
@@ -78,7 +81,7 @@ def register(
             transaction.record("model.created", f"model:{name}", after={"name": name})
         ordinal = (session.scalar(select(func.max(Version.ordinal)).where(Version.model == name)) or 0) + 1
         chosen = version or _next_number(session, name)
-        signature = found.signature
+        signature = found.signature or stated.signature
         row = Version(
             model=name,
             version=chosen,
@@ -89,7 +92,7 @@ def register(
             size_bytes=found.size_bytes,
             files=[file.as_dict() for file in stored],
             signature=signature.as_dict() if signature else None,
-            facts=dict(found.metadata),
+            facts={**found.metadata, **stated.metadata},
             tags=dict(tags or {}),
             golden_digest=golden_stored.digest if golden_stored else None,
             created_at=clock.now(),
@@ -109,6 +112,29 @@ def register(
             },
         )
         return _registered(row, created=True)
+
+
+def _copied(found: formats.ModelFile, folder: Path) -> Path:
+    """The model's files, and its model.toml, in a folder of our own. Returns the path of the file to load."""
+    described = found.path.parent / formats.MODEL_TOML
+    try:
+        for file in [*found.files, *([described] if described.is_file() else [])]:
+            shutil.copyfile(file, folder / file.name)
+    except OSError as error:
+        raise StorageError(f"{found.path} could not be copied to {folder}: {error.strerror or error}") from error
+    return folder / found.path.name
+
+
+def _stated(found: formats.ModelFile) -> formats.ModelToml:
+    """What model.toml says of the model. Raises RefusedError where neither it nor the file says what goes in and out."""
+    described = found.path.parent / formats.MODEL_TOML
+    stated = formats.parse_model_toml(described) if described.is_file() else formats.ModelToml()
+    if found.signature is None and stated.signature is None:
+        raise RefusedError(
+            f"{found.path.name}: a {found.format} file does not say what its inputs and outputs are; put a {formats.MODEL_TOML} beside it "
+            "with [[inputs]] and [[outputs]] (name, datatype, shape)"
+        )
+    return stated
 
 
 def formats_golden(path: Path) -> dict[str, Any]:
@@ -132,7 +158,9 @@ def formats_golden(path: Path) -> dict[str, Any]:
     if not inputs:
         raise RefusedError(f"golden cases {path}: no array is named input.<tensor>; it has {sorted(rows) or 'nothing'}")
     if len(set(rows.values())) != 1 or not next(iter(rows.values())):
-        raise RefusedError(f"golden cases {path}: every array needs the same number of rows, at least one; it has {rows}")
+        raise RefusedError(
+            f"golden cases {path}: every array needs the same number of rows, at least one; it has {rows}"
+        )
     return {"cases": next(iter(rows.values())), "arrays": sorted(rows)}
 
 
@@ -145,7 +173,11 @@ def get(session: Session, model: str, version: str) -> Version:
         known = session.scalars(select(Model.name).order_by(Model.name).limit(20)).all()
         raise NotFoundError(
             f"there is no model {model!r}; "
-            + (f"known are {', '.join(known)}" if known else "none is registered yet: modelkeep register FILE --name NAME")
+            + (
+                f"known are {', '.join(known)}"
+                if known
+                else "none is registered yet: modelkeep register FILE --name NAME"
+            )
         )
     known = session.scalars(
         select(Version.version).where(Version.model == model).order_by(Version.ordinal.desc()).limit(20)

@@ -19,7 +19,7 @@ from registry.database import Database
 from registry.errors import ModelkeepError
 from registry.settings import Settings, load_settings
 from registry.store import open_store
-from serving.api import create_app
+from serving.api import create_app, freeze_startup_objects
 from serving.protocol import bounded_protocol
 from serving.reconcile import Reconciler
 from serving.state import Serving
@@ -89,6 +89,7 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
     )
     await reconciler.start()
     app = create_app(serving, settings=settings, nudge=reconciler.nudge, info=reconciler.info)
+    freeze_startup_objects()
     config = uvicorn.Config(
         app,
         loop="none",
@@ -114,12 +115,15 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="serving.child", description="Started by `modelkeep serve`, which holds the socket.")
+    parser = argparse.ArgumentParser(
+        prog="serving.child", description="Started by `modelkeep serve`, which holds the socket."
+    )
     parser.add_argument("--fd", type=int, required=True, help="the listening socket")
     parser.add_argument("--address", required=True, help="the address that the registry shall know")
     parser.add_argument("--folder", type=Path, required=True, help="where this replica keeps its state")
     options = parser.parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     # Without its parent nobody holds the socket: drain and go, so that the next start finds the port free.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     import uvloop

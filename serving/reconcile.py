@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -159,18 +160,21 @@ class Reconciler:
             self._prepared = True
         pulse = await self._in_thread(self._pulse)
         for beat in self._observer.stale(pulse.beats if pulse else ()):
-            observer = f"replica:{self.serving.replica_id}"
-            ended = await self._in_thread(
-                lambda beat=beat: promotions.expire(self.database, self.serving.environment, beat, observer=observer)
-            )
+            ended = await self._in_thread(partial(self._expire, beat))
             if ended is not None:
                 log.warning("withdrew promotion %s: its lease on %s stood still", ended, beat.subject)
                 pulse = await self._in_thread(self._pulse)
         due = self._retry is not None and self._monotonic() >= self._retry[0]
-        if pulse is not None and (due or (pulse.epoch, pulse.generation) != (self.serving.epoch, self.serving.generation)):
+        if pulse is not None and (
+            due or (pulse.epoch, pulse.generation) != (self.serving.epoch, self.serving.generation)
+        ):
             routes, wanted, epoch, generation = await self._in_thread(self._desired)
             await self._apply(LastState(epoch, generation, tuple(routes), tuple(wanted)), remember=True)
         await self._report()
+
+    def _expire(self, beat: leases.Beat) -> str | None:
+        observer = f"replica:{self.serving.replica_id}"
+        return promotions.expire(self.database, self.serving.environment, beat, observer=observer)
 
     def _pulse(self) -> replicas.Pulse | None:
         with self.database.read() as session:
@@ -221,7 +225,7 @@ class Reconciler:
                 loaded[key] = current
                 continue
             try:
-                loaded[key] = await self._in_thread(lambda version=version: self._load(version))
+                loaded[key] = await self._in_thread(partial(self._load, version))
             except ModelkeepError as error:
                 errors[key] = str(error)
             except Exception as error:
@@ -231,10 +235,9 @@ class Reconciler:
         routes = {route.model: self._servable(route, loaded, errors) for route in state.routes}
         for route in routes.values():
             # A route that had to stay on the old version keeps that version loaded.
-            for version in (route.stable, route.candidate):
-                key = (route.model, version or "")
-                if version is not None and key not in loaded and key in self.serving.loaded:
-                    loaded[key] = self.serving.loaded[key]
+            for name in filter(None, (route.stable, route.candidate)):
+                if (route.model, name) not in loaded and (route.model, name) in self.serving.loaded:
+                    loaded[route.model, name] = self.serving.loaded[route.model, name]
         self._supersede(routes)
         unneeded = self.serving.install(routes, loaded, state.epoch, state.generation)
         for old in unneeded:
@@ -303,7 +306,12 @@ class Reconciler:
 
     async def _drain(self, version: LoadedVersion) -> None:
         if not await version.drain(self.settings.server.drain_seconds):
-            log.error("%s %s still had requests after %g s", version.model, version.version, self.settings.server.drain_seconds)
+            log.error(
+                "%s %s still had requests after %g s",
+                version.model,
+                version.version,
+                self.settings.server.drain_seconds,
+            )
         version.close()
 
     def _supersede(self, routes: dict[str, Route]) -> None:

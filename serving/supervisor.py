@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import FrameType
 
 from registry.errors import SettingsError, UnavailableError
@@ -59,7 +58,7 @@ def who_listens(port: int) -> str | None:
 
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            if connection.status == psutil.CONN_LISTEN and tuple(connection.laddr)[1:2] == (port,) and connection.pid:
                 return f"{psutil.Process(connection.pid).name()}, process {connection.pid}"
     except psutil.Error:
         log.debug("the process on port %d cannot be named", port, exc_info=True)
@@ -115,7 +114,9 @@ class Supervisor:
         descriptor = self.listener.fileno()
         command = [sys.executable, "-P", "-m", "serving.child", "--fd", str(descriptor)]
         child = subprocess.Popen(
-            [*command, "--address", self.address, "--folder", str(self.folder)], pass_fds=[descriptor], stdin=subprocess.DEVNULL
+            [*command, "--address", self.address, "--folder", str(self.folder)],
+            pass_fds=[descriptor],
+            stdin=subprocess.DEVNULL,
         )
         (self.folder / "child.pid").write_text(str(child.pid))
         return child

@@ -20,7 +20,6 @@ from tasks.lease import Keeper
 
 FOLLOW_SECONDS = 60.0
 _P95_LEAST_REQUESTS = 50
-_SETTLE_SECONDS = 0.2
 
 
 class Ended(Exception):
@@ -118,7 +117,9 @@ def measure(
         stable=subjects[1],
         golden=artifacts.path(golden) if golden is not None else None,
     )
-    result = validation.run_probe(job, timeout_seconds=policy.validation_timeout_seconds, memory_mb=policy.validation_memory_mb)
+    result = validation.run_probe(
+        job, timeout_seconds=policy.validation_timeout_seconds, memory_mb=policy.validation_memory_mb
+    )
     return validation.decide(result, policy, has_stable=base is not None)
 
 
@@ -128,21 +129,69 @@ def without_comparison(work: Promoting, why: str) -> Ended:
     return work.end("promoted", f"{work.name} takes all of the traffic", why)
 
 
-def shadow(work: Promoting) -> None:
-    """Staging on one box: the candidate sees copies of live requests at weight 0. Freezes the stable version's p95.
+def baseline(work: Promoting) -> None:
+    """Measure the stable version alone under its live traffic, and freeze its p95.
 
-    Raises Ended("withdrawn") where it fails on copies and the policy says that this counts; Ended("held") where no server
-    could load it.
+    Alone, because a candidate that is loaded and busy beside it would make it slower and so hide its own slowness.
     """
     operation, policy = work.operation, work.policy
-    opened = [window["stage"] for window in operation.progress.get("windows", [])]
-    if opened[-1:] not in ([], ["shadow"]) or "slow_threshold_seconds" in operation.progress:
+    if "slow_threshold_seconds" in operation.progress:
         return  # an earlier process of this run has passed it
-    if not opened:
+    if not _opened(operation):
+        _route(
+            work,
+            Desired(stable=operation.stable, watch=True),
+            step="baseline",
+            kind="baseline",
+            title=f"{operation.model} {operation.stable} is measured alone",
+            detail=f"for {policy.baseline_seconds:g} s, to freeze its p95",
+            stage="baseline",
+            weight=0.0,
+        )
+    started = work.monotonic()
+    while work.monotonic() - started < policy.baseline_seconds:
+        _pause(work)
+    work.sleep(2 * work.poll_seconds)  # the servers' last reports
+    rows = _counts(work, _window(operation, "baseline")).get(operation.stable or "", [])
+    requests = sum(int(row["requests"]) for row in rows)
+    p95 = percentile(rows, 0.95) if requests >= _P95_LEAST_REQUESTS else None
+    threshold = None if p95 is None else p95 * policy.slow_factor
+    detail = (
+        f"{requests} requests; its p95 is frozen at {p95 * 1000:.2f} ms, slow is what takes more than {threshold * 1000:.2f} ms"
+        if p95 is not None and threshold is not None
+        else f"{requests} requests are too few to freeze a p95 (at least {_P95_LEAST_REQUESTS}), so slowness is not judged"
+    )
+    promotions.note(
+        work.database,
+        operation,
+        "baseline",
+        "baseline measured",
+        detail,
+        {"requests": requests, "stable_p95_seconds": p95, "slow_threshold_seconds": threshold},
+        progress={"slow_threshold_seconds": threshold},
+    )
+    work.tell(detail)
+
+
+def shadow(work: Promoting) -> None:
+    """Staging on one box: the candidate sees copies of live requests at weight 0.
+
+    Raises Ended("withdrawn") where it fails on copies and the policy says that this counts, or where no server can load it.
+    """
+    operation, policy = work.operation, work.policy
+    if _opened(operation)[-1:] not in (["baseline"], ["shadow"]):
+        return  # an earlier process of this run has passed it
+    if "shadow" not in _opened(operation):
         _place_staging(work)
         _route(
             work,
-            Desired(stable=operation.stable, candidate=operation.version, shadow=True, watch=True),
+            Desired(
+                stable=operation.stable,
+                candidate=operation.version,
+                shadow=True,
+                watch=True,
+                slow_threshold_seconds=operation.progress.get("slow_threshold_seconds"),
+            ),
             step="shadow",
             kind="shadow",
             title=f"{work.name} sees copies of the live requests",
@@ -153,14 +202,20 @@ def shadow(work: Promoting) -> None:
     started = work.monotonic()
     while True:
         verdict = judgement.judge_shadow(
-            [_shadow_window(work)], policy, stage_seconds=work.monotonic() - started, streams=("error",)
+            [_shadow_window(work)], policy, stage_seconds=work.monotonic() - started, streams=_streams(work)
         )
         if verdict.verdict == "withdraw":
             raise _withdrawn(work, verdict)
         if verdict.verdict == "advance":
             break
         _pause(work)
-    _freeze(work, verdict)
+    copies = _counts(work, _window(operation, "shadow")).get(operation.version, [])
+    seen = sum(int(row["shadow_requests"]) for row in copies)
+    disagreed = sum(int(row["shadow_disagreements"]) for row in copies)
+    detail = verdict.reason + (f" Same top answer in {1 - disagreed / seen:.1%} of {seen} copies." if seen else "")
+    figures = {**verdict.as_dict(), "copies": seen, "disagreements": disagreed}
+    promotions.note(work.database, operation, "shadow", "shadow passed", detail, figures)
+    work.tell(detail)
 
 
 def canary(work: Promoting) -> None:
@@ -183,7 +238,9 @@ def soak(work: Promoting) -> Ended:
     verdict = None
     while policy.soak_seconds > 0:
         windows = [*_canary_windows(work), _soak_window(work)]
-        verdict = judgement.judge_soak(windows, _frozen(work, windows), policy, stage_seconds=work.monotonic() - started)
+        verdict = judgement.judge_soak(
+            windows, _frozen(work, windows), policy, stage_seconds=work.monotonic() - started
+        )
         if verdict.verdict == "withdraw":
             return _withdrawn(work, verdict)
         if verdict.verdict == "advance":
@@ -285,11 +342,14 @@ def _followed(work: Promoting, epoch: str, generation: int) -> None:
 def _stage(work: Promoting, share: float) -> None:
     operation, policy = work.operation, work.policy
     stage = f"canary at {share:.0%}"
-    opened = [window["stage"] for window in operation.progress.get("windows", [])]
+    opened = _opened(operation)
     if stage in opened[:-1]:
         return  # an earlier process of this run has passed it
     if stage not in opened:
-        production: list[tuple[str, states.PlacementStatus]] = [(STAGING, "passed"), (operation.environment, "candidate")]
+        production: list[tuple[str, states.PlacementStatus]] = [
+            (STAGING, "passed"),
+            (operation.environment, "candidate"),
+        ]
         _route(
             work,
             Desired(
@@ -313,7 +373,12 @@ def _stage(work: Promoting, share: float) -> None:
         windows = _canary_windows(work)
         elapsed = work.monotonic() - started
         verdict = judgement.judge(
-            windows, _frozen(work, windows), policy, stage_seconds=elapsed, recent=_recent(earlier, windows[-1], elapsed), streams=_streams(work)
+            windows,
+            _frozen(work, windows),
+            policy,
+            stage_seconds=elapsed,
+            recent=_recent(earlier, windows[-1], elapsed),
+            streams=_streams(work),
         )
         if verdict.verdict == "withdraw":
             raise _withdrawn(work, verdict)
@@ -382,7 +447,7 @@ def _canary_windows(work: Promoting) -> list[Window]:
     operation = work.operation
     windows = []
     for window in operation.progress.get("windows", []):
-        if window["stage"] == "shadow":
+        if window["stage"] in ("baseline", "shadow"):
             continue
         found = _counts(work, window)
         windows.append(
@@ -403,51 +468,34 @@ def _soak_window(work: Promoting) -> Window:
 
 
 def _shadow_window(work: Promoting) -> Window:
-    operation = work.operation
-    window = next(w for w in reversed(operation.progress["windows"]) if w["stage"] == "shadow")
-    found = _counts(work, window)
-    copies = _sum(found.get(operation.version, []), "shadow_requests", {"error": "shadow_errors"})
-    return Window("shadow", 0.0, candidate=copies, stable=_live(found.get(operation.stable or "", [])))
+    found = _counts(work, _window(work.operation, "shadow"))
+    bad = {"error": "shadow_errors", "slow": "shadow_slow"}
+    copies = _sum(found.get(work.operation.version, []), "shadow_requests", bad)
+    return Window("shadow", 0.0, candidate=copies, stable=_live(found.get(work.operation.stable or "", [])))
 
 
 def _frozen(work: Promoting, windows: list[Window]) -> dict[str, StreamCounts]:
-    """The stable version's counts from the windows in which it still had traffic; where the candidate never shared it
-    (blue-green), those of the shadow stage, in which 5 % are above the p95 by its meaning."""
+    """The stable version's counts from the windows in which it still had traffic beside the candidate; where it never had
+    (blue-green), those of its baseline."""
     none = StreamCounts()
     shared = [window for window in windows if window.weight < 1]
-    if not shared:
-        error = _shadow_window(work).stable.get("error", none)
-        return {"error": error, "slow": StreamCounts(error.requests, -(-error.requests // 20))}
-    return {stream: sum((w.stable.get(stream, none) for w in shared), none) for stream in judgement.STREAMS}
-
-
-def _freeze(work: Promoting, verdict: Judgement) -> None:
-    """Keep the stable version's p95 of the shadow stage as the line beyond which an answer counts as slow."""
+    if shared:
+        return {stream: sum((w.stable.get(stream, none) for w in shared), none) for stream in judgement.STREAMS}
     operation = work.operation
-    work.sleep(_SETTLE_SECONDS)
-    window = next(w for w in reversed(operation.progress["windows"]) if w["stage"] == "shadow")
-    found = _counts(work, window)
-    stable, copies = found.get(operation.stable or "", []), found.get(operation.version, [])
-    requests = sum(int(row["requests"]) for row in stable)
-    threshold = percentile(stable, 0.95) if requests >= _P95_LEAST_REQUESTS else None
-    seen = sum(int(row["shadow_requests"]) for row in copies)
-    disagreed = sum(int(row["shadow_disagreements"]) for row in copies)
-    agreement = f"; same top answer in {1 - disagreed / seen:.1%} of {seen} copies" if seen else ""
-    detail = verdict.reason + agreement + (
-        f"; the stable version's p95 is frozen at {threshold * 1000:.2f} ms"
-        if threshold is not None
-        else f"; {requests} requests are too few to freeze a p95 (at least {_P95_LEAST_REQUESTS}), so slowness is not judged"
-    )
-    promotions.note(
-        work.database,
-        operation,
-        "shadow",
-        "shadow passed",
-        detail,
-        {**verdict.as_dict(), "copies": seen, "disagreements": disagreed, "slow_threshold_seconds": threshold},
-        progress={"slow_threshold_seconds": threshold},
-    )
-    work.tell(detail)
+    rows = _counts(work, _window(operation, "baseline")).get(operation.stable or "", [])
+    threshold = operation.progress.get("slow_threshold_seconds") or float("inf")
+    slow = sum(int(n) for row in rows for bound, n in row["latency"].items() if float(bound) > threshold)
+    error = _live(rows)["error"]
+    return {"error": error, "slow": StreamCounts(error.requests, slow)}
+
+
+def _window(operation: Operation, stage: str) -> dict[str, Any]:
+    return dict(next(w for w in reversed(operation.progress["windows"]) if w["stage"] == stage))
+
+
+def _opened(operation: Operation) -> list[str]:
+    """The stages that this promotion has come to, in order."""
+    return [window["stage"] for window in operation.progress.get("windows", [])]
 
 
 def percentile(rows: list[dict[str, Any]], share: float) -> float | None:

@@ -64,7 +64,10 @@ def check(
         passed, text = False, str(error)
     with database.write(flow_run_id=flow_run_id) as transaction:
         transaction.record(
-            "version.checked", f"version:{subject.model}/{subject.version}", after={"passed": passed, "role": subject.role}, reason=text
+            "version.checked",
+            f"version:{subject.model}/{subject.version}",
+            after={"passed": passed, "role": subject.role},
+            reason=text,
         )
     return Result(name, subject.role, passed, text)
 
@@ -73,4 +76,13 @@ def as_markdown(environment: str, results: list[Result]) -> str:
     if not results:
         return f"# Versions in traffic in {environment}\n\nNone.\n"
     rows = [f"| {r.name} | {r.role} | {'passed' if r.passed else '**failed**'} | {r.text} |" for r in results]
-    return "\n".join([f"# Versions in traffic in {environment}", "", "| version | role | | figures |", "| --- | --- | --- | --- |", *rows, ""])
+    return "\n".join(
+        [
+            f"# Versions in traffic in {environment}",
+            "",
+            "| version | role | | figures |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )

@@ -26,7 +26,10 @@ class Following:
 
     def errors_of(self, model: str, version: str) -> list[str]:
         return [
-            f"{replica}: {text}" for replica, found in self.errors.items() for key, text in found.items() if key == f"{model}/{version}"
+            f"{replica}: {text}"
+            for replica, found in self.errors.items()
+            for key, text in found.items()
+            if key == f"{model}/{version}"
         ]
 
 
@@ -82,7 +85,9 @@ def follow(
         fresh = [address for address in living.values() if address not in nudged]
         nudge(fresh)
         nudged.update(fresh)
-        reached, behind, errors = [], [], {}
+        reached: list[str] = []
+        behind: list[str] = []
+        errors: dict[str, dict[str, str]] = {}
         for replica, address in living.items():
             info = model_info(address)
             if info is None:

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,11 +103,13 @@ def read_traffic(path: Path) -> Cases:
             raise ValueError(f"{path} holds {', '.join(arrays.files) or 'no array'}; the client needs image and label")
         cases = Cases(arrays["image"].astype(np.float32), arrays["label"].astype(np.int64))
     if cases.images.shape[1:] != (1, 8, 8) or cases.labels.shape != (len(cases.images),) or not len(cases):
-        raise ValueError(f"{path}: images {cases.images.shape}, labels {cases.labels.shape}; expected [n,1,8,8] and [n]")
+        raise ValueError(
+            f"{path}: images {cases.images.shape}, labels {cases.labels.shape}; expected [n,1,8,8] and [n]"
+        )
     return cases
 
 
-def _write(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
+def _write(path: Path, arrays: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:  # by handle: given a name, numpy would add .npz to it
         np.savez(file, **arrays)

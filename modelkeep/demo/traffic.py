@@ -113,7 +113,10 @@ def parse(received: bytes | bytearray) -> Answer:
         status = int(lines[0].split(b" ", 2)[1])
     except (IndexError, ValueError) as error:
         raise MalformedAnswerError(f"status line {lines[0][:80]!r}") from error
-    headers = {name.strip().lower(): value.strip().decode("latin-1") for name, _, value in (h.partition(b":") for h in lines[1:])}
+    headers = {
+        name.strip().lower(): value.strip().decode("latin-1")
+        for name, _, value in (h.partition(b":") for h in lines[1:])
+    }
     version = headers.get(b"x-model-version") or None
     if status != 200:
         return Answer(status, f"http {status}", version, message=body[:300].decode("utf-8", "replace"))
@@ -170,7 +173,8 @@ class Client:
         found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)[0]
         self._family, self._address = found[0], found[4]
         self._requests = [
-            (json_request(parts.netloc, model, image), binary_request(parts.netloc, model, image)) for image in cases.images
+            (json_request(parts.netloc, model, image), binary_request(parts.netloc, model, image))
+            for image in cases.images
         ]
         self._log = log
         self._rate = rate
@@ -280,7 +284,16 @@ async def drive(arguments: argparse.Namespace) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, client.stop)
-        log.write({"kind": "start", "monotonic": time.monotonic(), "wall": time.time(), "rate": arguments.rate, "seed": arguments.seed, "images": len(cases)})
+        log.write(
+            {
+                "kind": "start",
+                "monotonic": time.monotonic(),
+                "wall": time.time(),
+                "rate": arguments.rate,
+                "seed": arguments.seed,
+                "images": len(cases),
+            }
+        )
         log.flush()
         gc.collect()
         gc.freeze()
@@ -308,7 +321,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="digits")
     parser.add_argument("--rate", type=float, default=300.0, help="requests a second")
     parser.add_argument("--log", type=Path, required=True, help="JSON lines are appended to it")
-    parser.add_argument("--data", type=Path, required=True, help="images and labels (.npz), as modelkeep.demo.data writes them")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="images and labels (.npz), as modelkeep.demo.data writes them"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=None, help="stop after this time; without it, at SIGTERM")
     arguments = parser.parse_args(argv)

@@ -214,7 +214,7 @@ def close(*versions: LoadedVersion) -> None:
 
 
 def affine_model(path: Path, scale: float = 2.0, *, fails_above: int | None = None) -> Path:
-    """An ONNX model, y = x * scale with x [rows, 2]; with `fails_above`, a Gather that is out of range for x beyond it."""
+    """An ONNX model, y = x * scale with x [rows, 2]; with `fails_above`, also a Gather that x beyond it gets wrong."""
     import onnx
     from onnx import TensorProto, helper
 

@@ -1,4 +1,4 @@
-"""The HTTP face: statuses and words of every refusal, routing and its headers, limits, and the pages beside inference."""
+"""The HTTP face: statuses and words of every refusal, routing and its headers, limits, pages beside inference."""
 
 from __future__ import annotations
 
@@ -158,14 +158,14 @@ def test_a_request_that_runs_out_of_time_answers_504_and_the_next_one_is_not_com
     async def scenario() -> None:
         runtime = PythonRuntime()
         version = load(runtime)
-        server = serve(version, route=Route("m", 1, "1", watch=True), timeout_seconds=0.01)
+        server = serve(version, route=Route("m", 1, "1", watch=True), timeout_seconds=0.3)
         runtime.gate.clear()
         computing = asyncio.create_task(server.infer(1, 1))
         await until(runtime.entered.is_set)
         queued = asyncio.create_task(server.infer(2, 2))
         for answer in (await computing, await queued):
             assert answer.status == 504
-            assert answer.error == "model 'm' version '1' did not answer within 0.01 seconds"
+            assert answer.error == "model 'm' version '1' did not answer within 0.3 seconds"
         runtime.gate.set()
         close(version)
         assert len(runtime.calls) == 1

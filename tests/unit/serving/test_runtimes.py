@@ -50,7 +50,7 @@ def test_every_datatype_goes_through_onnx_runtime(datatype: str, tmp_path: Path)
     if datatype == "BYTES":
         x = np.array([b"ab", "é".encode()], dtype=object)
         assert runtime.run({"x": x}, None)["y"].tolist() == ["ab", "é"]
-        with pytest.raises(UsageError, match="input 'x'.*not UTF-8"):
+        with pytest.raises(UsageError, match=r"input 'x'.*not UTF-8"):
             runtime.run({"x": np.array([b"\xff"], dtype=object)}, None)
         return
     x = np.array([0, 1], dtype=DATATYPES[datatype])

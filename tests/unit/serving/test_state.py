@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -146,7 +147,7 @@ def test_a_new_epoch_starts_new_counts() -> None:
 def test_latency_bounds_rise_by_about_five_percent_and_hold_the_coarse_buckets() -> None:
     bounds = LATENCY_BOUNDS_SECONDS
     assert (bounds[0], bounds[-1]) == (50e-6, 120.0)
-    assert all(1.03 < b / a < 1.06 for a, b in zip(bounds, bounds[1:], strict=False))
+    assert all(1.03 < b / a < 1.06 for a, b in pairwise(bounds))
     assert set(METRIC_BUCKETS_SECONDS) <= set(bounds)
 
 

@@ -236,7 +236,7 @@ def test_bytes_in_json_are_strings_only() -> None:
     ],
 )
 def test_a_broken_body_is_told_what_is_broken(body: bytes, length: int | None, words: str) -> None:
-    with pytest.raises(InputError, match=".") as caught:
+    with pytest.raises(InputError, match=r".") as caught:
         TWO.decode(body, length)
     assert words in str(caught.value)
 
@@ -262,7 +262,7 @@ def test_a_raw_tensor_needs_one_input_and_one_free_dimension() -> None:
 def test_an_output_that_json_cannot_carry_is_an_error_that_names_it_and_binary(value: float) -> None:
     request = InferRequest("null", {}, None, False, {})
     output = {"y": np.array([1, value], np.float32)}
-    with pytest.raises(OutputError, match="output 'y' of model 'm' version '3' has NaN or Infinity.*binary") as caught:
+    with pytest.raises(OutputError, match=r"output 'y' of model 'm' version '3' has NaN or Infinity.*binary") as caught:
         of("FP32").encode("m", "3", request, output, {})
     assert caught.value.status == 422
     request.binary_default = True
