@@ -165,9 +165,8 @@ def _run_promotion(context: Context, request: dict[str, Any]) -> tuple[int, str 
     state = promote_model(PromoteModel(**request), return_state=True)
     run = str(state.state_details.flow_run_id) if state.state_details.flow_run_id else None
     with context.database.read() as session:
-        found = next(
-            (p for p in promotions.listed(session, model=request["model"]) if run and p["flow_run_id"] == run), None
-        )
+        row = promotions.of_run(session, run) if run else None
+        found = promotions.describe(row) if row is not None else None
     if state.name == "Locked":
         return 4, None, state.message or "locked"
     if state.name == "Promoted":

@@ -12,7 +12,9 @@ import httpx
 import yaml
 
 from modelkeep import prefect_env
-from registry.errors import ModelkeepError
+from registry import promotions
+from registry.database import Database
+from registry.errors import ModelkeepError, UnavailableError
 from registry.settings import Settings
 
 POOL = "modelkeep"
@@ -57,6 +59,37 @@ def deploy_all(settings: Settings) -> list[str]:
             lines.append(f"deployment {found['name']}" + (f" at {', '.join(crons)}" if crons else ""))
     if missing:
         raise ModelkeepError(f"Prefect did not take these deployments: {'; '.join(missing)}. It printed:\n{printed}")
+    return lines
+
+
+def settle_runs(settings: Settings, database: Database) -> list[str]:
+    """Tell Prefect of promotions that ended without their flow (killed): its run would stay Running for ever.
+
+    Returns a line for each run that was settled. Raises UnavailableError where Prefect does not answer.
+    """
+    lines = []
+    try:
+        query = {
+            "flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}},
+            "flows": {"name": {"any_": ["promote-model"]}},
+        }
+        answer = httpx.post(f"{settings.prefect.api_url}/flow_runs/filter", json=query, timeout=10.0)
+        answer.raise_for_status()
+        for run in answer.json():
+            with database.read() as session:
+                row = promotions.of_run(session, run["id"])
+                if row is None or row.state == promotions.RUNNING:
+                    continue
+                message = f"{row.reason}: the flow was gone, and the promotion was {row.state} without it"
+            state = {"type": "CRASHED", "name": "Crashed", "message": message}
+            httpx.post(
+                f"{settings.prefect.api_url}/flow_runs/{run['id']}/set_state",
+                json={"state": state, "force": True},
+                timeout=10.0,
+            ).raise_for_status()
+            lines.append(f"run {run['name']}: {message}")
+    except httpx.HTTPError as error:
+        raise UnavailableError(f"Prefect at {settings.prefect.api_url} does not answer: {error}") from error
     return lines
 
 

@@ -54,7 +54,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str) 
         drawn.add_column(header, overflow="fold")
     for row in rows:
         drawn.add_row(*("" if cell is None else str(cell) for cell in row))
-    Console(highlight=False, soft_wrap=False).print(drawn)
+    # Wide where nobody's terminal says how wide: a log or a pipe.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 180).print(drawn)
 
 
 def versions(rows: list[dict[str, Any]], *, as_json: bool) -> None:

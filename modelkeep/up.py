@@ -22,6 +22,7 @@ _PAUSES_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _HEALTHY_SECONDS = 20.0
 _PREFECT_START_SECONDS = 180.0
 _GRACE_SECONDS = 40.0
+_SETTLE_EVERY_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -161,10 +162,25 @@ class Up:
                 output.say(f"   deploy | {error}")
                 time.sleep(5.0)
         if not self._stopping:
+            threading.Thread(target=self._settle, daemon=True).start()
             address = f"http://{self.settings.server.host}:{self.settings.server.port}"
             output.say(
                 f"       up | ready: inference {address}, Prefect {self.settings.prefect.api_url.removesuffix('/api')}; Ctrl-C ends it"
             )
+
+    def _settle(self) -> None:
+        """Now and then, tell Prefect of promotions that ended without their flow."""
+        from modelkeep.cli import open_database
+        from modelkeep.deploy import settle_runs
+
+        database = open_database(self.settings)
+        while not self._stopping:
+            try:
+                for line in settle_runs(self.settings, database):
+                    output.say(f"       up | {line}")
+            except ModelkeepError as error:
+                output.say(f"       up | {error}")
+            time.sleep(_SETTLE_EVERY_SECONDS)
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         self._stopping = True

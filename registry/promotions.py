@@ -348,6 +348,11 @@ def get(session: Session, identity: str) -> Promotion:
     return row
 
 
+def of_run(session: Session, flow_run_id: str) -> Promotion | None:
+    """The promotion that a flow run began."""
+    return session.scalars(select(Promotion).where(Promotion.flow_run_id == flow_run_id).limit(1)).first()
+
+
 def listed(
     session: Session, *, model: str | None = None, environment: str | None = None, limit: int = 50
 ) -> list[dict[str, Any]]:

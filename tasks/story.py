@@ -26,9 +26,9 @@ def as_markdown(promotion: dict[str, Any], steps: list[dict[str, Any]], policy: 
         f"at {_time(promotion['created_at'])}, ended {_time(promotion['finished_at'])}. "
         f"Promotion `{promotion['id']}`, flow run `{promotion['flow_run_id'] or '-'}`.",
         "",
-        "| when | step | what | why |",
-        "| --- | --- | --- | --- |",
-        *(f"| {_time(s['at'])} | {s['step']} | {_cell(s['title'])} | {_cell(s['detail'])} |" for s in steps),
+        "## Decisions",
+        "",
+        *(f"- {_time(s['at'])} **{s['title']}**: {_line(s['detail'])}" for s in steps),
         "",
         *_checks(steps),
         *_evidence(steps),
@@ -48,16 +48,22 @@ def _checks(steps: list[dict[str, Any]]) -> list[str]:
     report = next((s["figures"] for s in steps if s["step"] == "validate" and s["figures"].get("checks")), None)
     if report is None:
         return []
+    verdicts = {
+        (True, "error"): "passed",
+        (True, "warning"): "passed",
+        (False, "error"): "**refused**",
+        (False, "warning"): "to note",
+    }
     rows = [
-        f"| {check['name']} | {'passed' if check['passed'] else check['severity']} | {_cell(check['text'])} |"
+        f"- {verdicts[check['passed'], check['severity']]}: {check['name']}: {_line(check['text'])}"
         for check in report["checks"]
     ]
-    return ["## Validation", "", "| check | | figures |", "| --- | --- | --- |", *rows, ""]
+    return ["## Validation", "", *rows, ""]
 
 
 def _evidence(steps: list[dict[str, Any]]) -> list[str]:
     rows = [
-        f"| {_cell(step['title'])} | {item['stream']} | {_share(item['candidate'])} | {_share(item['stable'])} "
+        f"| {_line(step['title'])} | {item['stream']} | {_share(item['candidate'])} | {_share(item['stable'])} "
         f"| {item['e_value']:.3g} of {item['threshold']:g} |"
         for step in steps
         for item in step["figures"].get("evidence", [])
@@ -89,5 +95,5 @@ def _value(value: Any) -> str:
     return ", ".join(f"{item:.0%}" for item in value) if isinstance(value, list) else str(value)
 
 
-def _cell(text: str) -> str:
+def _line(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")

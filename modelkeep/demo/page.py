@@ -40,7 +40,6 @@ def render(
 ) -> str:
     """The page; `modelkeep.demo.report.render_html` says what goes in."""
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
 
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
@@ -61,7 +60,7 @@ def render(
         lead=_lead(summary),
         started=datetime.fromtimestamp(summary.traffic["started_at"], UTC).strftime("%-d %B %Y, %H:%M"),
         series=series_of(summary),
-        timeline=Markup(timeline(summary)),  # our own SVG, in which every word from outside is escaped
+        timeline=timeline(summary),
         label=summary.label,
         model=model,
         parts=_parts(summary),

@@ -243,7 +243,7 @@ def _steps(events: list[Event], requests: list[Request], outcomes: list[str], or
     """One entry for each "step" event, with what was decided in it and what the traffic saw."""
     opened = [e for e in events if e.kind == "step"]
     last = max([r.finished for r in requests] + [e.t for e in events], default=origin)
-    ends = [e.t for e in opened[1:]] + [last]
+    ends = [*(e.t for e in opened[1:]), last][: len(opened)]
     steps = []
     for number, (step, end) in enumerate(zip(opened, ends, strict=True)):
         final = number == len(opened) - 1

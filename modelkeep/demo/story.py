@@ -121,9 +121,9 @@ class Followed:
                 self._seen.add((step.promotion, step.number))
                 version = promotions.get(session, step.promotion).version
                 kind = self._KINDS.get(step.step, "stage")
-                figures = {
-                    k: v for k, v in step.figures.items() if k in ("evidence", "copies", "disagreements", "generation")
-                }
+                figures = {k: v for k, v in step.figures.items() if k in ("copies", "disagreements", "generation")}
+                for item in step.figures.get("evidence", []):
+                    figures[f"e-value, {item['stream']}"] = f"{item['e_value']:.3g} of {item['threshold']:g}"
                 self._told.add(kind, step.title, step.detail, version=version, figures=figures)
 
     def close(self) -> None:
@@ -399,6 +399,8 @@ def _refuse_hostile(story: Story, golden: Path) -> None:
 
 
 def _tell(story: Story, followed: Followed) -> None:
+    from modelkeep.deploy import settle_runs
+
     told, golden = story.told, story.folder / "work" / "golden.npz"
     told.add("step", "v1: the first version")
     story.register("v1", story.files["v1"], golden)
@@ -448,6 +450,8 @@ def _tell(story: Story, followed: Followed) -> None:
     story.register("v8", story.files["v8"], golden)
     _kill_flow(story, "8")
     followed.look()
+    for line in settle_runs(story.settings, story.database):
+        told.add("recovered", "Prefect is told of it", line, version="8")
 
 
 def _expect(story: Story, name: str, wanted: str) -> None:
