@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from registry import clock
+from registry.errors import AuditError
 from registry.schema import AuditEvent, AuditHead
 
 GENESIS = hashlib.sha256(b"modelkeep audit chain, version 1").hexdigest()
@@ -49,8 +51,15 @@ def link(previous: str, text: str) -> str:
 
 
 def append(session: Session, events: list[Event]) -> Head:
-    """Write `events` behind the head and move it. Call it last in a transaction: the head is the last lock taken."""
-    head = session.execute(select(AuditHead).where(AuditHead.id == 1).with_for_update()).scalar_one()
+    """Write `events` behind the head and move it. Call it last in a transaction: the head is the last lock taken.
+
+    Raises AuditError where the head row is gone: without it nothing can be put on record.
+    """
+    head = session.execute(select(AuditHead).where(AuditHead.id == 1).with_for_update()).scalar_one_or_none()
+    if head is None:
+        raise AuditError(
+            "the audit chain has lost its head row, so no change can be put on record; see: modelkeep audit verify"
+        )
     for event in events:
         fields = {
             "seq": head.seq + 1,
@@ -81,22 +90,26 @@ def append(session: Session, events: list[Event]) -> Head:
 
 
 def anchor(path: Path, head: Head) -> None:
-    """Note the head in a file outside the database, so that a cut tail or a rewritten chain shows."""
+    """Note the head in a file outside the database, so that a cut tail or a rewritten chain shows. Raises OSError."""
     line = f"{head.seq} {head.hash} {clock.text(clock.now())}\n".encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
-        os.write(descriptor, line)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line  # a kill tore the line before: it shall not take this one with it
+        if os.write(descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(descriptor)
 
 
 def read_anchors(path: Path) -> Iterator[Head]:
-    """The anchors in the order written. A torn last line (a kill in the middle of it) is left out."""
+    """The anchors in the order written. A line that a kill tore is left out: the one after it knows more."""
     if not path.exists():
         return
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         parts = line.split()
-        if line.endswith("\n") and len(parts) == 3 and parts[0].isdigit():
+        if line.endswith("\n") and len(parts) == 3 and parts[0].isdecimal() and len(parts[1]) == 64:
             yield Head(int(parts[0]), parts[1])
 
 
@@ -117,56 +130,78 @@ class Verdict:
 def verify(session: Session, anchors: Path | None = None) -> Verdict:
     """Walk the chain from its start; name every event that was changed, removed or added, and a cut tail.
 
-    Each fault names the event by its number. After a fault the walk goes on from the hash that is stored, so that one
-    changed row is one fault and not all that follow it.
+    Each fault names the event by its number. One changed row is one fault and not all that follow it. Others may write
+    meanwhile; `session` must not have read anything before, so that it sees all that the anchors know.
     """
+    # The order matters: what an anchor knows was committed before, so the tables that are read later must have it.
+    marks = list(read_anchors(anchors)) if anchors is not None else []
+    anchored = {mark.seq for mark in marks}
+    newest = select(func.max(AuditEvent.seq)).scalar_subquery()
+    # Head and newest event in one statement: one moment, on every database.
+    row = session.execute(select(AuditHead.seq, AuditHead.hash, newest).where(AuditHead.id == 1)).one_or_none()
+    until = session.scalar(select(newest)) if row is None else row[2]
     faults: list[str] = []
-    previous, expected, hashes = GENESIS, 1, {0: GENESIS}
-    for event in session.execute(
-        select(AuditEvent).order_by(AuditEvent.seq).execution_options(yield_per=1000)
-    ).scalars():
-        if event.seq > expected:
-            gap = f"event {expected} is" if event.seq == expected + 1 else f"events {expected} to {event.seq - 1} are"
+    events, last, hashes = 0, 0, {0: GENESIS}
+    previous: tuple[str, ...] = (GENESIS,)
+    for event in session.scalars(
+        select(AuditEvent)
+        .where(AuditEvent.seq <= (until or 0))
+        .order_by(AuditEvent.seq)
+        .execution_options(yield_per=1000, populate_existing=True)
+    ):
+        events += 1
+        if event.seq <= last:
+            faults.append(f"event {event.seq} ({event.at}, {event.action} {event.subject}) is none: added to the table")
+            continue
+        if event.seq > last + 1:
+            gap = f"event {last + 1} is" if event.seq == last + 2 else f"events {last + 1} to {event.seq - 1} are"
             faults.append(f"{gap} missing: removed from the table")
-        elif event.seq < expected:
-            faults.append(f"event {event.seq} stands where {expected} belongs: added to the table")
-        fault = _event_fault(event, previous, contiguous=event.seq == expected)
-        if fault:
+            previous = ()
+        links = tuple(link(before, event.text) for before in previous)
+        fault = _changed(event)
+        if fault is None and links and event.hash not in links:
+            fault = "does not hash to what is stored: changed"
+        if fault is not None:
             faults.append(f"event {event.seq} ({event.at}, {event.action} {event.subject}) {fault}")
-        previous, expected = event.hash, event.seq + 1
-        hashes[event.seq] = event.hash
-    last = expected - 1
-    head = session.get(AuditHead, 1)
-    if head is None:
+        elif event.seq in anchored:
+            hashes[event.seq] = event.hash
+        # Where the text or the hash of a row was changed, the next row fits the one that was not.
+        previous = (event.hash,) if fault is None else (event.hash, *links)
+        last = event.seq
+    if row is None:
         faults.append("the head row is missing: removed from the table")
-        head = AuditHead(id=1, seq=last, hash=previous)
-    elif head.seq > last:
-        faults.append(f"the tail is cut: the head row says event {head.seq}, the table ends at {last}")
-    elif head.seq < last:
-        faults.append(f"events {head.seq + 1} to {last} stand behind the head row: added to the table")
-    elif head.hash != previous:
-        faults.append(f"the head row's hash is not that of event {last}: the chain or the head was rewritten")
-    found = list(read_anchors(anchors)) if anchors is not None else []
-    for mark in found:
-        if mark.seq > last:
-            faults.append(f"the tail is cut: an anchor in {anchors} knows event {mark.seq}, the table ends at {last}")
-            break
-        if mark.seq in hashes and hashes[mark.seq] != mark.hash:
-            faults.append(f"event {mark.seq} differs from its anchor in {anchors}: the chain was rewritten up to there")
-            break
-    return Verdict(events=len(hashes) - 1, head=Head(head.seq, head.hash), anchors=len(found), faults=faults)
+        head = Head(last, previous[0])
+    else:
+        head = Head(row[0], row[1])
+        if head.seq > last:
+            faults.append(f"the tail is cut: the head row says event {head.seq}, the table ends at {last}")
+        elif head.seq < last:
+            which = f"event {last} stands" if last == head.seq + 1 else f"events {head.seq + 1} to {last} stand"
+            faults.append(
+                f"{which} behind the head row, which says {head.seq}: added to the table, or the head was changed"
+            )
+        elif head.hash not in previous:
+            faults.append(f"the head row's hash is not that of event {last}: the chain or the head was changed")
+    known = max((mark.seq for mark in marks), default=0)
+    if known > last:
+        faults.append(f"the tail is cut: an anchor in {anchors} knows event {known}, the table ends at {last}")
+    differing = [mark.seq for mark in marks if hashes.get(mark.seq, mark.hash) != mark.hash]
+    if differing:
+        faults.append(
+            f"event {min(differing)} differs from its anchor in {anchors}: the chain was rewritten at it or before it"
+        )
+    return Verdict(events=events, head=head, anchors=len(marks), faults=faults)
 
 
-def _event_fault(event: AuditEvent, previous: str, *, contiguous: bool) -> str | None:
+def _changed(event: AuditEvent) -> str | None:
+    """What the row itself shows: its text is broken, or says something else than its columns."""
     try:
         fields = json.loads(event.text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "holds text that is no JSON: changed"
     if not isinstance(fields, dict) or sorted(fields) != sorted(_FIELDS):
         return "lacks or adds fields: changed"
     for name in ("seq", "at", "actor", "action", "subject"):
         if fields[name] != getattr(event, name):
             return f"has {name} {getattr(event, name)!r} in its column and {fields[name]!r} in its text: changed"
-    if contiguous and link(previous, event.text) != event.hash:
-        return "does not hash to what is stored: changed"
     return None

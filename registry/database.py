@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from registry import actor as actors
 from registry import audit
-from registry.errors import ModelkeepError, StorageError, UnavailableError
+from registry.errors import ConflictError, ModelkeepError, StorageError, UnavailableError
 from registry.schema import REVISION
 
 _BUSY_TIMEOUT_MS = 15_000
+
+log = logging.getLogger("modelkeep.audit")
 
 
 @dataclass(slots=True)
@@ -58,17 +62,19 @@ class Database:
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
         """A session to read with. Nothing is written."""
-        with self._translated(), Session(self.engine) as session:
+        with self.translated(), Session(self.engine) as session:
             yield session
 
     @contextlib.contextmanager
     def write(self, *, actor: str | None = None, flow_run_id: str | None = None) -> Iterator[Transaction]:
         """A transaction: all of it and its audit events, or nothing.
 
-        Raises StorageError where the disk is full or read-only, UnavailableError where the database does not answer.
+        Raises StorageError where the disk is full or read-only, UnavailableError where the database does not answer,
+        ConflictError where another transaction wrote the same row first. An anchor that cannot be written is logged and no
+        error: the change is on record by then, and the next anchor covers it.
         """
         head: audit.Head | None = None
-        with self._translated(), Session(self._writer, expire_on_commit=False) as session:
+        with self.translated(), Session(self._writer, expire_on_commit=False) as session:
             transaction = Transaction(session, actor or actors.current(), flow_run_id)
             yield transaction
             session.flush()
@@ -76,11 +82,19 @@ class Database:
                 head = audit.append(session, transaction.events)
             session.commit()
         if head is not None and self.anchors is not None:
-            audit.anchor(self.anchors, head)
+            try:
+                audit.anchor(self.anchors, head)
+            except OSError as error:
+                log.error(
+                    "event %d is on record, but its anchor could not be written to %s: %s",
+                    head.seq,
+                    self.anchors,
+                    error,
+                )
 
     def revision(self) -> str | None:
         """The schema's revision in the database, None where it is empty."""
-        with self._translated(), self.engine.connect() as connection:
+        with self.translated(), self.engine.connect() as connection:
             if not inspect(connection).has_table("alembic_version"):
                 return None
             found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
@@ -111,13 +125,15 @@ class Database:
         self.engine.dispose()
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
+    def translated(self) -> Iterator[None]:
+        """Errors of the database, in the words of registry.errors; the URL is shown without its password."""
         try:
             yield
-        except ModelkeepError:
-            raise
         except DBAPIError as error:
             raise _translate(error, self.url.render_as_string(hide_password=True)) from error
+        except PoolTimeoutError as error:
+            url = self.url.render_as_string(hide_password=True)
+            raise UnavailableError(f"the registry {url}: no connection of the pool became free: {error}") from error
 
 
 def _translate(error: DBAPIError, url: str) -> ModelkeepError | DBAPIError:
@@ -129,6 +145,12 @@ def _translate(error: DBAPIError, url: str) -> ModelkeepError | DBAPIError:
     if "readonly" in message or "read-only" in message or "unable to open database file" in message:
         return StorageError(
             f"the registry {url} cannot be opened for writing: {error.orig}; check its folder's permissions, or set MODELKEEP_HOME"
+        )
+    if "not a database" in message or "malformed" in message:
+        return StorageError(f"the registry {url} is damaged: {error.orig}; restore it from a backup")
+    if isinstance(error, IntegrityError):
+        return ConflictError(
+            f"another process changed the same row of {url} at the same time: {error.orig}; repeat the command"
         )
     if isinstance(error, OperationalError) or error.connection_invalidated:
         return UnavailableError(f"the registry {url} does not answer: {error.orig}")

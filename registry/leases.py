@@ -12,7 +12,7 @@ from registry import clock
 from registry.database import Database, Transaction
 from registry.errors import FencedError, LockedError
 from registry.routes import lock_environment
-from registry.schema import Lease
+from registry.schema import Environment, Lease
 
 HELD, AWAITING, RELEASED = "held", "awaiting_approval", "released"
 
@@ -75,9 +75,13 @@ def preempt(transaction: Transaction, subject: str, environment: str, *, reason:
 
 
 def check(transaction: Transaction, held: Held) -> None:
-    """Every write of an operation begins with this. Raises FencedError where the token is dead."""
+    """Every write of an operation begins with this. Raises FencedError where the token is dead.
+
+    A token of another epoch is dead too: a restored registry may hold the very row that this process once held.
+    """
     row = _locked(transaction, held.subject, held.environment)
-    if row is None or row.state == RELEASED or row.token != held.token:
+    epoch = lock_environment(transaction, held.environment).epoch
+    if row is None or row.state == RELEASED or row.token != held.token or not _of_epoch(held, epoch):
         raise FencedError(
             f"{held.subject}: this run no longer holds the lease (its token {held.token} is dead), so nothing was written; "
             "see: modelkeep promotions"
@@ -94,13 +98,14 @@ def release(transaction: Transaction, held: Held) -> None:
 def beat(database: Database, held: Held) -> None:
     """Move the heartbeat. Raises FencedError where the lease is no longer ours. Not audited."""
     with database.write() as transaction:
+        epoch = transaction.session.scalar(select(Environment.epoch).where(Environment.name == held.environment))
         moved = transaction.session.execute(
             update(Lease)
             .where(Lease.subject == held.subject, Lease.token == held.token, Lease.state == HELD)
             .values(heartbeat=Lease.heartbeat + 1)
             .execution_options(synchronize_session=False)
         )
-        if moved.rowcount != 1:  # type: ignore[attr-defined]
+        if moved.rowcount != 1 or not _of_epoch(held, epoch):  # type: ignore[attr-defined]
             raise FencedError(f"{held.subject}: the lease with token {held.token} has expired or was taken")
 
 
@@ -144,6 +149,10 @@ def still(transaction: Transaction, environment: str, beat: Beat) -> Lease | Non
     if row is None or (row.state, row.token, row.heartbeat) != (HELD, beat.token, beat.heartbeat):
         return None
     return row
+
+
+def _of_epoch(held: Held, epoch: str | None) -> bool:
+    return held.token.rpartition(".")[0] == epoch
 
 
 def _locked(transaction: Transaction, subject: str, environment: str) -> Lease | None:

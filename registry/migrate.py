@@ -9,14 +9,13 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from registry.database import Database
-from registry.errors import StorageError, UsageError
+from registry.errors import UsageError
 
 FOLDER = Path(__file__).parent / "migrations"
 
 
 def config(database: Database) -> Config:
-    settings = Config()
-    settings.set_main_option("script_location", str(FOLDER))
+    settings = _scripts()
     settings.attributes["engine"] = database.engine
     settings.attributes["writer"] = database.engine.execution_options(modelkeep_write=True)
     return settings
@@ -24,9 +23,7 @@ def config(database: Database) -> Config:
 
 def known() -> list[str]:
     """Revisions that this code knows, the newest first."""
-    settings = Config()
-    settings.set_main_option("script_location", str(FOLDER))
-    return [script.revision for script in ScriptDirectory.from_config(settings).walk_revisions()]
+    return [script.revision for script in ScriptDirectory.from_config(_scripts()).walk_revisions()]
 
 
 def upgrade(database: Database) -> None:
@@ -38,11 +35,17 @@ def upgrade(database: Database) -> None:
             f"the registry {database.url.render_as_string(hide_password=True)} has schema revision {found}, "
             f"which this modelkeep (up to {revisions[0]}) does not know: upgrade modelkeep, or point it at another registry"
         )
-    try:
+    with database.translated():
         command.upgrade(config(database), "head")
-    except OSError as error:
-        raise StorageError(f"the registry's schema could not be written: {error}") from error
 
 
 def downgrade(database: Database, revision: str) -> None:
-    command.downgrade(config(database), revision)
+    """To an older revision; "base" is an empty database."""
+    with database.translated():
+        command.downgrade(config(database), revision)
+
+
+def _scripts() -> Config:
+    settings = Config()
+    settings.set_main_option("script_location", str(FOLDER).replace("%", "%%"))  # Alembic interpolates
+    return settings

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from registry import clock, leases, routes, states, versions
+from registry import clock, leases, names, routes, states, versions
 from registry.database import Database, Transaction
-from registry.errors import ConflictError, NotFoundError, RefusedError
+from registry.errors import ConflictError, NotFoundError, RefusedError, UsageError
 from registry.policy import PromotionPolicy
 from registry.schema import Promotion, PromotionStep, Route
 from registry.signature import Signature
@@ -58,8 +58,15 @@ def begin(
 ) -> Operation:
     """Take the lease and open the record; or, for the flow run that opened it before, go on from the recorded step.
 
-    Raises LockedError where another operation holds the model, NotFoundError, RefusedError (archived; stable already).
+    Raises LockedError where another operation holds the model, NotFoundError, RefusedError (archived; stable already),
+    UsageError (an environment that has no routes).
     """
+    names.check_name(environment, "name of an environment")
+    if environment == STAGING:
+        raise UsageError(
+            "staging takes no traffic of its own: every promotion passes through it on the way to its environment; "
+            "name the one that the servers serve"
+        )
     subject = leases.subject_of(environment, model)
     with database.write(flow_run_id=flow_run_id) as transaction:
         session = transaction.session
@@ -315,13 +322,16 @@ def roll_back(
         row = versions.get(session, model, target)
         if row.state in ("archived", "rejected", "registered"):
             raise RefusedError(f"{model} {target} is {row.state}: only a validated version can take traffic")
+        if not routes.has_been_stable(session, environment, model, target):
+            raise RefusedError(
+                f"{model} {target} has never been the stable version in {environment}, so nothing can go back to it: "
+                f"modelkeep promote {model} {target}"
+            )
         if route.stable == target:
             if not emergency:
                 raise RefusedError(f"{model} {target} is the stable version in {environment} already")
         else:
-            left = route.stable
             _make_stable(transaction, environment, model, target, reason=reason)
-            states.place(transaction, model, left, environment, "retired", reason=reason)
         changed = routes.change(
             transaction, environment, model, routes.Desired(stable=target), kind="rollback", reason=reason
         )
@@ -349,8 +359,9 @@ def get(session: Session, identity: str) -> Promotion:
 
 
 def of_run(session: Session, flow_run_id: str) -> Promotion | None:
-    """The promotion that a flow run began."""
-    return session.scalars(select(Promotion).where(Promotion.flow_run_id == flow_run_id).limit(1)).first()
+    """The promotion that a flow run began (the last, where a restart began another)."""
+    query = select(Promotion).where(Promotion.flow_run_id == flow_run_id).order_by(Promotion.created_at.desc())
+    return session.scalars(query.limit(1)).first()
 
 
 def listed(
@@ -523,6 +534,10 @@ def _close(
     if row.state != RUNNING:
         raise ConflictError(f"promotion {row.id} has ended already ({row.state})")
     session, promoted = transaction.session, bool(row.progress.get("promoted"))
+    if outcome == "promoted" and not promoted:
+        raise ConflictError(
+            f"promotion {row.id} cannot end as promoted: {row.model} {row.version} was never made stable"
+        )
     route: Route | None = routes.read(session, row.environment, row.model)
     if route is not None and route.promotion == row.id:
         if outcome == "promoted":
@@ -536,7 +551,7 @@ def _close(
                 reason=title,
                 promotion=None,
             )
-        elif route.candidate is not None or route.watch:
+        elif promoted or route.candidate is not None or route.watch:
             stable = row.from_version
             if promoted and stable is not None:
                 states.place(transaction, row.model, stable, row.environment, "stable", reason=title)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import secrets
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -122,10 +123,12 @@ def previous_stable(session: Session, environment: str, model: str) -> str:
     two steps, never forward again to the version that was rolled back from. Raises NotFoundError where nothing is below.
     """
     stack: list[str] = []
-    changes = select(RouteChange).where(RouteChange.environment == environment, RouteChange.model == model)
-    for change_ in session.scalars(changes.order_by(RouteChange.at, RouteChange.generation)):
+    for change_ in _history(session, environment, model):
         version = change_.stable
-        if version is None or (stack and stack[-1] == version):
+        if version is None:
+            stack.clear()  # the first version was withdrawn: nothing was left
+            continue
+        if stack and stack[-1] == version:
             continue
         if change_.kind in ("rollback", "withdraw") and version in stack:
             del stack[len(stack) - 1 - stack[::-1].index(version) + 1 :]
@@ -138,3 +141,22 @@ def previous_stable(session: Session, environment: str, model: str) -> str:
             + "; name one with --to VERSION"
         )
     return stack[-2]
+
+
+def has_been_stable(session: Session, environment: str, model: str, version: str) -> bool:
+    """Whether a version was ever the stable one there."""
+    query = select(RouteChange.generation).where(
+        RouteChange.environment == environment, RouteChange.model == model, RouteChange.stable == version
+    )
+    return session.scalars(query.limit(1)).first() is not None
+
+
+def _history(session: Session, environment: str, model: str) -> list[RouteChange]:
+    """All changes of a route in the order made: by generation; wall time orders epochs only, since a clock may go back."""
+    rows = session.scalars(
+        select(RouteChange).where(RouteChange.environment == environment, RouteChange.model == model)
+    ).all()
+    began: dict[str, dt.datetime] = {}
+    for row in rows:
+        began[row.epoch] = min(row.at, began.get(row.epoch, row.at))
+    return sorted(rows, key=lambda row: (began[row.epoch], row.epoch, row.generation))

@@ -14,6 +14,8 @@ REVISION = "0001"
 
 NAME = 128
 DIGEST = 64
+SUBJECT = 320
+"""Room for a kind, an environment or model, and a version."""
 
 
 class UtcDateTime(TypeDecorator[dt.datetime]):
@@ -191,14 +193,14 @@ class Lease(Base):
 
     __tablename__ = "leases"
 
-    subject: Mapped[str] = mapped_column(String(255), primary_key=True)
+    subject: Mapped[str] = mapped_column(String(SUBJECT), primary_key=True)
     environment: Mapped[str] = mapped_column(String(NAME), index=True)
     state: Mapped[str] = mapped_column(String(20))
     token: Mapped[str] = mapped_column(String(64))
     counter: Mapped[int]
     heartbeat: Mapped[int]
     ttl_seconds: Mapped[float]
-    holder: Mapped[str] = mapped_column(String(NAME))
+    holder: Mapped[str] = mapped_column(String(512))
     promotion: Mapped[str | None] = mapped_column(String(32))
     since: Mapped[dt.datetime]
 
@@ -246,7 +248,7 @@ class AuditEvent(Base):
     at: Mapped[str] = mapped_column(String(32), index=True)
     actor: Mapped[str] = mapped_column(String(NAME))
     action: Mapped[str] = mapped_column(String(64))
-    subject: Mapped[str] = mapped_column(String(255), index=True)
+    subject: Mapped[str] = mapped_column(String(SUBJECT), index=True)
     text: Mapped[str] = mapped_column(Text().with_variant(LONGTEXT(), "mysql", "mariadb"))
     """The canonical JSON that is hashed; the columns above are copies to search by, and verified against it."""
     hash: Mapped[str] = mapped_column(String(DIGEST))

@@ -6,12 +6,13 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from registry.errors import ArtifactError, SettingsError, StorageError
@@ -21,7 +22,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file of an artifact: the name it had, and where its bytes are."""
+    """One file of an artifact: its path from the model's folder, with "/", and where its bytes are."""
 
     name: str
     digest: str
@@ -150,8 +151,11 @@ class DirectoryStore:
         return len(left)
 
     def _intact(self, place: Path, digest: str) -> bool:
-        """False as well where the stored bytes have rotted: then the new ones take their place."""
-        return place.exists() and file_digest(place)[0] == digest
+        """False as well where the stored bytes have rotted or cannot be read: then the new ones take their place."""
+        try:
+            return place.exists() and file_digest(place)[0] == digest
+        except OSError:
+            return False
 
     def _place(self, digest: str) -> Path:
         if len(digest) != 64 or any(c not in "0123456789abcdef" for c in digest):
@@ -179,19 +183,30 @@ def materialise(store: ArtifactStore, files: list[StoredFile], cache: Path) -> P
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in files:
-            source, target = store.path(file.digest), folder / file.name
+            source, target = store.path(file.digest), folder / _inside(file.name)
             if target.exists() and target.samefile(source):
                 continue
-            fresh = folder / f".{file.name}.new"
-            fresh.unlink(missing_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A name of its own: a server and a flow may be at the same artifact at once.
+            fresh = target.parent / f".{target.name}.{secrets.token_hex(4)}.new"
             try:
-                fresh.hardlink_to(source)
-            except OSError:  # another file system: a copy serves
-                shutil.copyfile(source, fresh)
-            fresh.replace(target)
+                try:
+                    fresh.hardlink_to(source)
+                except OSError:  # another file system: a copy serves
+                    shutil.copyfile(source, fresh)
+                fresh.replace(target)
+            finally:
+                fresh.unlink(missing_ok=True)
     except OSError as error:
         raise _storage_error(error, folder, cache) from error
     return folder / files[0].name
+
+
+def _inside(name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ArtifactError(f"{name!r} leads out of the folder of its artifact: it is not loaded")
+    return path
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,32 +51,35 @@ def register(
     """Inspect a file, store its bytes, and note it as a version (the next number where none is given).
 
     Raises RefusedError for a file that is not safe or not whole, ConflictError where the version exists with other
-    bytes, UsageError for a name that is not allowed, StorageError. The artifact is stored before the row is written: a kill
+    bytes or other golden cases, UsageError for a name that is not allowed, StorageError. The artifact is stored before the row is written: a kill
     in between leaves bytes that nothing refers to, never a row without its bytes.
     """
     names.check_model_name(name)
     if version is not None:
         names.check_version(version)
-    golden_facts = formats_golden(golden) if golden is not None else None
     with store.intake() as private:
+        cases = _golden_copy(golden, private) if golden is not None else None
+        golden_facts = formats_golden(cases, shown=golden) if cases is not None else None
+        golden_digest = file_digest(cases)[0] if cases is not None else None
         # What is inspected is what is stored: a private copy that nobody can change in between.
-        found = formats.inspect(_copied(formats.inspect(path, max_bytes=max_bytes), private), max_bytes=max_bytes)
+        looked_at = formats.inspect(path, max_bytes=max_bytes)
+        found = formats.inspect(_copied(looked_at, private / "model"), max_bytes=max_bytes)
         stated = _stated(found)
-        listed = [StoredFile(file.name, *file_digest(file)) for file in found.files]
-        digest = artifact_digest(listed)
+        names_inside = [file.relative_to(found.path.parent).as_posix() for file in found.files]
+        stored = [
+            StoredFile(inside, *file_digest(file)) for inside, file in zip(names_inside, found.files, strict=True)
+        ]
+        digest = artifact_digest(stored)
         with database.read() as session:
-            existing = (
-                session.get(Version, (name, version)) if version is not None else _same_bytes(session, name, digest)
-            )
-            if existing is not None:
-                return _again(existing, digest, path)
-        stored = [store.put(file) for file in found.files]
-    golden_stored = store.put(golden) if golden is not None else None
+            if (existing := _existing(session, name, version, digest)) is not None:
+                return _again(existing, digest, golden_digest, path)
+        for file in [*found.files, *([cases] if cases is not None else [])]:
+            store.put(file)
 
     with database.write(actor=actor) as transaction:
         session = transaction.session
-        if version is not None and (existing := session.get(Version, (name, version))) is not None:
-            return _again(existing, digest, path)
+        if (existing := _existing(session, name, version, digest)) is not None:  # another process was first
+            return _again(existing, digest, golden_digest, path)
         if session.get(Model, name) is None:
             session.add(Model(name=name, created_at=clock.now()))
             transaction.record("model.created", f"model:{name}", after={"name": name})
@@ -94,7 +98,7 @@ def register(
             signature=signature.as_dict() if signature else None,
             facts={**found.metadata, **stated.metadata},
             tags=dict(tags or {}),
-            golden_digest=golden_stored.digest if golden_stored else None,
+            golden_digest=golden_digest,
             created_at=clock.now(),
             created_by=transaction.actor,
         )
@@ -106,7 +110,7 @@ def register(
                 "digest": digest,
                 "format": found.format,
                 "size_bytes": found.size_bytes,
-                "golden": golden_stored.digest if golden_stored else None,
+                "golden": golden_digest,
                 "golden_cases": golden_facts["cases"] if golden_facts else None,
                 "tags": dict(tags or {}),
             },
@@ -116,13 +120,28 @@ def register(
 
 def _copied(found: formats.ModelFile, folder: Path) -> Path:
     """The model's files, and its model.toml, in a folder of our own. Returns the path of the file to load."""
-    described = found.path.parent / formats.MODEL_TOML
-    try:
-        for file in [*found.files, *([described] if described.is_file() else [])]:
-            shutil.copyfile(file, folder / file.name)
-    except OSError as error:
-        raise StorageError(f"{found.path} could not be copied to {folder}: {error.strerror or error}") from error
+    here = found.path.parent
+    described = here / formats.MODEL_TOML
+    for file in [*found.files, *([described] if described.is_file() else [])]:
+        _copy(file, folder / file.relative_to(here))
     return folder / found.path.name
+
+
+def _golden_copy(golden: Path, folder: Path) -> Path:
+    if not golden.is_file():
+        raise RefusedError(f"golden cases {golden}: there is no such file")
+    return _copy(golden, folder / "golden.npz")
+
+
+def _copy(source: Path, target: Path) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise StorageError(
+            f"{source} could not be copied to {target.parent}: {error.strerror or error}. Nothing was left behind."
+        ) from error
+    return target
 
 
 def _stated(found: formats.ModelFile) -> formats.ModelToml:
@@ -137,30 +156,25 @@ def _stated(found: formats.ModelFile) -> formats.ModelToml:
     return stated
 
 
-def formats_golden(path: Path) -> dict[str, Any]:
-    """Look into a golden file (.npz): how many cases it has. Raises RefusedError where it is none."""
+def formats_golden(path: Path, *, shown: Path | None = None) -> dict[str, Any]:
+    """Look into a golden file (.npz): how many cases it has. Raises RefusedError, which calls the file `shown`."""
     import numpy as np
 
+    what = f"golden cases {shown or path}"
     if not path.is_file():
-        raise RefusedError(f"golden cases {path}: there is no such file")
+        raise RefusedError(f"{what}: there is no such file")
+    if not zipfile.is_zipfile(path):
+        raise RefusedError(f"{what}: not an .npz file (numpy.savez makes one)")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             rows = {name: arrays[name].shape[0] if arrays[name].ndim else 0 for name in arrays.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise RefusedError(f"golden cases {path}: not a readable .npz of plain arrays ({error})") from error
-    except Exception as error:
-        import zipfile
-
-        if isinstance(error, zipfile.BadZipFile):
-            raise RefusedError(f"golden cases {path}: not a readable .npz of plain arrays ({error})") from error
-        raise
+    except Exception as error:  # a broken archive makes zipfile, zlib and numpy raise whatever comes
+        raise RefusedError(f"{what}: not a readable .npz of plain arrays ({error})") from error
     inputs = [name for name in rows if name.startswith("input.")]
     if not inputs:
-        raise RefusedError(f"golden cases {path}: no array is named input.<tensor>; it has {sorted(rows) or 'nothing'}")
+        raise RefusedError(f"{what}: no array is named input.<tensor>; it has {sorted(rows) or 'nothing'}")
     if len(set(rows.values())) != 1 or not next(iter(rows.values())):
-        raise RefusedError(
-            f"golden cases {path}: every array needs the same number of rows, at least one; it has {rows}"
-        )
+        raise RefusedError(f"{what}: every array needs the same number of rows, at least one; it has {rows}")
     return {"cases": next(iter(rows.values())), "arrays": sorted(rows)}
 
 
@@ -256,16 +270,25 @@ def golden_for(session: Session, row: Version, environment: str) -> str | None:
     return row.golden_digest
 
 
-def _same_bytes(session: Session, name: str, digest: str) -> Version | None:
-    query = select(Version).where(Version.model == name, Version.digest == digest).order_by(Version.ordinal).limit(1)
-    return session.scalars(query).first()
+def _existing(session: Session, name: str, version: str | None, digest: str) -> Version | None:
+    """The version that is meant: by its name, or else the first with these bytes. Archived ones do not count as that."""
+    if version is not None:
+        return session.get(Version, (name, version))
+    query = select(Version).where(Version.model == name, Version.digest == digest, Version.state != "archived")
+    return session.scalars(query.order_by(Version.ordinal).limit(1)).first()
 
 
-def _again(existing: Version, digest: str, path: Path) -> Registered:
+def _again(existing: Version, digest: str, golden_digest: str | None, path: Path) -> Registered:
     if existing.digest != digest:
         raise ConflictError(
             f"{existing.model} {existing.version} exists with other bytes ({existing.digest[:12]}…; {path} has {digest[:12]}…): "
             "versions never change, register it under another version"
+        )
+    if golden_digest is not None and golden_digest != existing.golden_digest:
+        kept = f"other golden cases ({existing.golden_digest[:12]}…)" if existing.golden_digest else "no golden cases"
+        raise ConflictError(
+            f"{existing.model} {existing.version} has these bytes already, with {kept}: versions never change, "
+            "register it under another version to hold it to these cases"
         )
     return _registered(existing, created=False)
 

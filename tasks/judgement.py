@@ -28,6 +28,19 @@ NOISE_LEVEL = 0.25
 SUSPICION = 10.0
 """From this e-value on, in any stream, a stage is not passed even though the evidence is not enough to withdraw."""
 
+TIMED = frozenset({"slow"})
+"""Streams whose bad events come in clusters, because the whole machine stalls now and then. Beside a stable version that has
+traffic this does no harm (a stall hits both by their shares); where there is none, at weight 1, their unit is the time slice."""
+
+SLICE_SECONDS = 1.0
+"""The shortest time slice of a stream in TIMED at weight 1."""
+
+STALLED_SHARE = 0.25
+"""Share of the time slices that may be bad because of the machine and not of the version."""
+
+BAD_SLICE_LEVEL = 0.05
+"""A slice is bad where so many bad requests in it have at most this probability at the rate that the margin allows."""
+
 Verdict = Literal["continue", "advance", "withdraw"]
 
 
@@ -64,6 +77,8 @@ class Window:
     weight: float
     candidate: Mapping[str, StreamCounts] = field(default_factory=dict)
     stable: Mapping[str, StreamCounts] = field(default_factory=dict)
+    slices: Sequence[Mapping[str, StreamCounts]] = ()
+    """At weight 1: what the candidate gained in each slice of at least SLICE_SECONDS, for the streams in TIMED."""
 
     def since(self, earlier: Window) -> Window:
         """What this window gained after `earlier`, a look at the same window: a stage cut into two windows."""
@@ -382,7 +397,10 @@ def _evidence(
     logs = []
     for window in windows:
         candidate, stable = window.candidate.get(stream, none), window.stable.get(stream, none)
-        if window.weight >= 1:
+        if window.weight >= 1 and stream in TIMED:
+            bad, good = _bad_slices(window, stream, ceiling)
+            logs.append(log_e_one_sample(bad, good, STALLED_SHARE))
+        elif window.weight >= 1:
             logs.append(log_e_one_sample(candidate.bad, candidate.requests - candidate.bad, ceiling))
         elif candidate.requests and stable.requests:
             share = candidate.requests / (candidate.requests + stable.requests)
@@ -395,7 +413,11 @@ def _evidence(
     tail = None
     if windows[-1].weight >= 1:
         stable, compared_with = frozen, "frozen"
-        if frozen.requests and candidate.requests:
+        if stream in TIMED:
+            slices = [_bad_slices(w, stream, ceiling) for w in stage]
+            bad, good = sum(s[0] for s in slices), sum(s[1] for s in slices)
+            tail = binomial_tail(bad, bad + good, STALLED_SHARE) if bad > STALLED_SHARE * (bad + good) else 1.0
+        elif frozen.requests and candidate.requests:
             tail = binomial_tail(candidate.bad, candidate.requests, ceiling)
     else:
         stable, compared_with = sum((w.stable.get(stream, none) for w in stage), none), "stable"
@@ -417,6 +439,13 @@ def _evidence(
     )
 
 
+def _bad_slices(window: Window, stream: str, ceiling: float) -> tuple[int, int]:
+    """(bad, good) time slices of a window of weight 1; slices without requests say nothing."""
+    counts = [piece[stream] for piece in window.slices if stream in piece and piece[stream].requests]
+    bad = sum(binomial_tail(c.bad, c.requests, ceiling) <= BAD_SLICE_LEVEL for c in counts)
+    return bad, len(counts) - bad
+
+
 def _found_bad(
     evidence: Sequence[Evidence], current: Window, recent: Window | None, policy: PromotionPolicy
 ) -> str | None:
@@ -428,6 +457,8 @@ def _found_bad(
             )
     for window in (current, recent) if recent else (current,):
         for item in evidence:
+            if window.weight >= 1 and item.stream in TIMED:
+                continue  # a short stall would do
             candidate = window.candidate.get(item.stream, StreamCounts())
             stable = window.stable.get(item.stream, StreamCounts())
             if candidate.requests < policy.sudden_requests or candidate.bad < policy.sudden_share * candidate.requests:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +235,11 @@ def promote(work: Promoting) -> None:
 
 def soak(work: Promoting) -> Ended:
     """Watch the new stable version; take it back where it turns out bad. Returns how the promotion ended."""
-    started, policy = work.monotonic(), work.policy
+    started, policy, parts = work.monotonic(), work.policy, Parts(work.policy.dwell_seconds)
     verdict = None
     while policy.soak_seconds > 0:
-        windows = [*_canary_windows(work), _soak_window(work)]
+        elapsed = work.monotonic() - started
+        windows = [*_canary_windows(work), *parts.look(_soak_window(work), elapsed)]
         verdict = judgement.judge_soak(
             windows, _frozen(work, windows), policy, stage_seconds=work.monotonic() - started
         )
@@ -369,9 +371,11 @@ def _stage(work: Promoting, share: float) -> None:
         )
     started = work.monotonic()
     earlier: list[tuple[float, Window]] = []
+    sliced = Sliced()
     while True:
         windows = _canary_windows(work)
         elapsed = work.monotonic() - started
+        windows[-1] = sliced.look(windows[-1], elapsed)
         verdict = judgement.judge(
             windows,
             _frozen(work, windows),
@@ -395,6 +399,39 @@ def _stage(work: Promoting, share: float) -> None:
                 verdict.as_dict(),
             )
         _pause(work)
+
+
+class Sliced:
+    """Cuts a window of weight 1 into time slices, look by look."""
+
+    def __init__(self) -> None:
+        self._slices: list[Mapping[str, StreamCounts]] = []
+        self._at, self._before = 0.0, Window("", 1.0)
+
+    def look(self, window: Window, elapsed: float) -> Window:
+        if window.weight < 1:
+            return window
+        if elapsed - self._at >= judgement.SLICE_SECONDS:
+            self._slices.append(window.since(self._before).candidate)
+            self._at, self._before = elapsed, window
+        return replace(window, slices=tuple(self._slices))
+
+
+class Parts:
+    """Cuts the soak into windows of a dwell, so that a version that turns bad late is not covered by its good time before."""
+
+    def __init__(self, dwell_seconds: float) -> None:
+        self._length = max(dwell_seconds, 10 * judgement.SLICE_SECONDS)
+        self._done: list[Window] = []
+        self._at, self._total, self._sliced = 0.0, Window("soak", 1.0), Sliced()
+
+    def look(self, total: Window, elapsed: float) -> list[Window]:
+        current = self._sliced.look(total.since(self._total), elapsed - self._at)
+        if elapsed - self._at < self._length:
+            return [*self._done, current]
+        self._done.append(current)
+        self._at, self._total, self._sliced = elapsed, total, Sliced()
+        return list(self._done)
 
 
 def _recent(earlier: list[tuple[float, Window]], current: Window, elapsed: float, span: float = 30.0) -> Window | None:

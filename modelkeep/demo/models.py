@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OPSET = 17
 
-ROUNDS = 600
+ROUNDS = 350
 """v5 sends its features through this many rounds of an untrained refinement; each costs about what all of v2 costs twice."""
 
 

@@ -21,7 +21,7 @@ def upgrade() -> None:
         sa.Column("at", sa.String(length=32), nullable=False),
         sa.Column("actor", sa.String(length=128), nullable=False),
         sa.Column("action", sa.String(length=64), nullable=False),
-        sa.Column("subject", sa.String(length=255), nullable=False),
+        sa.Column("subject", sa.String(length=320), nullable=False),
         sa.Column(
             "text",
             sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb"),
@@ -48,14 +48,14 @@ def upgrade() -> None:
     )
     op.create_table(
         "leases",
-        sa.Column("subject", sa.String(length=255), nullable=False),
+        sa.Column("subject", sa.String(length=320), nullable=False),
         sa.Column("environment", sa.String(length=128), nullable=False),
         sa.Column("state", sa.String(length=20), nullable=False),
         sa.Column("token", sa.String(length=64), nullable=False),
         sa.Column("counter", sa.Integer(), nullable=False),
         sa.Column("heartbeat", sa.Integer(), nullable=False),
         sa.Column("ttl_seconds", sa.Float(), nullable=False),
-        sa.Column("holder", sa.String(length=128), nullable=False),
+        sa.Column("holder", sa.String(length=512), nullable=False),
         sa.Column("promotion", sa.String(length=32), nullable=True),
         sa.Column("since", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("subject", name=op.f("pk_leases")),

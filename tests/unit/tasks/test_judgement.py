@@ -274,6 +274,41 @@ def test_the_soak_ends_by_time_and_takes_back_what_turns_bad() -> None:
     assert "no requests in 300 s" in silent.reason
 
 
+def soaking(*slow: int, requests: int = 100) -> Window:
+    """A soak window of weight 1 in slices of a second, each of so many requests with so many slow ones."""
+    slices = [{"slow": StreamCounts(requests, bad)} for bad in slow]
+    total = window((requests * len(slow), 0, sum(slow)), (0, 0, 0), weight=1.0, stage="soak")
+    return Window(total.stage, total.weight, total.candidate, total.stable, slices)
+
+
+def test_a_second_in_which_the_machine_stalls_withdraws_nobody_at_full_weight() -> None:
+    frozen = window((3000, 30, 150), (0, 0, 0)).candidate
+    judgement = judge_soak([soaking(4, 5, 98, 97, 6, 3, 5)], frozen, POLICY, stage_seconds=7)
+    assert judgement.verdict == "continue"
+    first = judge_soak([soaking(98)], frozen, POLICY, stage_seconds=1)
+    assert first.verdict == "continue"
+
+
+def test_a_version_that_stays_slow_at_full_weight_is_withdrawn_within_ten_seconds() -> None:
+    frozen = window((3000, 30, 150), (0, 0, 0)).candidate
+    verdicts = [judge_soak([soaking(*[30] * n)], frozen, POLICY, stage_seconds=n).verdict for n in range(1, 11)]
+    assert verdicts[0] == "continue"
+    assert verdicts[-1] == "withdraw"
+
+
+def test_stalls_in_every_tenth_second_are_not_taken_for_the_version() -> None:
+    frozen = window((3000, 30, 150), (0, 0, 0)).candidate
+    random = np.random.default_rng(16)
+    withdrawn = 0
+    for _ in range(200):
+        slow = [int(random.binomial(100, 0.9 if random.random() < 0.1 else 0.05)) for _ in range(120)]
+        looks = range(5, 121, 5)
+        withdrawn += any(
+            judge_soak([soaking(*slow[:n])], frozen, POLICY, stage_seconds=n).verdict == "withdraw" for n in looks
+        )
+    assert withdrawn <= 2
+
+
 def test_a_judgement_can_be_written_as_json() -> None:
     import json
 
