@@ -122,19 +122,23 @@ def beats(session: Session, environment: str) -> list[Beat]:
 class Observer:
     """Tells which leases have not moved for their time to live, on the observer's own monotonic clock.
 
-    Wall clocks are never compared: a lease is expired when *this* process has seen the same token and heartbeat for that long.
+    Wall clocks are never compared: a lease is stale when *this* process has watched the same token and heartbeat for that
+    long. Time in which it could not look (the database was gone, the process was stopped) does not count: the holder may not have
+    been able to beat either.
     """
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self._seen: dict[str, tuple[str, int, float]] = {}
+        self._looked = monotonic()
 
     def stale(self, beats: Iterable[Beat]) -> list[Beat]:
         now, stale, alive = self._monotonic(), [], set()
+        gap, self._looked = now - self._looked, now
         for beat in beats:
             alive.add(beat.subject)
             token, heartbeat, since = self._seen.get(beat.subject, ("", -1, now))
-            if (token, heartbeat) != (beat.token, beat.heartbeat):
+            if (token, heartbeat) != (beat.token, beat.heartbeat) or gap > beat.ttl_seconds / 2:
                 self._seen[beat.subject] = (beat.token, beat.heartbeat, now)
             elif now - since >= beat.ttl_seconds:
                 stale.append(beat)

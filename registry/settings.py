@@ -458,8 +458,14 @@ def _dotted(loc: tuple[int | str, ...], merged: Mapping[str, Any]) -> str:
 
 
 def check_limits(settings: Settings) -> None:
-    """Raises SettingsError where a value breaks the limits of the hardware profile: value, limit and profile named."""
+    """Raises SettingsError where a value breaks the limits of the hardware profile: value, limit and profile named; or where
+    a server would look too seldom to tell whether a lease moves."""
     broken = []
+    if settings.poll_seconds > settings.lease_seconds / 4:
+        broken.append(
+            f"poll_seconds = {settings.poll_seconds:g} ({settings.source('poll_seconds')}) is too long for lease_seconds = "
+            f"{settings.lease_seconds:g} ({settings.source('lease_seconds')}): at most a quarter of it"
+        )
     for limit in settings.hardware.limits:
         value: Any = settings
         for name in limit.key.split("."):

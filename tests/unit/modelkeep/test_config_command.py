@@ -44,7 +44,7 @@ def test_a_change_keeps_comments_and_everything_else(home: Path) -> None:
     ("key", "text", "value"),
     [
         ("log_level", "ERROR", "ERROR"),
-        ("lease_seconds", "2", 2.0),
+        ("lease_seconds", "20", 20.0),
         ("servers", "http://a:1,http://b:2", ["http://a:1", "http://b:2"]),
         ("server.port", "9100", 9100),
         ("gpu.memory_fraction", "0.5", 0.5),

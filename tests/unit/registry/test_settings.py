@@ -403,3 +403,10 @@ def test_loading_imports_nothing_heavy(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_server_that_polls_too_seldom_for_its_leases_is_refused_with_both_values(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MODELKEEP_LEASE_SECONDS="2")
+    assert "poll_seconds = 1 (default)" in message
+    assert "lease_seconds = 2 (environment MODELKEEP_LEASE_SECONDS)" in message
+    assert load(tmp_path, MODELKEEP_LEASE_SECONDS="2", MODELKEEP_POLL_SECONDS="0.5").poll_seconds == 0.5
