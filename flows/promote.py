@@ -84,16 +84,21 @@ def promote_model(request: PromoteModel) -> State[Any]:
     with_all = connect()
     environment = request.environment or with_all.settings.environment
     try:
-        operation = promotions.begin(
+        operation = lease.taken(
             with_all.database,
-            environment=environment,
-            model=request.model,
-            version=request.version,
-            policy=request.policy or with_all.settings.promotion,
-            strategy="forced" if request.force else request.strategy,
-            ttl_seconds=with_all.settings.lease_seconds,
-            flow_run_id=run_id(),
-            force_reason=request.reason if request.force else None,
+            environment,
+            request.model,
+            lambda: promotions.begin(
+                with_all.database,
+                environment=environment,
+                model=request.model,
+                version=request.version,
+                policy=request.policy or with_all.settings.promotion,
+                strategy="forced" if request.force else request.strategy,
+                ttl_seconds=with_all.settings.lease_seconds,
+                flow_run_id=run_id(),
+                force_reason=request.reason if request.force else None,
+            ),
         )
     except LockedError as error:
         return Failed(name="Locked", message=str(error))
@@ -130,7 +135,9 @@ def _steps(work: Promoting) -> Ended:
         return take_all(work, f"forced: {operation.forced}")
     if operation.stable is None:
         return take_all(work, "it is the first version in this environment: there is nothing to compare it with")
-    if not servers.alive(work.database, operation.environment) and not operation.progress.get("windows"):
+    if not operation.progress.get("windows") and not servers.alive(
+        work.database, operation.environment, timeout_seconds=servers.RESTART_SECONDS
+    ):
         return take_all(
             work,
             "no server answers, so there is no traffic to judge it by: the route is set and takes effect when a server comes",

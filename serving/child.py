@@ -7,10 +7,13 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import os
 import secrets
 import signal
 import socket
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
@@ -20,7 +23,7 @@ from registry.errors import ModelkeepError
 from registry.settings import Settings, load_settings
 from registry.store import open_store
 from serving.api import create_app, freeze_startup_objects
-from serving.protocol import bounded_protocol
+from serving.protocol import BoundedHttpProtocol, bounded_protocol
 from serving.reconcile import Reconciler
 from serving.state import Serving
 
@@ -38,7 +41,7 @@ class Server(uvicorn.Server):
         self._serving = serving
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Readiness falls first; accepting stops; who is connected already has his request answered; then uvicorn's own end.
+        """Readiness falls first; accepting stops; who is connected already, or is sending, has his request answered; then uvicorn's own end.
 
         Connections that come later wait in the socket, which the parent holds.
         """
@@ -46,7 +49,23 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         await asyncio.sleep(_SETTLE_SECONDS)
+        deadline = time.monotonic() + float(self.config.timeout_graceful_shutdown or 0)
+        while self._receiving() and time.monotonic() < deadline:
+            await asyncio.sleep(_SETTLE_SECONDS / 3)
         await super().shutdown(sockets)
+
+    def _receiving(self) -> bool:
+        """Whether somebody is in the middle of a request. uvicorn would cut him off."""
+        return any(isinstance(c, BoundedHttpProtocol) and c.receiving for c in self.server_state.connections)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn raises a signal again when it is done, which would end the process before the rest is put in order."""
+        with super().capture_signals():
+            try:
+                yield
+            finally:
+                self._captured_signals.clear()
 
 
 def database_of(settings: Settings) -> Database:
@@ -64,14 +83,17 @@ def database_of(settings: Settings) -> Database:
 
 
 def replica_identity(folder: Path) -> str:
-    """An id that stays: kept in the replica's folder."""
+    """An id that stays: kept in the replica's folder. Where that cannot be written it lasts as long as this process."""
     path = folder / "replica-id"
     with contextlib.suppress(FileNotFoundError):
         if found := path.read_text().strip():
             return found
-    folder.mkdir(parents=True, exist_ok=True)
     identity = f"{socket.gethostname()[:32]}-{secrets.token_hex(4)}"
-    path.write_text(identity)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(identity)
+    except OSError as error:
+        log.error("the id of this server could not be kept in %s: %s", path, error)
     return identity
 
 
@@ -119,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="serving.child", description="Started by `modelkeep serve`, which holds the socket."
     )
     parser.add_argument("--fd", type=int, required=True, help="the listening socket")
+    parser.add_argument("--parent", type=int, required=True, help="process id of the parent")
     parser.add_argument("--address", required=True, help="the address that the registry shall know")
     parser.add_argument("--folder", type=Path, required=True, help="where this replica keeps its state")
     options = parser.parse_args(arguments)
@@ -126,6 +149,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Without its parent nobody holds the socket: drain and go, so that the next start finds the port free.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != options.parent:
+        log.error("the parent, process %d, is gone already", options.parent)
+        return 1
     import uvloop
 
     try:

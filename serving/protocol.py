@@ -44,6 +44,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self._receiving_since = None
 
+    @property
+    def receiving(self) -> bool:
+        """Whether a part of a request is here and the rest is on its way."""
+        return self.scope is not None and self._receiving_since is not None and not self.transport.is_closing()
+
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg)
 

@@ -31,6 +31,9 @@ Key = tuple[str, str]
 _HEARTBEAT_SECONDS = 10.0
 _RETRY_FIRST_SECONDS, _RETRY_MOST_SECONDS = 1.0, 60.0
 _COUNTS_KEPT_SECONDS = 60.0
+_PATIENCE_SECONDS = 10.0
+_PATIENCE_WITH_LAST_STATE_SECONDS = 2.0
+_FIRST_REPORT_SECONDS = 1.0
 
 
 class Reconciler:
@@ -56,26 +59,34 @@ class Reconciler:
         self.started_at = clock.now()
         self._monotonic = monotonic
         self._observer = leases.Observer(monotonic)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reconcile")
+        # Two: a registry that does not answer holds its thread, and nothing shall wait for it that is on the disk.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._drains: set[asyncio.Task[None]] = set()
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
         self._prepared = False
+        self._last: LastState | None = None
         self._retry: tuple[float, float] | None = None  # (when, pause) of the next try to load what failed
         self._reported_at = float("-inf")
         self._reported: dict[tuple[str, str, int], dict[str, Any]] = {}
         self._reported_state: tuple[Any, ...] | None = None
         self._superseded: dict[tuple[str, int], float] = {}  # (model, generation) no longer routed -> since when
 
-    async def start(self, *, patience_seconds: float = 10.0) -> None:
+    async def start(self) -> None:
         """Serve what the registry says; where it does not answer in time, what was served last."""
-        try:
-            await asyncio.wait_for(self.once(), patience_seconds)
-        except TimeoutError:
-            log.error("the registry did not answer within %g s of the start", patience_seconds)
-            self.registry_error = f"no answer within {patience_seconds:g} s of the start"
+        self._last = self._recall()
+        patience = _PATIENCE_SECONDS if self._last is None else _PATIENCE_WITH_LAST_STATE_SECONDS
+        await self.once(patience_seconds=patience, report=False)
         if self.registry_error is not None and not self.serving.routes:
-            await self._restore()
+            if self._last is None:
+                log.error("the registry does not answer and there is no last state: nothing to serve yet")
+            else:
+                log.warning("serving the last good state, generation %d", self._last.generation)
+                await self._apply(self._last, remember=False)
+        if self.registry_error is None:
+            # Whoever asks the registry for servers shall find this one; a registry that is locked does not keep it from serving.
+            await self.once(patience_seconds=_FIRST_REPORT_SECONDS)
         self.serving.ready = True
 
     async def run(self) -> None:
@@ -91,11 +102,25 @@ class Reconciler:
         await self.once()
         return self.info()
 
-    async def once(self) -> None:
-        """One round. Never raises what the registry or a model did wrong: that is reported."""
+    async def once(self, *, patience_seconds: float | None = None, report: bool = True) -> None:
+        """One round. Never raises what the registry or a model did wrong: that is reported.
+
+        `patience_seconds` is for the registry to answer in; loading takes as long as it takes.
+        """
         async with self._lock:
             try:
-                await self._round()
+                async with asyncio.timeout(patience_seconds):
+                    state = await self._wanted()
+                if state is not None:
+                    await self._apply(state, remember=True)
+                if report:
+                    async with asyncio.timeout(patience_seconds):
+                        await self._report()
+            except TimeoutError:
+                log.error(
+                    "the registry did not answer within %g s; going on with the last good state", patience_seconds
+                )
+                self.registry_error = f"no answer within {patience_seconds:g} s"
             except ModelkeepError as error:
                 if self.registry_error is None:
                     log.error("going on with the last good state: %s", error)
@@ -110,7 +135,8 @@ class Reconciler:
 
     async def stop(self) -> None:
         """Let the versions that were on their way out finish."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._thread, self._loader):
+            thread.shutdown(wait=False, cancel_futures=True)
         if self._drains:
             await asyncio.wait(self._drains)
 
@@ -154,9 +180,10 @@ class Reconciler:
             "errors": {f"{model}/{version}": error for (model, version), error in sorted(self.errors.items())},
         }
 
-    async def _round(self) -> None:
+    async def _wanted(self) -> LastState | None:
+        """What the registry wants, None where this process is there already. Ends leases that stand still on the way."""
         if not self._prepared:
-            await self._in_thread(self.database.prepare)
+            await self._in_thread(self._prepare)
             self._prepared = True
         pulse = await self._in_thread(self._pulse)
         for beat in self._observer.stale(pulse.beats if pulse else ()):
@@ -164,13 +191,27 @@ class Reconciler:
             if ended is not None:
                 log.warning("withdrew promotion %s: its lease on %s stood still", ended, beat.subject)
                 pulse = await self._in_thread(self._pulse)
+        if pulse is None:
+            if self._last is not None:
+                raise UnavailableError(
+                    f"the registry knows nothing of environment {self.serving.environment}, of which this server has served generation "
+                    f"{self._last.generation}: it is another one, or it was emptied. Restore it, or promote a version in this one"
+                )
+            return None
         due = self._retry is not None and self._monotonic() >= self._retry[0]
-        if pulse is not None and (
-            due or (pulse.epoch, pulse.generation) != (self.serving.epoch, self.serving.generation)
-        ):
-            routes, wanted, epoch, generation = await self._in_thread(self._desired)
-            await self._apply(LastState(epoch, generation, tuple(routes), tuple(wanted)), remember=True)
-        await self._report()
+        if not due and (pulse.epoch, pulse.generation) == (self.serving.epoch, self.serving.generation):
+            return None
+        return await self._in_thread(self._desired)
+
+    def _prepare(self) -> None:
+        """Bring the registry to this release's schema. An empty one is made only where no other can have been lost."""
+        path = self.database.url.database
+        if self.database.sqlite and self._last is not None and path and not Path(path).exists():
+            raise UnavailableError(
+                f"the registry {path} is gone, and this server has served from it: restore it from a backup; to begin with an empty "
+                "one instead: modelkeep db upgrade"
+            )
+        self.database.prepare()
 
     def _expire(self, beat: leases.Beat) -> str | None:
         observer = f"replica:{self.serving.replica_id}"
@@ -180,7 +221,7 @@ class Reconciler:
         with self.database.read() as session:
             return replicas.pulse(session, self.serving.environment)
 
-    def _desired(self) -> tuple[list[Route], list[Wanted], str, int]:
+    def _desired(self) -> LastState:
         with self.database.read() as session:
             pulse = replicas.pulse(session, self.serving.environment)
             if pulse is None:
@@ -212,7 +253,7 @@ class Reconciler:
                 for row in versions
             ]
             # Read in one snapshot on SQLite; elsewhere a change in between shows as a newer generation at the next poll.
-            return routes, wanted, pulse.epoch, pulse.generation
+            return LastState(pulse.epoch, pulse.generation, tuple(routes), tuple(wanted))
 
     async def _apply(self, state: LastState, *, remember: bool) -> None:
         """Load what is missing, then flip all routes at once, then let go of what nobody needs."""
@@ -225,7 +266,7 @@ class Reconciler:
                 loaded[key] = current
                 continue
             try:
-                loaded[key] = await self._in_thread(partial(self._load, version))
+                loaded[key] = await self._in_thread(partial(self._load, version), self._loader)
             except ModelkeepError as error:
                 errors[key] = str(error)
             except Exception as error:
@@ -245,8 +286,9 @@ class Reconciler:
             self._drains.add(task)
             task.add_done_callback(self._drains.discard)
         if remember and not errors:
+            self._last = state
             try:
-                await self._in_thread(lambda: laststate.write(self.state_file, state))
+                await self._in_thread(lambda: laststate.write(self.state_file, state), self._loader)
             except OSError as error:
                 log.error("the last state could not be kept in %s: %s", self.state_file, error)
 
@@ -321,18 +363,13 @@ class Reconciler:
             if fresh is None or fresh.generation != route.generation:
                 self._superseded[name, route.generation] = now
 
-    async def _restore(self) -> None:
-        """Serve from the disk what was served last."""
+    def _recall(self) -> LastState | None:
+        """What was served last, from the disk."""
         try:
-            state = laststate.read(self.state_file)
+            return laststate.read(self.state_file)
         except (OSError, ValueError) as error:
-            log.error("the last state cannot be used: %s", error)
-            return
-        if state is None:
-            log.error("the registry does not answer and there is no last state: nothing to serve yet")
-            return
-        log.warning("serving the last good state, generation %d", state.generation)
-        await self._apply(state, remember=False)
+            log.error("the last state cannot be used, going on without it: %s", error)
+            return None
 
     async def _report(self) -> None:
         """Tell the registry: at once when something changed or is being counted, else now and then."""
@@ -363,8 +400,8 @@ class Reconciler:
                 serving.forget_counts(model, [generation])
                 del self._superseded[model, generation]
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    async def _in_thread(self, work: Callable[[], T], thread: ThreadPoolExecutor | None = None) -> T:
+        return await asyncio.get_running_loop().run_in_executor(thread or self._thread, work)
 
 
 def _count_key(row: dict[str, Any]) -> tuple[str, str, int]:

@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 
-from registry.errors import SettingsError, UnavailableError
+from registry.errors import SettingsError, StorageError, UnavailableError
 from registry.settings import Settings
 
 log = logging.getLogger("modelkeep.supervisor")
@@ -19,6 +20,7 @@ log = logging.getLogger("modelkeep.supervisor")
 _BACKLOG = 4096
 _BIND_PATIENCE_SECONDS = 3.0
 _HEALTHY_SECONDS = 5.0
+_LOOK_SECONDS = 0.5
 _PAUSES_SECONDS = (0.0, 0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -91,8 +93,14 @@ class Supervisor:
         """Serve until SIGTERM or SIGINT. Returns the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "supervisor.pid").write_text(str(os.getpid()))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"the server needs a folder for its state, and {self.folder} is none: {error.strerror or error}; set MODELKEEP_HOME "
+                "to a folder that can be written"
+            ) from error
+        _note(self.folder / "supervisor.pid", os.getpid())
         short_lives = 0
         while not self._stopping:
             started = time.monotonic()
@@ -112,21 +120,25 @@ class Supervisor:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         descriptor = self.listener.fileno()
-        command = [sys.executable, "-P", "-m", "serving.child", "--fd", str(descriptor)]
+        command = [sys.executable, "-P", "-m", "serving.child", "--fd", str(descriptor), "--parent", str(os.getpid())]
         child = subprocess.Popen(
             [*command, "--address", self.address, "--folder", str(self.folder)],
             pass_fds=[descriptor],
             stdin=subprocess.DEVNULL,
         )
-        (self.folder / "child.pid").write_text(str(child.pid))
+        _note(self.folder / "child.pid", child.pid)
         return child
 
     def _wait(self, child: subprocess.Popen[bytes]) -> int:
+        """Until the child has ended. Once told to stop it has its time to drain, counted from then on."""
+        deadline: float | None = None
         while True:
+            if self._stopping and deadline is None:
+                deadline = time.monotonic() + self.grace_seconds
             try:
-                return child.wait(timeout=0.5 if not self._stopping else self.grace_seconds)
+                return child.wait(timeout=_LOOK_SECONDS)
             except subprocess.TimeoutExpired:
-                if self._stopping:
+                if deadline is not None and time.monotonic() >= deadline:
                     log.error("the server did not end within %g s: killed", self.grace_seconds)
                     child.kill()
                     return child.wait()
@@ -140,6 +152,16 @@ class Supervisor:
         self._stopping = True
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(signal.SIGTERM)
+
+
+def _note(path: Path, pid: int) -> None:
+    """Keep a process id for whoever looks; in one step, so that nobody reads half of it. A full disk is no reason not to serve."""
+    fresh = path.with_suffix(".new")
+    try:
+        fresh.write_text(str(pid))
+        fresh.replace(path)
+    except OSError as error:
+        log.error("%s could not be written: %s", path, error)
 
 
 def _how(code: int) -> str:

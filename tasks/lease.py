@@ -1,17 +1,22 @@
-"""Keep a lease alive while an operation runs, from a thread of its own."""
+"""Keep a lease alive while an operation runs, from a thread of its own; and end one whose operation has died."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
-from registry import leases
+from registry import actor, leases, promotions
 from registry.database import Database
-from registry.errors import FencedError, ModelkeepError
+from registry.errors import FencedError, LockedError, ModelkeepError
 
 log = logging.getLogger("modelkeep.lease")
+T = TypeVar("T")
+
+_LOOK_SECONDS = 0.2
 
 
 class Keeper:
@@ -50,3 +55,36 @@ def kept(database: Database, held: leases.Held) -> Iterator[Keeper]:
     finally:
         stop.set()
         thread.join(timeout=held.ttl_seconds)
+
+
+def taken(
+    database: Database,
+    environment: str,
+    model: str,
+    begin: Callable[[], T],
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    monotonic: Callable[[], float] = time.monotonic,
+) -> T:
+    """Begin an operation that takes the lease of a model; where another holds it, see first whether that one lives.
+
+    Servers end what a dead process left, but there may be none: a lease that stands still for its time to live is ended here, in the
+    same way. Raises LockedError as soon as it moves, or where it waits for an approval.
+    """
+    observer, subject, first = leases.Observer(monotonic), leases.subject_of(environment, model), None
+    while True:
+        try:
+            return begin()
+        except LockedError:
+            with database.read() as session:
+                seen = next((beat for beat in leases.beats(session, environment) if beat.subject == subject), None)
+            first = first or seen
+            if seen is None or first is None or (seen.token, seen.heartbeat) != (first.token, first.heartbeat):
+                raise
+            if not (stale := observer.stale([seen])):
+                sleep(min(_LOOK_SECONDS, seen.ttl_seconds / 4))
+            for beat in stale:
+                ended = promotions.expire(database, environment, beat, observer=actor.current())
+                log.warning(
+                    "ended promotion %s: its lease on %s stood still for %g s", ended, subject, beat.ttl_seconds
+                )

@@ -9,7 +9,7 @@ import httpx
 
 from registry import promotions, replicas
 from registry.database import Database
-from tasks import servers
+from tasks import lease, servers
 
 FOLLOW_SECONDS = 30.0
 
@@ -66,16 +66,21 @@ def change(
     emergency: bool = False,
     flow_run_id: str | None = None,
 ) -> dict[str, Any]:
-    """Set the route back, in one transaction. Raises LockedError, NotFoundError, RefusedError."""
-    return promotions.roll_back(
+    """Set the route back, in one transaction; a lease whose holder has died is ended first. Raises LockedError, NotFoundError, RefusedError."""
+    return lease.taken(
         database,
-        environment=environment,
-        model=model,
-        to=to,
-        reason=reason,
-        ttl_seconds=ttl_seconds,
-        emergency=emergency,
-        flow_run_id=flow_run_id,
+        environment,
+        model,
+        lambda: promotions.roll_back(
+            database,
+            environment=environment,
+            model=model,
+            to=to,
+            reason=reason,
+            ttl_seconds=ttl_seconds,
+            emergency=emergency,
+            flow_run_id=flow_run_id,
+        ),
     )
 
 

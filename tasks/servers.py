@@ -12,8 +12,11 @@ import httpx
 from registry import replicas
 from registry.database import Database
 
+RESTART_SECONDS = 15.0
+"""How long a server that is being started again may be away before it counts as gone."""
 _ANSWER_SECONDS = 3.0
 _NUDGE_SECONDS = 0.5
+_AGAIN_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +36,37 @@ class Following:
         ]
 
 
-def alive(database: Database, environment: str) -> dict[str, str]:
-    """Replicas of an environment that answer now: {id: address}. A row whose server is gone, or another's by now, is left out."""
+def alive(database: Database, environment: str, *, timeout_seconds: float = _ANSWER_SECONDS) -> dict[str, str]:
+    """Replicas of an environment that answer: {id: address}. A row whose server is gone, or another's by now, is left out."""
     with database.read() as session:
         rows = replicas.listed(session, environment)
     found: dict[str, str] = {}
     for row in rows:
-        info = model_info(row["address"])
+        info = model_info(row["address"], timeout_seconds=timeout_seconds)
         if info is not None and info.get("replica") == row["id"]:
             found[row["id"]] = row["address"]
     return found
 
 
 def model_info(address: str, *, timeout_seconds: float = _ANSWER_SECONDS) -> dict[str, Any] | None:
-    """What a server says of itself; None where it does not answer or is none of ours."""
-    try:
-        answer = httpx.get(f"{address}/api/v2/model-info", timeout=timeout_seconds)
-        document = answer.json() if answer.status_code == 200 else None
-    except (httpx.HTTPError, ValueError):
-        return None
-    return document if isinstance(document, dict) else None
+    """What a server says of itself; None where it does not answer or is none of ours.
+
+    Who refuses the connection is gone. Who breaks it off has been killed in the middle, and its parent starts it again: it is asked
+    again until the time is up.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            left = max(_AGAIN_SECONDS, deadline - time.monotonic())
+            answer = httpx.get(f"{address}/api/v2/model-info", timeout=left)
+            document = answer.json() if answer.status_code == 200 else None
+            return document if isinstance(document, dict) else None
+        except (httpx.ConnectError, httpx.UnsupportedProtocol, httpx.InvalidURL, ValueError):
+            return None
+        except httpx.HTTPError:
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(_AGAIN_SECONDS)
 
 
 def nudge(addresses: list[str], *, timeout_seconds: float = _NUDGE_SECONDS) -> None:

@@ -69,10 +69,11 @@ def write_traffic(path: Path) -> Path:
     return path
 
 
-def build(path: Path, *, seed: int = 1, broken: bool = False, golden_of: Path | None = None) -> Path:
+def build(path: Path, *, seed: int = 1, broken: bool = False, work: int = 0) -> Path:
     """An ONNX model image [n,1,8,8] -> scores [n,10] whose numbers come from `seed`.
 
     `broken`: its graph looks the ink of an image up in a table that ends at LIMIT_INK, and so raises on heavy images.
+    `work`: matrix products of 1,024 x 1,024 that a request costs besides (about 0.3 ms each).
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -91,6 +92,15 @@ def build(path: Path, *, seed: int = 1, broken: bool = False, golden_of: Path | 
             helper.make_node("Gather", ["table", "index"], ["gain"]),
             helper.make_node("Mul", ["plain", "gain"], ["scores"]),
         ]
+    if work:
+        constants["up"] = np.zeros((64, 1024), dtype=np.float32)
+        constants["square"] = np.eye(1024, dtype=np.float32)
+        constants["down"] = np.zeros((1024, 10), dtype=np.float32)
+        nodes[1].output[0] = "light"
+        nodes.append(helper.make_node("MatMul", ["flat", "up"], ["h0"]))
+        nodes += [helper.make_node("MatMul", [f"h{k}", "square"], [f"h{k + 1}"]) for k in range(work)]
+        nodes.append(helper.make_node("MatMul", [f"h{work}", "down"], ["nothing"]))
+        nodes.append(helper.make_node("Add", ["light", "nothing"], ["scores"]))
     tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     if broken:
         tensors.append(numpy_helper.from_array(np.array([1], dtype=np.int64), "axes"))
@@ -303,13 +313,16 @@ class Box:
 
     def register(self, version: str, path: Path, *, model: str = MODEL, golden: Path | None = None) -> None:
         versions.register(
-            self.database, self.store, path, name=model, version=version, golden=golden, max_bytes=1 << 24
+            self.database, self.store, path, name=model, version=version, golden=golden, max_bytes=1 << 26
         )
         self.models[version] = path
 
-    def add(self, version: str, *, seed: int | None = None, broken: bool = False, golden: Path | None = None) -> Path:
+    def add(
+        self, version: str, *, seed: int | None = None, broken: bool = False, work: int = 0, golden: Path | None = None
+    ) -> Path:
         """Build and register a version of MODEL."""
-        path = build(self.folder / f"v{version}.onnx", seed=int(version) if seed is None else seed, broken=broken)
+        seed = int(version) if seed is None else seed
+        path = build(self.folder / f"v{version}.onnx", seed=seed, broken=broken, work=work)
         self.register(version, path, golden=golden)
         return path
 

@@ -24,7 +24,7 @@ def steps(work: Promoting) -> Ended:
         promotion.validate(work)
     if work.operation.stable is None:
         return promotion.without_comparison(work, "it is the first version")
-    if not servers.alive(work.database, work.operation.environment):
+    if not servers.alive(work.database, work.operation.environment, timeout_seconds=servers.RESTART_SECONDS):
         return promotion.without_comparison(work, "no server answers")
     promotion.baseline(work)
     promotion.shadow(work)
@@ -48,9 +48,12 @@ def main() -> int:
     if sys.stdin.readline().strip() != "go":
         return 2
     try:
-        operation = promotions.begin(
-            database, environment=settings.environment, model=options.model, version=options.version,
-            policy=settings.promotion, strategy="canary", ttl_seconds=settings.lease_seconds, flow_run_id=None,
+        operation = lease.taken(
+            database, settings.environment, options.model,
+            lambda: promotions.begin(
+                database, environment=settings.environment, model=options.model, version=options.version,
+                policy=settings.promotion, strategy="canary", ttl_seconds=settings.lease_seconds, flow_run_id=None,
+            ),
         )  # fmt: skip
     except LockedError as error:
         print(error, flush=True)

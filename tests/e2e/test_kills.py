@@ -94,7 +94,12 @@ def series(folder: Path, kills: list[tuple[str, float]], seed: int, tally: Tally
         requests = traffic.stop()
         lost, unexplained = lost_in(requests, [window for one in tally.kills for window in one.windows])
         answers = found.check(requests)
-        tally.requests, tally.lost, tally.wrong, tally.checked = len(requests), len(lost), answers.wrong, answers.checked
+        tally.requests, tally.lost, tally.wrong, tally.checked = (
+            len(requests),
+            len(lost),
+            answers.wrong,
+            answers.checked,
+        )
         tally.refused = sum(request.error == "refused" for request in requests)
         tally.slowest_seconds = max(request.latency_seconds for request in requests)
         assert not unexplained, [(r.index, r.error, r.message, r.sent, r.finished) for r in unexplained[:5]]
@@ -177,5 +182,3 @@ def record(figures: dict[str, object]) -> None:
     last = max(number for number, line in enumerate(lines) if line.startswith("| "))
     lines.insert(last + 1, "| " + " | ".join(cells) + " |")
     path.write_text("\n".join(lines) + "\n")
-
-
