@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flows.common import Connections, artifact_key, connect, logger, run_id, when_unavailable
 from registry import promotions
-from registry.errors import FencedError, LockedError, RefusedError
+from registry.errors import FencedError, LockedError, NotFoundError, RefusedError, UsageError
 from registry.policy import PromotionPolicy
 from tasks import lease, promotion, servers, story
 from tasks.promotion import Ended, Promoting
@@ -78,9 +78,9 @@ take_all = _step("take-all", promotion.without_comparison)
     persist_result=False,
 )
 def promote_model(request: PromoteModel) -> State[Any]:
-    """Ends Promoted, Rejected, RolledBack, Held or Locked, each with its reason."""
+    """Ends Promoted, Rejected, RolledBack, Held, Refused or Locked, each with its reason."""
     if request.force and not request.reason:
-        raise RefusedError("a forced promotion needs a reason: it goes on record")
+        return Failed(name="Refused", message="a forced promotion needs a reason: it goes on record")
     with_all = connect()
     environment = request.environment or with_all.settings.environment
     try:
@@ -102,6 +102,8 @@ def promote_model(request: PromoteModel) -> State[Any]:
         )
     except LockedError as error:
         return Failed(name="Locked", message=str(error))
+    except (RefusedError, NotFoundError, UsageError) as error:
+        return Failed(name="Refused", message=str(error))
     with lease.kept(with_all.database, operation.held) as keeper:
         work = Promoting(
             with_all.database,

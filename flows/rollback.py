@@ -12,7 +12,7 @@ from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.common import artifact_key, connect, logger, run_id, when_unavailable
-from registry.errors import LockedError
+from registry.errors import LockedError, NotFoundError, RefusedError, UsageError
 from tasks import rollback
 
 
@@ -68,6 +68,8 @@ def rollback_model(request: RollbackModel) -> State[Any]:
         )
     except LockedError as error:
         return Failed(name="Locked", message=str(error))
+    except (RefusedError, NotFoundError, UsageError) as error:
+        return Failed(name="Refused", message=str(error))
     outcome = follow(with_all.database, result)
     logger().info(outcome.summary())
     create_markdown_artifact(outcome.as_markdown(), key=artifact_key("rollback", request.model), description="Rollback")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import logging
 import sys
@@ -15,7 +16,8 @@ import typer
 
 from modelkeep import output
 from modelkeep.config_command import config_app
-from registry import audit, names, promotions, replicas, versions
+from registry import audit, clock, names, promotions, replicas, versions
+from registry.connect import open_database
 from registry.database import Database
 from registry.errors import ModelkeepError, UsageError
 from registry.schema import AuditEvent
@@ -49,19 +51,6 @@ class Context:
     settings: Settings
     database: Database
     artifacts: ArtifactStore
-
-
-def open_database(settings: Settings) -> Database:
-    return Database(
-        settings.database_url,
-        anchors=settings.home / "audit.anchors",
-        pool={
-            "pool_size": settings.database.pool_size,
-            "max_overflow": settings.database.max_overflow,
-            "pool_timeout": settings.database.pool_timeout_seconds,
-            "pool_recycle": int(settings.database.pool_recycle_seconds),
-        },
-    )
 
 
 @contextmanager
@@ -167,8 +156,10 @@ def _run_promotion(context: Context, request: dict[str, Any]) -> tuple[int, str 
     with context.database.read() as session:
         row = promotions.of_run(session, run) if run else None
         found = promotions.describe(row) if row is not None else None
-    if state.name == "Locked":
-        return 4, None, state.message or "locked"
+    if state.name in ("Locked", "Fenced"):
+        return 4, None, state.message or str(state.name)
+    if state.name == "Refused":
+        return 1, None, state.message or "refused"
     if state.name == "Promoted":
         return 0, found["id"] if found else None, state.message or ""
     error = state.result(raise_on_failure=False) if state.is_failed() and state.name == "Failed" else None
@@ -218,11 +209,14 @@ def rollback(
     if state.name == "Failed":
         error = state.result(raise_on_failure=False)
         raise error if isinstance(error, BaseException) else ModelkeepError(state.message or "the rollback failed")
+    if state.name in ("Refused", "Locked"):
+        output.problem(state.message or str(state.name))
+        raise typer.Exit(4 if state.name == "Locked" else 1)
     if as_json:
         output.document({"model": name, "state": state.name, "message": state.message})
     else:
         output.say(state.message or str(state.name))
-    raise typer.Exit({"RolledBack": 0, "Locked": 4, "Behind": 3}.get(str(state.name), 1))
+    raise typer.Exit({"RolledBack": 0, "Behind": 3}.get(str(state.name), 1))
 
 
 @app.command()
@@ -239,6 +233,7 @@ def status(as_json: Json = False) -> None:
                 p for p in promotions.listed(session, environment=environment) if p["state"] == promotions.RUNNING
             ]
         living = servers.alive(context.database, environment)
+    yesterday = clock.text(clock.now() - dt.timedelta(days=1))  # who has been silent for longer is history
     document = {
         "environment": environment,
         "models": [
@@ -256,6 +251,7 @@ def status(as_json: Json = False) -> None:
             {**{key: row[key] for key in ("id", "address", "generation", "reported_at")}, "answers": row["id"] in living,
              "errors": row["serving"].get("errors", {})}
             for row in rows
+            if row["id"] in living or row["reported_at"] > yesterday
         ],
         "promotions_running": running,
     }  # fmt: skip

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from registry.connect import open_database
 from registry.errors import ModelkeepError
 from registry.settings import Settings
 
@@ -23,7 +24,6 @@ class Finding:
 
 def examine(settings: Settings) -> list[Finding]:
     from modelkeep import prefect_env
-    from modelkeep.cli import open_database
     from tasks import servers
 
     findings = [

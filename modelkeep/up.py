@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from modelkeep import output, prefect_env
+from registry.connect import open_database
 from registry.errors import ModelkeepError, UnavailableError
 from registry.settings import Settings
 from serving.supervisor import check_exposure, listen
@@ -22,6 +23,7 @@ _PAUSES_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _HEALTHY_SECONDS = 20.0
 _PREFECT_START_SECONDS = 180.0
 _GRACE_SECONDS = 40.0
+_WORKER_GRACE_SECONDS = 10.0
 _SETTLE_EVERY_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
 
@@ -170,7 +172,6 @@ class Up:
 
     def _settle(self) -> None:
         """Now and then, tell Prefect of promotions that ended without their flow."""
-        from modelkeep.cli import open_database
         from modelkeep.deploy import settle_runs
 
         database = open_database(self.settings)
@@ -187,18 +188,18 @@ class Up:
 
     def _end(self) -> int:
         output.say("       up | stopping")
-        # The worker first, so that it starts nothing more; the inference server drains meanwhile.
-        for child in reversed(self.children):
+        server, prefect, worker = self.children
+        server.stop(signal.SIGTERM)  # it drains meanwhile
+        # The worker before Prefect: it still has things to tell it.
+        for child, patience in ((worker, _WORKER_GRACE_SECONDS), (prefect, _GRACE_SECONDS), (server, _GRACE_SECONDS)):
             child.stop(signal.SIGTERM)
-        deadline = time.monotonic() + _GRACE_SECONDS
-        for child in self.children:
             if child.process is None:
                 continue
             try:
-                child.process.wait(max(0.1, deadline - time.monotonic()))
+                child.process.wait(patience)
             except subprocess.TimeoutExpired:
                 output.say(f"{child.name:>9} | did not end in time: killed")
-            child.stop(signal.SIGKILL) if child.process.poll() is None else None
+                child.stop(signal.SIGKILL)
         return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from registry import audit
 from registry.errors import ConflictError, ModelkeepError, StorageError, UnavailableError
 from registry.schema import REVISION
 
-_BUSY_TIMEOUT_MS = 15_000
+ANSWER_SECONDS = 15.0
 
 log = logging.getLogger("modelkeep.audit")
 
@@ -42,22 +43,44 @@ class Transaction:
 
 
 class Database:
-    """The engine and its two kinds of transactions. Cheap to create; connects at the first use."""
+    """The engine and its two kinds of transactions. Cheap to create; connects at the first use.
 
-    def __init__(self, url: str, *, anchors: Path | None = None, pool: dict[str, Any] | None = None) -> None:
+    `answer_seconds`: how long SQLite's lock or a connection to a server is waited for; an answer of a server is waited for
+    four times as long.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        anchors: Path | None = None,
+        pool: dict[str, Any] | None = None,
+        answer_seconds: float = ANSWER_SECONDS,
+    ) -> None:
         self.url = make_url(url)
         self.anchors = anchors
         self.sqlite = self.url.get_backend_name() == "sqlite"
-        options: dict[str, Any] = {}
-        if self.sqlite:
-            options["connect_args"] = {"timeout": _BUSY_TIMEOUT_MS / 1000, "check_same_thread": False}
-        else:
+        options: dict[str, Any] = {"connect_args": self._waiting(answer_seconds)}
+        if not self.sqlite:
             options.update(isolation_level="READ COMMITTED", pool_pre_ping=True, **(pool or {}))
         self.engine: Engine = create_engine(self.url, **options)
         self._writer = self.engine.execution_options(modelkeep_write=True)
         if self.sqlite:
             event.listen(self.engine, "connect", _sqlite_connect)
             event.listen(self.engine, "begin", _sqlite_begin)
+
+    def _waiting(self, seconds: float) -> dict[str, Any]:
+        if self.sqlite:
+            return {"timeout": seconds, "check_same_thread": False}
+        if self.url.drivername == "mysql+pymysql":  # its own default waits for ever once it is connected
+            return {
+                "connect_timeout": max(1, round(seconds)),
+                "read_timeout": 4 * seconds,
+                "write_timeout": 4 * seconds,
+            }
+        if self.url.drivername == "postgresql+psycopg":
+            return {"connect_timeout": max(2, round(seconds)), "tcp_user_timeout": round(4000 * seconds)}
+        return {}
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
@@ -159,8 +182,19 @@ def _translate(error: DBAPIError, url: str) -> ModelkeepError | DBAPIError:
 
 def _sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
     connection.isolation_level = None  # the "begin" event below speaks to SQLite, not the driver
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={_BUSY_TIMEOUT_MS}"):
-        connection.execute(f"PRAGMA {pragma}")
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError as error:
+            # Of several processes that open a new file at once, SQLite tells one at once that it is locked, whatever the
+            # timeout: both hold a lock that the other would have to give up.
+            if "locked" not in str(error) or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.01)
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
 
 
 def _sqlite_begin(connection: Connection) -> None:

@@ -172,9 +172,13 @@ def stage(
 ) -> tuple[str, int]:
     """Change the route for this promotion. Returns (epoch, generation), which `window` is kept under.
 
-    `placements` are moves of the candidate: (environment, status).
+    `placements` are moves of the candidate: (environment, status). Raises ConflictError for a version that is stable by now.
     """
     with _write(database, operation) as transaction:
+        if operation.progress.get("promoted"):
+            raise ConflictError(
+                f"promotion {operation.id} is past its stages: {operation.version} is the stable version"
+            )
         _place(transaction, operation, placements, title)
         route = routes.change(
             transaction,
@@ -299,12 +303,13 @@ def roll_back(
         if route is None or route.stable is None:
             raise NotFoundError(f"{model} serves nothing in {environment}: there is nothing to roll back")
         before, closed = route.stable, False
+        withdrawn: str | None = None
         if emergency:
             under_way = leases.preempt(transaction, subject, environment, reason=reason)
             promotion = session.get(Promotion, under_way) if under_way else None
             if promotion is not None and promotion.state == RUNNING:
                 _close(transaction, promotion, "withdrawn", "Emergency rollback", reason, {})
-                closed = True
+                closed, withdrawn = True, promotion.version
         else:
             held = leases.acquire(
                 transaction,
@@ -347,6 +352,7 @@ def roll_back(
             "environment": environment,
             "from": before,
             "to": target,
+            "withdrawn": withdrawn,
             "generation": changed.generation,
         }
 

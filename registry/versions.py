@@ -71,10 +71,13 @@ def register(
         ]
         digest = artifact_digest(stored)
         with database.read() as session:
-            if (existing := _existing(session, name, version, digest)) is not None:
-                return _again(existing, digest, golden_digest, path)
+            known = _existing(session, name, version, digest)
+            again = None if known is None else _again(known, digest, golden_digest, path)
+        # Also where it is registered already: bytes that have rotted in the store are healed by that.
         for file in [*found.files, *([cases] if cases is not None else [])]:
             store.put(file)
+        if again is not None:
+            return again
 
     with database.write(actor=actor) as transaction:
         session = transaction.session

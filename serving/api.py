@@ -14,6 +14,7 @@ import html
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Protocol
@@ -183,6 +184,7 @@ class V2:
         self._id_prefix = f"{serving.replica_id}-{serving.boot_id[:6]}-".encode()
         self._ids = itertools.count(1)
         self._waiting: set[_Waiting] = set()
+        self._turns: deque[asyncio.Future[None]] = deque()
         self._sweeping = False
         self._software_version = software_version()
 
@@ -214,12 +216,13 @@ class V2:
         if request_id is None or not _is_plain(request_id):
             request_id = self._id_prefix + b"%d" % next(self._ids)
         named = [(b"x-request-id", request_id)]
-        if serving.in_flight >= self._max_concurrent:
+        if serving.in_flight < self._max_concurrent:
+            serving.in_flight += 1
+        elif not (serving.catching_up and await self._turn()):
             serving.unrouted(429)
             busy = BusyError(f"the server has {self._max_concurrent} requests in flight, its limit; try again later")
             await self._send_error(send, 429, busy, named)
             return
-        serving.in_flight += 1
         loaded: LoadedVersion | None = None
         try:
             body = await self._body(headers, receive)
@@ -253,7 +256,7 @@ class V2:
             await self._send_error(send, 500, ModelkeepError("internal error of the server; see its log"), named)
             return
         finally:
-            serving.in_flight -= 1
+            self._leave()
         loaded.telemetry.answered(200)
         if header_length is None:
             named.append(_JSON)
@@ -264,6 +267,26 @@ class V2:
             candidate = serving.loaded.get((model, route.candidate))
             if candidate is not None:
                 shadow.offer(route, loaded, candidate, request.inputs, request.outputs, work.answer)
+
+    async def _turn(self) -> bool:
+        """Wait for the place of a request that ends. False where none came free within a request's time."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._turns.append(turn)
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                await turn
+        except TimeoutError:
+            return not turn.cancelled()  # it may have come in the same moment
+        return True
+
+    def _leave(self) -> None:
+        """Give the place to whoever waits for one, else give it back."""
+        while self._turns:
+            turn = self._turns.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._serving.in_flight -= 1
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """The body, unpacked. Raises InputError as soon as it is too long, whatever the client still sends."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import uvicorn
 
-from registry.database import Database
+from registry.connect import open_database
 from registry.errors import ModelkeepError
 from registry.settings import Settings, load_settings
 from registry.store import open_store
@@ -30,6 +30,7 @@ from serving.state import Serving
 log = logging.getLogger("modelkeep.serve")
 
 _SETTLE_SECONDS = 0.15
+_CATCH_UP_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -68,20 +69,6 @@ class Server(uvicorn.Server):
                 self._captured_signals.clear()
 
 
-def database_of(settings: Settings) -> Database:
-    """The registry's database as the settings describe it."""
-    return Database(
-        settings.database_url,
-        anchors=settings.home / "audit.anchors",
-        pool={
-            "pool_size": settings.database.pool_size,
-            "max_overflow": settings.database.max_overflow,
-            "pool_timeout": settings.database.pool_timeout_seconds,
-            "pool_recycle": int(settings.database.pool_recycle_seconds),
-        },
-    )
-
-
 def replica_identity(folder: Path) -> str:
     """An id that stays: kept in the replica's folder. Where that cannot be written it lasts as long as this process."""
     path = folder / "replica-id"
@@ -104,7 +91,7 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
     reconciler = Reconciler(
         serving,
         settings,
-        database_of(settings),
+        open_database(settings),
         open_store(settings.artifacts),
         state_folder=folder,
         address=address,
@@ -124,6 +111,9 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(settings.server.drain_seconds),
     )
+    # Those who connected while no server was there come all at once: nobody of them is told to try again later.
+    serving.catching_up = True
+    asyncio.get_running_loop().call_later(_CATCH_UP_SECONDS, setattr, serving, "catching_up", False)
     polling = asyncio.create_task(reconciler.run())
     try:
         await Server(config, serving).serve(sockets=[listener])

@@ -69,8 +69,27 @@ def read(path: Path) -> LastState | None:
         return LastState(
             epoch=str(document["epoch"]),
             generation=int(document["generation"]),
-            routes=tuple(Route(**route) for route in document["routes"]),
+            routes=tuple(_route(route) for route in document["routes"]),
             versions=tuple(Wanted(**{**version, "files": tuple(version["files"])}) for version in document["versions"]),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
+def _route(value: dict[str, Any]) -> Route:
+    """Raises TypeError where a field is missing, unknown, or of another kind."""
+    route = Route(**value)
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "model": str,
+        "generation": int,
+        "stable": (str, type(None)),
+        "candidate": (str, type(None)),
+        "weight": (int, float),
+        "shadow": bool,
+        "slow_threshold_seconds": (int, float, type(None)),
+        "watch": bool,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(getattr(route, name), kind):
+            raise TypeError(f"{name} = {getattr(route, name)!r}")
+    return route

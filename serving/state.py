@@ -33,6 +33,8 @@ class Serving:
         self.live = True
         self.in_flight = 0
         """Inference requests between their first byte and the last of their answer."""
+        self.catching_up = False
+        """Whether those who connected while no server was there are being worked off: they wait for their turn."""
         self.unrouted_codes: dict[int, int] = {}
         """Answers by status of requests that never reached a version."""
         self._telemetry: dict[tuple[str, str], VersionTelemetry] = {}

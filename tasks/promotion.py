@@ -258,7 +258,8 @@ def soak(work: Promoting) -> Ended:
 
 def failed(work: Promoting, error: BaseException) -> Ended:
     """Close a promotion that an error ended: the candidate is taken out, the record says what happened."""
-    return work.end("failed", f"the promotion of {work.name} failed", f"{type(error).__name__}: {error}")
+    why = f"{type(error).__name__}: {error}" if str(error) else f"interrupted ({type(error).__name__})"
+    return work.end("failed", f"the promotion of {work.name} failed", why)
 
 
 def _subject(row: Version | None, artifacts: store.ArtifactStore, cache: Path) -> validation.ProbeModel | None:

@@ -25,6 +25,7 @@ class Outcome:
     generation: int
     followed: tuple[str, ...]
     behind: dict[str, str]
+    withdrawn: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -32,6 +33,10 @@ class Outcome:
 
     def summary(self) -> str:
         text = f"{self.model} is back from {self.from_version} to {self.to_version} in {self.environment}"
+        if self.from_version == self.to_version:
+            text = f"{self.model} stays on {self.to_version} in {self.environment}"
+        if self.withdrawn is not None:
+            text += f", the promotion of {self.withdrawn} is withdrawn"
         if not self.followed and not self.behind:
             return f"{text}; no server answers now, it takes effect when one comes"
         text += f"; {len(self.followed)} server(s) answer by it"
@@ -43,6 +48,7 @@ class Outcome:
             "environment": self.environment,
             "from": self.from_version,
             "to": self.to_version,
+            "withdrawn": self.withdrawn,
             "generation": self.generation,
             "followed": list(self.followed),
             "behind": self.behind,
@@ -102,7 +108,16 @@ def follow(database: Database, result: dict[str, Any], *, timeout_seconds: float
         else:
             errors = following.errors.get(replica, {}).get(f"{model}/{target}")
             behind[replica] = errors or why
-    return Outcome(model, environment, result["from"], target, result["generation"], tuple(followed), behind)
+    return Outcome(
+        model,
+        environment,
+        result["from"],
+        target,
+        result["generation"],
+        tuple(followed),
+        behind,
+        result.get("withdrawn"),
+    )
 
 
 def _differs(address: str, model: str, target: str) -> str | None:

@@ -26,6 +26,7 @@ from sqlalchemy import select
 from modelkeep import prefect_env
 from modelkeep.demo import data
 from registry import audit, promotions, routes, versions
+from registry.connect import open_database
 from registry.database import Database
 from registry.errors import ModelkeepError, RefusedError
 from registry.policy import PromotionPolicy
@@ -151,7 +152,7 @@ class Story:
         os.environ.update(self._environment())
         self.settings: Settings = load_settings()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.database = Database(self.settings.database_url, anchors=home / "audit.anchors")
+        self.database = open_database(self.settings)
         self.database.prepare()
         self.artifacts = open_store(self.settings.artifacts)
         self.model = self._free_name()
@@ -315,8 +316,13 @@ def run(home: Path) -> int:
     try:
         _begin(story)
         followed = Followed(story.database, story.told)
-        _tell(story, followed)
-        return _conclude(story, followed)
+        broken = None
+        try:
+            _tell(story, followed)
+        except ModelkeepError as error:
+            broken = str(error)
+            story.told.add("step", "The story broke off", broken)
+        return _conclude(story, followed, broken)
     finally:
         if followed is not None:
             followed.close()
@@ -552,7 +558,7 @@ def _start_traffic(story: Story) -> None:
     story.wait_for("the first requests", lambda: log.exists() and log.stat().st_size > 2000)
 
 
-def _conclude(story: Story, followed: Followed) -> int:
+def _conclude(story: Story, followed: Followed, broken: str | None) -> int:
     """Stop the traffic, check every answer, write the report, and say whether it all came out."""
     from modelkeep.demo import report
     from modelkeep.demo.answers import DirectRuns
@@ -560,7 +566,10 @@ def _conclude(story: Story, followed: Followed) -> int:
     told = story.told
     told.add("step", "Checking", "every answer against what the version that gave it answers when it is run directly")
     time.sleep(0.5)
-    traffic = next(process for name, process in story._processes if name == "traffic")
+    traffic = next((process for name, process in story._processes if name == "traffic"), None)
+    if traffic is None:
+        print(f"NOT AS TOLD: it broke off before there was any traffic: {broken}")
+        return 1
     traffic.send_signal(signal.SIGTERM)
     story.wait_for("the end of the client", lambda: traffic.poll() is not None, seconds=30)
     followed.look()
@@ -580,7 +589,7 @@ def _conclude(story: Story, followed: Followed) -> int:
     report.write_summary(summary, story.folder / "summary.json")
     page = report.render_html(summary, policy=POLICY, default=PromotionPolicy(), why=WHY, model=story.model)
     report.write_text(story.folder / "report.html", page)
-    found = _judge(summary, verdict)
+    found = [*([f"it broke off: {broken}"] if broken else []), *_judge(summary, verdict)]
     _print_result(story, summary, verdict, found)
     return 1 if found else 0
 

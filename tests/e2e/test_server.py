@@ -95,7 +95,8 @@ def test_an_idle_connection_does_not_hold_up_a_stop(found: Box) -> None:
 
 
 def test_all_who_connected_while_the_server_was_away_are_answered(found: Box) -> None:
-    """More of them than may be computed at a time: to be told "try again later" would be a request lost to a restart."""
+    """Many more of them than may be computed at a time: "try again later" would be a request lost to a restart."""
+    found.extra["MODELKEEP_PERFORMANCE__MAX_CONCURRENT_REQUESTS"] = "5"
     found.add("2", work=12)
     found.settle_by_hand("2")
     found.serve()
@@ -264,8 +265,7 @@ def test_a_registry_that_is_locked_at_the_start_does_not_keep_the_server_from_se
     answers_by(found, "1")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"format": 1}', b'{"format": 1, "epoch": "x", '
-                                     b'"generation": 1, "routes": [{"weight": "much"}], "versions": []}'])  # fmt: skip
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe"], ids=["cut", "no text"])
 def test_a_last_state_that_is_damaged_is_said_and_the_server_goes_on(tmp_path: Path, content: bytes) -> None:
     with box(tmp_path) as one:
         one.first("1")

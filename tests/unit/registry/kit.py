@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import func, select
 
-from registry import audit, clock, promotions, routes, states
+from registry import audit, clock, promotions, routes
 from registry.database import Database
 from registry.policy import PromotionPolicy
 from registry.promotions import Operation
@@ -55,22 +55,18 @@ def begin(database: Database, version: str, *, flow_run_id: str | None = None, *
     return promotions.begin(database, version=version, flow_run_id=flow_run_id, **(asked | changes))
 
 
-def shadow(database: Database, operation: Operation) -> None:
-    promotions.note(database, operation, "stage", "in staging", "", placements=[(promotions.STAGING, "testing")])
-    promotions.stage(
+def shadow(database: Database, operation: Operation) -> tuple[str, int]:
+    return promotions.stage(
         database,
         operation,
         Desired(stable=operation.stable, candidate=operation.version, shadow=True, watch=True),
-        step="shadow", kind="shadow", title="copies", detail="", placements=[], window={"stage": "shadow", "weight": 0.0},
+        step="shadow", kind="shadow", title="copies", detail="", placements=[(promotions.STAGING, "testing")],
+        window={"stage": "shadow", "weight": 0.0},
     )  # fmt: skip
 
 
-def canary(database: Database, operation: Operation, weight: float = 0.05) -> tuple[str, int]:
-    """Into the canary from wherever the promotion is."""
-    with database.read() as session:
-        place = states.placement(session, operation.model, operation.version, promotions.STAGING)
-    if place is None or place.status != "testing":
-        shadow(database, operation)
+def weigh(database: Database, operation: Operation, weight: float = 0.05) -> tuple[str, int]:
+    """From the shadow to a share of the requests."""
     return promotions.stage(
         database,
         operation,
@@ -79,6 +75,13 @@ def canary(database: Database, operation: Operation, weight: float = 0.05) -> tu
         placements=[(promotions.STAGING, "passed"), (operation.environment, "candidate")],
         window={"stage": f"canary at {weight:.0%}", "weight": weight},
     )  # fmt: skip
+
+
+def canary(database: Database, operation: Operation, weight: float = 0.05) -> tuple[str, int]:
+    """Into the canary from the start, or to another share."""
+    if operation.step not in ("shadow", "canary"):
+        shadow(database, operation)
+    return weigh(database, operation, weight)
 
 
 def promote(database: Database, operation: Operation, *, watch: bool = True) -> int:

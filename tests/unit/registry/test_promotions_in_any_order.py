@@ -1,0 +1,168 @@
+"""Promotions, rollbacks, deaths and restarts in any order: what must be true is true after each step."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from sqlalchemy import event, select
+
+from registry import leases, promotions
+from registry.database import Database
+from registry.errors import ModelkeepError
+from registry.promotions import Operation
+from registry.schema import AuditEvent, Lease, Promotion, Route, RouteChange, Version
+from tests.unit.registry import kit
+from tests.unit.registry.kit import ENVIRONMENT, MODEL
+
+VERSIONS = ("1", "2", "3")
+OUTCOMES: tuple[promotions.Outcome, ...] = ("promoted", "rejected", "withdrawn", "held", "failed")
+
+
+class Promotions(RuleBasedStateMachine):
+    """All operations that ever began stay at hand, the dead ones too: a zombie may try anything at any time."""
+
+    template: Path
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="promotions"))
+        self.database = kit.prepared(self.folder, self.template)
+        event.listen(
+            self.database.engine, "connect", lambda raw, _: raw.execute("PRAGMA synchronous=OFF")
+        )  # no power fails here
+        self.observer = sqlite3.connect(self.folder / "registry.db")
+        self.operations: list[Operation] = []
+        for version in VERSIONS:
+            kit.add_version(self.database, version)
+
+    def teardown(self) -> None:
+        verdict = kit.verdict(self.database)
+        self.observer.close()
+        self.database.dispose()
+        shutil.rmtree(self.folder)
+        assert verdict.faults == []
+
+    def commits(self) -> int:
+        """A number that every commit of another connection changes."""
+        return int(self.observer.execute("PRAGMA data_version").fetchone()[0])
+
+    def attempt(self, what: Callable[[], Any]) -> Any:
+        """What is refused changes nothing."""
+        before = self.commits()
+        try:
+            return what()
+        except ModelkeepError:
+            assert self.commits() == before
+            return None
+
+    @rule(version=st.sampled_from(VERSIONS), run=st.sampled_from([None, "run-1", "run-2"]))
+    def begin(self, version: str, run: str | None) -> None:
+        if (operation := self.attempt(lambda: kit.begin(self.database, version, flow_run_id=run))) is not None:
+            self.operations.append(operation)
+
+    @precondition(lambda self: self.operations)
+    @rule(data=st.data(), step=st.sampled_from([kit.shadow, kit.weigh, kit.promote]))
+    def go_on(self, data: st.DataObject, step: Callable[[Database, Operation], Any]) -> None:
+        operation = self.choose(data)
+        kept = (operation.step, operation.progress)
+        before = self.commits()
+        self.attempt(lambda: step(self.database, operation))
+        if self.commits() == before:
+            assert (operation.step, operation.progress) == kept
+
+    @precondition(lambda self: self.operations)
+    @rule(data=st.data(), outcome=st.sampled_from(OUTCOMES))
+    def end(self, data: st.DataObject, outcome: promotions.Outcome) -> None:
+        operation = self.choose(data)
+        self.attempt(lambda: kit.end(self.database, operation, outcome))
+
+    @rule(version=st.sampled_from(VERSIONS))
+    def go_all_the_way(self, version: str) -> None:
+        if (operation := self.attempt(lambda: kit.begin(self.database, version))) is not None:
+            if operation.stable is not None:
+                kit.canary(self.database, operation)
+            kit.promote(self.database, operation)
+            kit.end(self.database, operation, "promoted")
+
+    @precondition(lambda self: self.operations)
+    @rule(data=st.data())
+    def beat(self, data: st.DataObject) -> None:
+        operation = self.choose(data)
+        self.attempt(lambda: leases.beat(self.database, operation.held))
+
+    @rule()
+    def expire(self) -> None:
+        with self.database.read() as session:
+            beats = leases.beats(session, ENVIRONMENT)
+        for beat in beats:
+            assert promotions.expire(self.database, ENVIRONMENT, beat, observer="replica:r1") is not None
+
+    @rule(to=st.sampled_from([None, *VERSIONS]), emergency=st.booleans())
+    def roll_back(self, to: str | None, emergency: bool) -> None:
+        self.attempt(
+            lambda: promotions.roll_back(
+                self.database,
+                environment=ENVIRONMENT,
+                model=MODEL,
+                to=to,
+                reason="",
+                ttl_seconds=1.0,
+                emergency=emergency,
+            )
+        )
+
+    def choose(self, data: st.DataObject) -> Operation:
+        """Mostly the newest: it is the one that may be alive."""
+        newest = len(self.operations) - 1
+        return self.operations[data.draw(st.integers(0, newest).map(lambda n: n if n % 3 == 0 else newest))]
+
+    @invariant()
+    def the_registry_is_in_step(self) -> None:
+        with self.database.read() as session:
+            route = session.get(Route, (ENVIRONMENT, MODEL))
+            lease = session.get(Lease, leases.subject_of(ENVIRONMENT, MODEL))
+            running = session.scalars(select(Promotion).where(Promotion.state == promotions.RUNNING)).all()
+            known = set(session.scalars(select(Version.version)))
+            changes = session.scalars(select(RouteChange).order_by(RouteChange.generation)).all()
+            events = session.scalars(select(AuditEvent.action).where(AuditEvent.action.startswith("route.")))
+            told = list(events.all())
+        places = kit.places(self.database)
+        stable = [version for version, status in places.items() if status == "stable"]
+        assert len(stable) <= 1, "never two stable versions"
+        assert stable == ([route.stable] if route is not None and route.stable is not None else [])
+        if route is not None:
+            assert {route.stable, route.candidate} - {None} <= known, "never a route to a version that is not there"
+            assert route.candidate is None or route.candidate != route.stable
+            if route.weight:
+                assert places[str(route.candidate)] == "candidate"
+            if not running:
+                assert (route.candidate, route.watch, route.shadow, route.weight) == (None, False, False, 0.0)
+        held = lease is not None and lease.state != leases.RELEASED
+        assert [promotion.id for promotion in running] == ([lease.promotion] if held and lease is not None else [])
+        assert told == [f"route.{change.kind}" for change in changes]
+        assert [change.generation for change in changes] == list(range(1, len(changes) + 1))
+
+
+def run(template: Path, **changes: Any) -> None:
+    Promotions.template = template
+    Promotions.TestCase.settings = settings(deadline=None, suppress_health_check=list(HealthCheck), **changes)
+    Promotions.TestCase("runTest").debug()
+
+
+def test_no_order_of_steps_brings_the_registry_out_of_step(template: Path) -> None:
+    phases = (Phase.explicit, Phase.reuse, Phase.generate)  # to shrink what fails takes minutes: the long test does it
+    run(template, max_examples=20, stateful_step_count=15, phases=phases, report_multiple_bugs=False)
+
+
+@pytest.mark.long
+def test_thousands_of_orders_bring_it_out_of_step_neither(template: Path) -> None:
+    run(template, max_examples=2000, stateful_step_count=50)
