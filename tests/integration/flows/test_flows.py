@@ -10,7 +10,6 @@ import httpx
 import pytest
 
 from registry import leases
-from registry.errors import NotFoundError, RefusedError
 from registry.policy import PromotionPolicy
 from tasks import lease
 from tests.e2e.harness import LEASE_SECONDS, MODEL, Box, box, build, wait_for, write_golden
@@ -139,7 +138,8 @@ def test_a_forced_promotion_needs_a_reason_and_puts_it_on_record(world: Box, pre
     golden = write_golden(world.folder / "golden-1.npz", world.models["1"])
     world.register("5", build(world.folder / "v5.onnx", seed=5), golden=golden)
     refused = promote(MODEL, "5", force=True)
-    assert refused.is_failed() and isinstance(refused.result(raise_on_failure=False), RefusedError)
+    assert (refused.name, run_state(prefect_api, refused)) == ("Refused", ("FAILED", "Refused"))
+    assert "needs a reason" in refused.message
     state = promote(MODEL, "5", force=True, reason="the old one is worse than its figures")
     assert state.name == "Promoted", state.message
     assert "the old one is worse than its figures" in page(prefect_api, "promotion-digits-5")
@@ -147,11 +147,10 @@ def test_a_forced_promotion_needs_a_reason_and_puts_it_on_record(world: Box, pre
     assert world.stable() == "1"
 
 
-def test_an_unknown_version_fails_with_what_there_is(world: Box) -> None:
+def test_an_unknown_version_ends_refused_with_what_there_is(world: Box, prefect_api: str) -> None:
     state = promote(MODEL, "99")
-    assert state.is_failed()
-    error = state.result(raise_on_failure=False)
-    assert isinstance(error, NotFoundError) and "99" in str(error)
+    assert (state.name, run_state(prefect_api, state)) == ("Refused", ("FAILED", "Refused"))
+    assert "digits has no version '99'" in state.message
     assert world.held_leases() == []
 
 

@@ -20,11 +20,19 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "registry.db"
 
 
-@pytest.fixture
-def database(tmp_path: Path, template: Path) -> Iterator[Database]:
-    opened = kit.prepared(tmp_path, template)
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Database]:
+    """One engine for all tests, since what costs is that each compiles every statement anew."""
+    opened = kit.prepared(tmp_path_factory.mktemp("registry"), template)
     yield opened
     opened.dispose()
+
+
+@pytest.fixture
+def database(engine: Database, template: Path) -> Database:
+    """An empty registry."""
+    kit.reset(engine, template)
+    return engine
 
 
 @pytest.fixture

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import func, select
+from sqlalchemy import event, func, select
 
 from registry import audit, clock, promotions, routes
 from registry.database import Database
@@ -27,6 +29,8 @@ def prepared(folder: Path, template: Path | None = None) -> Database:
     if template is not None:
         shutil.copyfile(template, folder / "registry.db")
     database = Database(f"sqlite:///{folder / 'registry.db'}", anchors=folder / "audit.anchors")
+    # No power fails in these tests, and waiting for a busy disk is most of their time.
+    event.listen(database.engine, "connect", lambda raw, _: raw.execute("PRAGMA synchronous=OFF"))
     if template is None:
         database.prepare()
     return database
@@ -103,6 +107,15 @@ def stable_by(database: Database, *versions: str) -> None:
         end(database, operation, "promoted")
 
 
+def reset(database: Database, template: Path) -> None:
+    """The registry's file is that of a template, and there are no anchors."""
+    database.dispose()  # who holds a connection holds the file of before
+    folder = Path(str(database.url.database)).parent
+    shutil.rmtree(folder)
+    folder.mkdir()
+    shutil.copyfile(template, folder / "registry.db")
+
+
 def route(database: Database, model: str = MODEL, environment: str = ENVIRONMENT) -> Route:
     with database.read() as session:
         found = routes.read(session, environment, model)
@@ -132,6 +145,21 @@ def last_event(database: Database) -> int:
 def verdict(database: Database) -> audit.Verdict:
     with database.read() as session:
         return audit.verify(session, database.anchors)
+
+
+@contextlib.contextmanager
+def statements(database: Database) -> Iterator[list[str]]:
+    """The SQL that is sent inside the block, in order."""
+    sent: list[str] = []
+
+    def listen(*call: Any) -> None:
+        sent.append(str(call[2]))
+
+    event.listen(database.engine, "before_cursor_execute", listen)
+    try:
+        yield sent
+    finally:
+        event.remove(database.engine, "before_cursor_execute", listen)
 
 
 @dataclass

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select
+from sqlalchemy import select
 
 from registry import audit, leases, promotions, routes, states
 from registry.database import Database
@@ -28,13 +29,22 @@ from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, MODEL, actions, add_version, last_event, places, route, verdict
 
 
-@pytest.fixture
-def three(database: Database) -> Database:
-    """Versions 1, 2 and 3 validated, 1 stable."""
+@pytest.fixture(scope="module")
+def three_template(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Path:
+    folder = tmp_path_factory.mktemp("three")
+    database = kit.prepared(folder, template)
     for version in ("1", "2", "3"):
         add_version(database, version)
     kit.stable_by(database, "1")
-    return database
+    database.dispose()
+    return folder / "registry.db"
+
+
+@pytest.fixture
+def three(engine: Database, three_template: Path) -> Database:
+    """Versions 1, 2 and 3 validated, 1 stable."""
+    kit.reset(engine, three_template)
+    return engine
 
 
 def record(database: Database, identity: str) -> Promotion:
@@ -556,7 +566,7 @@ def test_an_anchor_that_cannot_be_written_does_not_take_the_operation_back(three
     """The change is committed by then: who forgot it would do it twice."""
     operation = kit.begin(three, "2")
     assert three.anchors is not None
-    three.anchors.unlink()
+    three.anchors.unlink(missing_ok=True)
     three.anchors.mkdir()
     kit.canary(three, operation)
     assert operation.step == "canary"
@@ -565,9 +575,8 @@ def test_an_anchor_that_cannot_be_written_does_not_take_the_operation_back(three
 
 def test_the_lease_is_checked_before_anything_else_of_a_write(three: Database) -> None:
     operation = kit.begin(three, "2")
-    statements: list[str] = []
-    event.listen(three.engine, "before_cursor_execute", lambda *call: statements.append(str(call[2])))
-    promotions.note(three, operation, "other", "noted", "")
+    with kit.statements(three) as statements:
+        promotions.note(three, operation, "other", "noted", "")
     assert statements[0] == "BEGIN IMMEDIATE"
     assert "FROM environments" in statements[1]
     assert "FROM leases" in statements[2]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from sqlalchemy import event, select
+from sqlalchemy import select
 
 from registry import leases, promotions
 from registry.database import Database
@@ -36,9 +36,6 @@ class Promotions(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="promotions"))
         self.database = kit.prepared(self.folder, self.template)
-        event.listen(
-            self.database.engine, "connect", lambda raw, _: raw.execute("PRAGMA synchronous=OFF")
-        )  # no power fails here
         self.observer = sqlite3.connect(self.folder / "registry.db")
         self.operations: list[Operation] = []
         for version in VERSIONS:

@@ -6,13 +6,14 @@ import datetime as dt
 from typing import Any
 
 import pytest
-from sqlalchemy import event, func, select
+from sqlalchemy import func, select
 
 from registry import clock, leases, replicas, routes
 from registry.database import Database
 from registry.replicas import Report
 from registry.routes import Desired
 from registry.schema import ReplicaCount
+from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, MODEL, add_version, begin, last_event, stable_by
 
 BORN = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -111,11 +112,9 @@ def test_a_pulse_is_one_query_with_the_generation_and_the_beats(database: Databa
     add_version(database, "1", model="letters")
     other = begin(database, "1", model="letters")
     leases.beat(database, other.held)
-    statements: list[str] = []
-    event.listen(database.engine, "before_cursor_execute", lambda *call: statements.append(call[2]))
-    with database.read() as session:
+    with kit.statements(database) as sent, database.read() as session:
         pulse = replicas.pulse(session, ENVIRONMENT)
-    assert [statement.split()[0] for statement in statements] == ["BEGIN", "SELECT"]
+    assert [statement.split()[0] for statement in sent] == ["BEGIN", "SELECT"]
     assert pulse is not None
     assert pulse.generation == 2
     assert {(beat.subject, beat.token, beat.heartbeat) for beat in pulse.beats} == {
