@@ -421,6 +421,28 @@ def test_a_run_that_lives_keeps_its_lease_from_the_next_one(found: Box) -> None:
     assert (found.stable(), found.promotion("3")) == ("2", None)
 
 
+def test_a_run_that_was_stopped_and_comes_back_after_its_lease_ran_out_changes_nothing(found: Box) -> None:
+    """A machine that was suspended, a process that was swapped out: to the registry it was dead."""
+    found.add("2")
+    found.add("3")
+    found.serve()
+    found.start_traffic(rate=60)
+    sleeper = found.promote("2", "--unvalidated")
+    go(sleeper)
+    wait_for("a canary", lambda: found.weighs("2"))
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    wait_for("the withdrawal", lambda: (row := found.promotion("2")) and row["state"] == "withdrawn")
+    following = found.promote("3", "--unvalidated")
+    go(following)
+    wait_for("the next canary", lambda: found.weighs("3"))
+    os.kill(sleeper.pid, signal.SIGCONT)
+    assert sleeper.wait(timeout=20) == 4, found.log("promote-2").read_text()
+    assert following.wait(timeout=30) == 0, found.log("promote-3").read_text()
+    row = found.promotion("2")
+    assert row is not None and (row["state"], row["reason"]) == ("withdrawn", "Lease expired")
+    assert (found.stable(), found.held_leases(), found.audit_faults()) == ("3", [], [])
+
+
 # how long it takes
 
 
