@@ -1,4 +1,8 @@
-"""The command line. It reads, or it starts the flow that does; Prefect is imported only where one starts."""
+"""The command line. It reads, or it starts the flow that does.
+
+Prefect is imported only where a flow starts, and the registry (SQLAlchemy: a third of a second) only where a command needs it,
+so that `serve` holds its socket soon.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modelkeep import output
 from modelkeep.config_command import config_app
-from registry import audit, clock, names, promotions, replicas, versions
-from registry.connect import open_database
-from registry.database import Database
+from registry import clock, names
 from registry.errors import ModelkeepError, UsageError
-from registry.schema import AuditEvent
 from registry.settings import Settings, load_settings
-from registry.store import ArtifactStore, open_store
+
+if TYPE_CHECKING:
+    from registry.database import Database
+    from registry.store import ArtifactStore
 
 app = typer.Typer(
     name="modelkeep",
@@ -56,6 +60,9 @@ class Context:
 @contextmanager
 def opened() -> Iterator[Context]:
     """Settings, and the registry at this release's schema."""
+    from registry.connect import open_database
+    from registry.store import open_store
+
     settings = load_settings()
     database = open_database(settings)
     database.prepare()
@@ -77,6 +84,8 @@ def register(
     as_json: Json = False,
 ) -> None:
     """Inspect a model file, store it, and note it as a new version. Nothing in it is executed."""
+    from registry import versions
+
     tags = dict(_pair(item) for item in tag or [])
     with opened() as context:
         result = versions.register(
@@ -114,6 +123,8 @@ def promote(
     as_json: Json = False,
 ) -> None:
     """Validate a version and bring it up to all of the traffic, in judged stages."""
+    from registry import promotions, versions
+
     if force and not reason:
         raise UsageError("--force needs --reason TEXT: it goes on record")
     strategy = "blue-green" if no_canary else strategy
@@ -147,6 +158,7 @@ def promote(
 def _run_promotion(context: Context, request: dict[str, Any]) -> tuple[int, str | None, str]:
     """(exit code, promotion, message) of a promote-model run in this process."""
     from modelkeep import prefect_env
+    from registry import promotions
 
     prefect_env.use(context.settings)
     from flows.promote import PromoteModel, promote_model
@@ -222,6 +234,7 @@ def rollback(
 @app.command()
 def status(as_json: Json = False) -> None:
     """What is served, by which version, and what is under way."""
+    from registry import promotions, replicas
     from tasks import servers
 
     with opened() as context:
@@ -264,6 +277,8 @@ def status(as_json: Json = False) -> None:
 @models_app.callback()
 def models(context: typer.Context, as_json: Json = False) -> None:
     """List every version and where it stands."""
+    from registry import versions
+
     if context.invoked_subcommand is None:
         with opened() as registry, registry.database.read() as session:
             output.versions(versions.listed(session), as_json=as_json)
@@ -272,6 +287,8 @@ def models(context: typer.Context, as_json: Json = False) -> None:
 @models_app.command("show")
 def models_show(name: str, as_json: Json = False) -> None:
     """The versions of one model."""
+    from registry import versions
+
     with opened() as registry, registry.database.read() as session:
         _known(session, name)
         output.versions(versions.listed(session, name), as_json=as_json)
@@ -291,6 +308,8 @@ def promotions_list_command(as_json: Json = False) -> None:
 
 
 def _list_promotions(as_json: bool) -> None:
+    from registry import promotions
+
     with opened() as registry, registry.database.read() as session:
         output.promotions(promotions.listed(session), as_json=as_json)
 
@@ -298,6 +317,8 @@ def _list_promotions(as_json: bool) -> None:
 @promotions_app.command("show")
 def promotions_show(identity: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = False) -> None:
     """What one promotion decided, step by step."""
+    from registry import promotions
+
     with opened() as registry, registry.database.read() as session:
         row, steps = promotions.describe(promotions.get(session, identity)), promotions.story(session, identity)
     if as_json:
@@ -309,6 +330,8 @@ def promotions_show(identity: Annotated[str, typer.Argument(metavar="ID")], as_j
 @audit_app.command("verify")
 def audit_verify(as_json: Json = False) -> None:
     """Prove that no event was changed, removed or added, and that the tail was not cut."""
+    from registry import audit
+
     with opened() as registry, registry.database.read() as session:
         verdict = audit.verify(session, registry.database.anchors)
     if as_json:
@@ -335,6 +358,8 @@ def audit_list(
     """The newest events."""
     from sqlalchemy import select
 
+    from registry.schema import AuditEvent
+
     query = select(AuditEvent).order_by(AuditEvent.seq.desc()).limit(limit)
     if subject is not None:
         query = query.where(AuditEvent.subject.contains(subject, autoescape=True))
@@ -348,6 +373,8 @@ def audit_export() -> None:
     """Every event as a JSON line, the oldest first."""
     from sqlalchemy import select
 
+    from registry.schema import AuditEvent
+
     with opened() as registry, registry.database.read() as session:
         for row in session.scalars(select(AuditEvent).order_by(AuditEvent.seq).execution_options(yield_per=1000)):
             sys.stdout.write(json.dumps({**json.loads(row.text), "hash": row.hash}) + "\n")
@@ -356,6 +383,8 @@ def audit_export() -> None:
 @database_app.command("upgrade")
 def database_upgrade() -> None:
     """Bring the registry to this release's schema; refuses a newer one."""
+    from registry.connect import open_database
+
     settings = load_settings()
     database = open_database(settings)
     before = database.revision()
@@ -427,6 +456,8 @@ def doctor(as_json: Json = False) -> None:
 
 def _known(session: Any, name: str) -> None:
     """Raise NotFoundError for a model that does not exist."""
+    from registry import versions
+
     names.check_model_name(name)
     if not versions.listed(session, name, limit=1):
         versions.get(session, name, "")
