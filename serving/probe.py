@@ -1,7 +1,7 @@
 """Loads a candidate, and its stable version beside it, in a process of its own, and measures both.
 
 `python -P -m serving.probe`: one JSON job on standard input; on standard output a line for each phase begun, and the
-result as the last line. It only measures: what the figures mean is decided in tasks/validation.py, which also sets the
+result as the last line. It only measures: what the figures mean is decided in tasks/validation.py; tasks/probe.py sets the
 limits that this process runs under.
 """
 

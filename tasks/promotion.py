@@ -15,7 +15,7 @@ from registry.policy import PromotionPolicy
 from registry.promotions import STAGING, Operation
 from registry.routes import Desired
 from registry.schema import Version
-from tasks import judgement, servers, validation
+from tasks import judgement, probe, servers, validation
 from tasks.judgement import Judgement, StreamCounts, Window
 from tasks.lease import Keeper
 
@@ -113,12 +113,12 @@ def measure(
         golden = versions.golden_for(session, row, environment)
         base = versions.get(session, model, stable) if stable is not None else None
         subjects = [_subject(row, artifacts, cache), _subject(base, artifacts, cache) if base is not None else None]
-    job = validation.ProbeJob(
+    job = probe.ProbeJob(
         candidate=_present(subjects[0]),
         stable=subjects[1],
         golden=artifacts.path(golden) if golden is not None else None,
     )
-    result = validation.run_probe(
+    result = probe.run_probe(
         job, timeout_seconds=policy.validation_timeout_seconds, memory_mb=policy.validation_memory_mb
     )
     return validation.decide(result, policy, has_stable=base is not None)
@@ -262,14 +262,14 @@ def failed(work: Promoting, error: BaseException) -> Ended:
     return work.end("failed", f"the promotion of {work.name} failed", why)
 
 
-def _subject(row: Version | None, artifacts: store.ArtifactStore, cache: Path) -> validation.ProbeModel | None:
+def _subject(row: Version | None, artifacts: store.ArtifactStore, cache: Path) -> probe.ProbeModel | None:
     if row is None:
         return None
     path = store.materialise(artifacts, versions.stored_files(row), cache)
-    return validation.ProbeModel(path=path, format=row.format, signature=versions.signature_of(row))
+    return probe.ProbeModel(path=path, format=row.format, signature=versions.signature_of(row))
 
 
-def _present(subject: validation.ProbeModel | None) -> validation.ProbeModel:
+def _present(subject: probe.ProbeModel | None) -> probe.ProbeModel:
     if subject is None:
         raise ModelkeepError("a probe needs a candidate")
     return subject

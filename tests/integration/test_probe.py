@@ -14,7 +14,8 @@ import pytest
 from registry.policy import PromotionPolicy
 from registry.signature import Signature, TensorSpec
 from tasks import validation
-from tasks.validation import ProbeJob, ProbeModel, ProbeResult, decide, run_probe
+from tasks.probe import ProbeJob, ProbeModel, ProbeResult, run_probe
+from tasks.validation import decide
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402

@@ -9,13 +9,10 @@ import pytest
 
 from registry.policy import PromotionPolicy
 from registry.signature import Signature, TensorSpec
+from tasks.probe import Figures, GoldenFigures, Latency, ProbeResult
 from tasks.validation import (
     CHECKS,
     CheckResult,
-    Figures,
-    GoldenFigures,
-    Latency,
-    ProbeResult,
     ValidationReport,
     compare_pairs,
     decide,
