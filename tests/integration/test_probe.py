@@ -13,7 +13,6 @@ import pytest
 
 from registry.policy import PromotionPolicy
 from registry.signature import Signature, TensorSpec
-from tasks import probe
 from tasks.probe import ProbeJob, ProbeModel, ProbeResult, run_probe
 from tasks.validation import decide
 
@@ -269,7 +268,7 @@ def test_a_torchscript_model_needs_the_signature_it_is_given_and_is_measured_ali
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    monkeypatch.setattr(probe, "PROBE_ARGUMENTS", ("-c", textwrap.dedent(program)))
+    monkeypatch.setattr("tasks.probe.PROBE_ARGUMENTS", ("-c", textwrap.dedent(program)))
 
 
 def test_a_segmentation_fault_is_reported_with_its_signal_and_phase(
