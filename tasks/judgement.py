@@ -41,6 +41,9 @@ STALLED_SHARE = 0.25
 BAD_SLICE_LEVEL = 0.05
 """A slice is bad where so many bad requests in it have at most this probability at the rate that the margin allows."""
 
+SUDDEN_RATIO = 2.0
+"""A sudden failure is the candidate's where its share of bad requests is at least this many times the stable version's."""
+
 Verdict = Literal["continue", "advance", "withdraw"]
 
 
@@ -465,7 +468,7 @@ def _found_bad(
                 continue
             # What hits both alike, say a stalled machine, is not the candidate's doing.
             share = candidate.bad / candidate.requests
-            if stable.requests and share <= (1 + policy.margin) * stable.bad / stable.requests:
+            if stable.requests and share < SUDDEN_RATIO * stable.bad / stable.requests:
                 continue
             against = f", {_share(stable)} of the stable's" if stable.requests else ""
             return (

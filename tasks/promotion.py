@@ -21,6 +21,8 @@ from tasks.lease import Keeper
 
 FOLLOW_SECONDS = 60.0
 _P95_LEAST_REQUESTS = 50
+_SLICE_LEAST_REQUESTS = 20
+_BASELINE_SLICES = 5
 
 
 class Ended(Exception):
@@ -149,13 +151,15 @@ def baseline(work: Promoting) -> None:
             stage="baseline",
             weight=0.0,
         )
-    started = work.monotonic()
-    while work.monotonic() - started < policy.baseline_seconds:
+    started, looks = work.monotonic(), list[list[dict[str, Any]]]()
+    while (elapsed := work.monotonic() - started) < policy.baseline_seconds:
         _pause(work)
+        if elapsed >= (len(looks) + 1) * policy.baseline_seconds / _BASELINE_SLICES:
+            looks.append(_baseline_rows(work))
     work.sleep(2 * work.poll_seconds)  # the servers' last reports
-    rows = _counts(work, _window(operation, "baseline")).get(operation.stable or "", [])
+    rows = _baseline_rows(work)
     requests = sum(int(row["requests"]) for row in rows)
-    p95 = percentile(rows, 0.95) if requests >= _P95_LEAST_REQUESTS else None
+    p95 = calm_percentile([*looks, rows], 0.95) if requests >= _P95_LEAST_REQUESTS else None
     threshold = None if p95 is None else p95 * policy.slow_factor
     detail = (
         f"{requests} requests; its p95 is frozen at {p95 * 1000:.2f} ms, slow is what takes more than {threshold * 1000:.2f} ms"
@@ -536,12 +540,41 @@ def _opened(operation: Operation) -> list[str]:
     return [window["stage"] for window in operation.progress.get("windows", [])]
 
 
+def _baseline_rows(work: Promoting) -> list[dict[str, Any]]:
+    return _counts(work, _window(work.operation, "baseline")).get(work.operation.stable or "", [])
+
+
+def calm_percentile(looks: list[list[dict[str, Any]]], share: float) -> float | None:
+    """The median of a percentile over the slices between successive looks at cumulative counts.
+
+    A stall of the machine falls into one slice or two and does not move it; over the whole it would, and a slow candidate would
+    pass beneath. Slices with few requests are left out; where no slice has enough, the percentile over the whole.
+    """
+    found, before = [], _histogram([])
+    for rows in looks:
+        now = _histogram(rows)
+        gained = {bound: count - before.get(bound, 0) for bound, count in now.items()}
+        if sum(gained.values()) >= _SLICE_LEAST_REQUESTS:
+            found.append(_percentile(gained, share))
+            before = now
+    known = sorted(value for value in found if value is not None)
+    return known[len(known) // 2] if known else percentile(looks[-1], share)
+
+
 def percentile(rows: list[dict[str, Any]], share: float) -> float | None:
     """The upper bound, in seconds, of the histogram bucket that holds a percentile, over the counts of all replicas."""
+    return _percentile(_histogram(rows), share)
+
+
+def _histogram(rows: list[dict[str, Any]]) -> dict[float, int]:
     merged: dict[float, int] = {}
     for row in rows:
         for bound, count in row["latency"].items():
             merged[float(bound)] = merged.get(float(bound), 0) + int(count)
+    return merged
+
+
+def _percentile(merged: dict[float, int], share: float) -> float | None:
     total, seen = sum(merged.values()), 0
     for bound in sorted(merged):
         seen += merged[bound]

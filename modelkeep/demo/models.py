@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OPSET = 17
 
-ROUNDS = 350
+ROUNDS = 500
 """v5 sends its features through this many rounds of an untrained refinement; each costs about what all of v2 costs twice."""
 
 

@@ -13,18 +13,35 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timeout(600)
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home in which the demo has run once."""
-    home = tmp_path_factory.mktemp("demo") / "home"
+
+def tell(home: Path) -> tuple[int, str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MODELKEEP_", "PREFECT_"))}
     done = subprocess.run(
         [sys.executable, "-m", "modelkeep", "demo"],
         env={**environment, "MODELKEEP_HOME": str(home)},
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+    return done.returncode, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which the demo has come out as told.
+
+    Its canaries judge real latencies, so a machine that is busy with other things may withdraw a good version by its own figures. It then
+    says so and is told once more; what no machine excuses, a wrong answer, counts the first time.
+    """
+    home = tmp_path_factory.mktemp("demo") / "home"
+    code, printed = tell(home)
+    if code == 1:
+        assert json.loads((home / "demo" / "summary.json").read_text())["answers_wrong"] == 0, printed
+        warned = [line for line in printed.splitlines() if line.startswith("NOT AS TOLD")]
+        print("the demo is told a second time:", *warned, sep="\n")
+        home = tmp_path_factory.mktemp("demo-again") / "home"
+        code, printed = tell(home)
+    assert code == 0, printed
     return home
 
 

@@ -274,6 +274,13 @@ def test_the_soak_ends_by_time_and_takes_back_what_turns_bad() -> None:
     assert "no requests in 300 s" in silent.reason
 
 
+def test_a_sudden_failure_that_the_stable_version_half_shares_is_the_machines() -> None:
+    both = window((25, 0, 16), (483, 0, 232), weight=0.05, stage="5 %")
+    assert judged(both).verdict == "continue"
+    alone = window((25, 0, 16), (483, 0, 30), weight=0.05, stage="5 %")
+    assert judged(alone).verdict == "withdraw"
+
+
 def soaking(*slow: int, requests: int = 100) -> Window:
     """A soak window of weight 1 in slices of a second, each of so many requests with so many slow ones."""
     slices = [{"slow": StreamCounts(requests, bad)} for bad in slow]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tasks.judgement import StreamCounts, Window
-from tasks.promotion import Parts, Sliced, percentile
+from tasks.promotion import Parts, Sliced, calm_percentile, percentile
 
 
 def total(requests: int, slow: int, *, weight: float = 1.0) -> Window:
@@ -47,3 +47,25 @@ def test_the_soak_is_cut_into_windows_that_add_up(dwell: float, length: int) -> 
     assert len(windows) == 3
     assert sum((w.candidate["slow"] for w in windows), StreamCounts()) == StreamCounts(30 * length, 3 * length)
     assert [len(w.slices) for w in windows] == [length] * 3
+
+
+def looks(*slices: dict[str, int]) -> list[list[dict[str, dict[str, int]]]]:
+    """Cumulative counts of one replica after each slice."""
+    total: dict[str, int] = {}
+    found = []
+    for piece in slices:
+        total = {bound: total.get(bound, 0) + piece.get(bound, 0) for bound in {**total, **piece}}
+        found.append([{"latency": dict(total)}])
+    return found
+
+
+def test_a_stall_in_one_slice_does_not_move_the_frozen_percentile() -> None:
+    calm, stall = {"0.001": 97, "0.002": 3}, {"0.001": 20, "0.5": 80}
+    seen = looks(calm, calm, stall, calm, calm)
+    assert percentile(seen[-1], 0.95) == 0.5
+    assert calm_percentile(seen, 0.95) == 0.001
+
+
+def test_slices_with_few_requests_are_joined_and_too_few_in_all_give_the_whole() -> None:
+    assert calm_percentile(looks({"0.001": 12}, {"0.001": 12}, {"0.01": 5}), 0.95) == 0.001
+    assert calm_percentile(looks({"0.001": 3}, {"0.01": 5}), 0.95) == 0.01
