@@ -10,7 +10,6 @@ from typing import Any
 
 from registry import promotions, replicas, states, store, versions
 from registry.database import Database
-from registry.errors import ModelkeepError
 from registry.policy import PromotionPolicy
 from registry.promotions import STAGING, Operation
 from registry.routes import Desired
@@ -114,10 +113,11 @@ def measure(
         row = versions.get(session, model, version)
         golden = versions.golden_for(session, row, environment)
         base = versions.get(session, model, stable) if stable is not None else None
-        subjects = [_subject(row, artifacts, cache), _subject(base, artifacts, cache) if base is not None else None]
+        candidate = _subject(row, artifacts, cache)
+        compared = _subject(base, artifacts, cache) if base is not None else None
     job = probe.ProbeJob(
-        candidate=_present(subjects[0]),
-        stable=subjects[1],
+        candidate=candidate,
+        stable=compared,
         golden=artifacts.path(golden) if golden is not None else None,
     )
     result = probe.run_probe(
@@ -128,7 +128,8 @@ def measure(
 
 def without_comparison(work: Promoting, why: str) -> Ended:
     """Give the version all of the traffic at once, because there is nothing to compare it with or nobody to ask."""
-    _promote(work, why, watch=False)
+    if not work.operation.progress.get("promoted"):  # not the second try after the end got no answer
+        _promote(work, why, watch=False)
     return work.end("promoted", f"{work.name} takes all of the traffic", why)
 
 
@@ -245,7 +246,7 @@ def soak(work: Promoting) -> Ended:
         elapsed = work.monotonic() - started
         windows = [*_canary_windows(work), *parts.look(_soak_window(work), elapsed)]
         verdict = judgement.judge_soak(
-            windows, _frozen(work, windows), policy, stage_seconds=work.monotonic() - started
+            windows, _frozen(work, windows), policy, stage_seconds=elapsed, streams=_streams(work)
         )
         if verdict.verdict == "withdraw":
             return _withdrawn(work, verdict)
@@ -266,17 +267,9 @@ def failed(work: Promoting, error: BaseException) -> Ended:
     return work.end("failed", f"the promotion of {work.name} failed", why)
 
 
-def _subject(row: Version | None, artifacts: store.ArtifactStore, cache: Path) -> probe.ProbeModel | None:
-    if row is None:
-        return None
+def _subject(row: Version, artifacts: store.ArtifactStore, cache: Path) -> probe.ProbeModel:
     path = store.materialise(artifacts, versions.stored_files(row), cache)
     return probe.ProbeModel(path=path, format=row.format, signature=versions.signature_of(row))
-
-
-def _present(subject: probe.ProbeModel | None) -> probe.ProbeModel:
-    if subject is None:
-        raise ModelkeepError("a probe needs a candidate")
-    return subject
 
 
 def _place_staging(work: Promoting) -> None:
@@ -467,7 +460,7 @@ def _pause(work: Promoting) -> None:
 
 
 def _streams(work: Promoting) -> tuple[str, ...]:
-    """Without a frozen p95 there is no "slow"; the record of the shadow stage says why."""
+    """Without a frozen p95 there is no "slow"; the record of the baseline says why."""
     return judgement.STREAMS if work.operation.progress.get("slow_threshold_seconds") else ("error",)
 
 
