@@ -206,7 +206,7 @@ def promote(
 ) -> int:
     """Make the candidate the stable version; the one before it is retired. With `watch` it is counted on for the soak."""
     with _write(database, operation) as transaction:
-        _make_stable(transaction, operation.environment, operation.model, operation.version, reason=title)
+        make_stable(transaction, operation.environment, operation.model, operation.version, reason=title)
         threshold = operation.progress.get("slow_threshold_seconds")
         route = routes.change(
             transaction,
@@ -240,7 +240,7 @@ def end(
 ) -> None:
     """Close the promotion and free the lease; take the candidate out of the route unless it was promoted."""
     with _write(database, operation) as transaction:
-        _close(transaction, transaction.session.get_one(Promotion, operation.id), outcome, title, detail, figures or {})
+        close(transaction, transaction.session.get_one(Promotion, operation.id), outcome, title, detail, figures or {})
         leases.release(transaction, operation.held)
 
 
@@ -263,7 +263,7 @@ def expire(database: Database, environment: str, beat: leases.Beat, *, observer:
         if promotion is None or promotion.state != RUNNING:
             return identity
         soaking = bool(promotion.progress.get("promoted"))
-        _close(
+        close(
             transaction,
             promotion,
             "promoted" if soaking else "withdrawn",
@@ -277,84 +277,6 @@ def expire(database: Database, environment: str, beat: leases.Beat, *, observer:
             {},
         )
         return identity
-
-
-def roll_back(
-    database: Database,
-    *,
-    environment: str,
-    model: str,
-    to: str | None,
-    reason: str,
-    ttl_seconds: float,
-    emergency: bool = False,
-    flow_run_id: str | None = None,
-    actor: str | None = None,
-) -> dict[str, Any]:
-    """Make an earlier version stable at once. One transaction: lease, route, placements, events.
-
-    An emergency pre-empts any lease and closes the promotion that held it. Raises LockedError, NotFoundError, RefusedError.
-    """
-    subject = leases.subject_of(environment, model)
-    with database.write(flow_run_id=flow_run_id, actor=actor) as transaction:
-        session = transaction.session
-        routes.lock_environment(transaction, environment)
-        route = routes.read(session, environment, model)
-        if route is None or route.stable is None:
-            raise NotFoundError(f"{model} serves nothing in {environment}: there is nothing to roll back")
-        before, closed = route.stable, False
-        withdrawn: str | None = None
-        if emergency:
-            under_way = leases.preempt(transaction, subject, environment, reason=reason)
-            promotion = session.get(Promotion, under_way) if under_way else None
-            if promotion is not None and promotion.state == RUNNING:
-                _close(transaction, promotion, "withdrawn", "Emergency rollback", reason, {})
-                closed, withdrawn = True, promotion.version
-        else:
-            held = leases.acquire(
-                transaction,
-                subject,
-                environment,
-                holder=f"rollback by {transaction.actor}",
-                ttl_seconds=ttl_seconds,
-                promotion=None,
-            )
-            leases.release(transaction, held)
-        # To withdraw what was under way is the rollback that was asked for, unless a version was named.
-        target = to or (
-            route.stable if closed and route.stable else routes.previous_stable(session, environment, model)
-        )
-        row = versions.get(session, model, target)
-        if row.state in ("archived", "rejected", "registered"):
-            raise RefusedError(f"{model} {target} is {row.state}: only a validated version can take traffic")
-        if not routes.has_been_stable(session, environment, model, target):
-            raise RefusedError(
-                f"{model} {target} has never been the stable version in {environment}, so nothing can go back to it: "
-                f"modelkeep promote {model} {target}"
-            )
-        if route.stable == target:
-            if not emergency:
-                raise RefusedError(f"{model} {target} is the stable version in {environment} already")
-        else:
-            _make_stable(transaction, environment, model, target, reason=reason)
-        changed = routes.change(
-            transaction, environment, model, routes.Desired(stable=target), kind="rollback", reason=reason
-        )
-        transaction.record(
-            "model.rolled-back",
-            f"model:{environment}/{model}",
-            before={"stable": before},
-            after={"stable": target},
-            reason=reason,
-        )
-        return {
-            "model": model,
-            "environment": environment,
-            "from": before,
-            "to": target,
-            "withdrawn": withdrawn,
-            "generation": changed.generation,
-        }
 
 
 def get(session: Session, identity: str) -> Promotion:
@@ -524,7 +446,7 @@ def _place(
         states.place(transaction, operation.model, operation.version, environment, status, reason=reason)
 
 
-def _make_stable(transaction: Transaction, environment: str, model: str, version: str, *, reason: str) -> None:
+def make_stable(transaction: Transaction, environment: str, model: str, version: str, *, reason: str) -> None:
     route = routes.read(transaction.session, environment, model)
     if route is not None and route.stable not in (None, version):
         before = states.placement(transaction.session, model, str(route.stable), environment)
@@ -533,7 +455,7 @@ def _make_stable(transaction: Transaction, environment: str, model: str, version
     states.place(transaction, model, version, environment, "stable", reason=reason)
 
 
-def _close(
+def close(
     transaction: Transaction, row: Promotion, outcome: Outcome, title: str, detail: str, figures: dict[str, Any]
 ) -> None:
     """End a promotion of record, whoever ends it. Takes its candidate (or, in the soak, its new stable version) out."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import html
 import itertools
 import logging
 import time
@@ -20,27 +19,21 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import orjson
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
 from registry.errors import (
-    ConflictError,
-    LockedError,
     ModelkeepError,
     NotFoundError,
-    RefusedError,
     UnavailableError,
-    UsageError,
 )
 from serving import shadow
-from serving.engine import LoadedVersion, QueueFullError, Work
-from serving.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
-from serving.metrics import Metrics, software_version
+from serving.engine import LoadedVersion, Work
+from serving.metrics import software_version
+from serving.pages import create_pages
 from serving.protocol import LINGER_SECONDS
 from serving.state import Serving
+from serving.statuses import BusyError, ClientGoneError, DeadlineError, MethodError, NotYetError, status_of
 from serving.v2 import InputError, OutputError, inflate
 
 logger = logging.getLogger(__name__)
@@ -52,15 +45,6 @@ _JSON = (b"content-type", b"application/json")
 _OCTETS = (b"content-type", b"application/octet-stream")
 _RETRY_AFTER = (b"retry-after", b"1")
 _EXTENSIONS = ["binary_tensor_data", "model_repository", "model_configuration", "statistics"]
-_STATUSES: tuple[tuple[type[ModelkeepError], int], ...] = (
-    (UsageError, 400),
-    (NotFoundError, 404),
-    (LockedError, 409),
-    (ConflictError, 409),
-    (RefusedError, 422),
-    (QueueFullError, 429),
-    (UnavailableError, 503),
-)
 
 
 class _ServerLimits(Protocol):
@@ -84,46 +68,6 @@ class Limits(Protocol):
     def performance(self) -> _PerformanceLimits: ...
 
 
-class BusyError(ModelkeepError):
-    """The server has as many requests in flight as it may. Answered 429."""
-
-    status = 429
-
-
-class DeadlineError(ModelkeepError):
-    """A request ran out of time. Answered 504."""
-
-    status = 504
-
-
-class NotYetError(ModelkeepError):
-    """A part of the protocol that this server does not have. Answered 501."""
-
-    status = 501
-
-
-class MethodError(UsageError):
-    """A path that is asked with the wrong method. Answered 405."""
-
-    status = 405
-
-    def __init__(self, path: str, method: str, allowed: str) -> None:
-        super().__init__(f"{path} takes {allowed}, not {method}")
-        self.allowed = allowed
-
-
-class ClientGoneError(ModelkeepError):
-    """The client closed its connection. Nobody is there to be answered; counted as 499."""
-
-
-def status_of(error: ModelkeepError) -> int:
-    """The HTTP status that an error is answered with."""
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
-        return status
-    return next((code for kind, code in _STATUSES if isinstance(error, kind)), 500)
-
-
 def create_app(
     serving: Serving,
     *,
@@ -132,7 +76,7 @@ def create_app(
     info: Callable[[], dict[str, Any]],
 ) -> Application:
     """The ASGI application. `nudge` makes the server follow the registry now; `info` says what it serves."""
-    return Application(V2(serving, settings), _pages(serving, nudge=nudge, info=info))
+    return Application(V2(serving, settings), create_pages(serving, nudge=nudge, info=info))
 
 
 def freeze_startup_objects() -> None:
@@ -528,129 +472,3 @@ async def _send(send: Send, status: int, body: bytes, headers: list[tuple[bytes,
     headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def _pages(
-    serving: Serving, *, nudge: Callable[[], Awaitable[dict[str, Any]]], info: Callable[[], dict[str, Any]]
-) -> FastAPI:
-    """What is not inference. The page of /docs is our own: FastAPI's loads its scripts from the network."""
-    metrics = Metrics(serving)
-    app = FastAPI(
-        title="modelkeep",
-        version=software_version(),
-        docs_url=None,
-        redoc_url=None,
-        exception_handlers={
-            HTTPException: _http_error,
-            RequestValidationError: _validation_error,
-            ModelkeepError: _own_error,
-            Exception: _unexpected_error,
-        },
-    )
-
-    @app.get("/", summary="What this is")
-    async def root() -> dict[str, Any]:
-        return {
-            "name": "modelkeep",
-            "version": app.version,
-            "environment": serving.environment,
-            "replica": serving.replica_id,
-            "models": sorted(serving.routes),
-            "documentation": "/docs",
-        }
-
-    @app.get("/health", summary="Live and ready")
-    async def health() -> JSONResponse:
-        body = {"live": serving.live, "ready": serving.ready, "in_flight": serving.in_flight}
-        return JSONResponse(body, status_code=200 if serving.live and serving.ready else 503)
-
-    @app.get("/metrics", summary="Prometheus metrics")
-    async def metrics_page() -> Response:
-        return Response(metrics.render(), media_type=METRICS_CONTENT_TYPE)
-
-    @app.get("/api/v2/model-info", summary="What this server serves, and how far it follows the registry")
-    async def model_info() -> dict[str, Any]:
-        return info()
-
-    @app.get("/api/v2/model-health", summary="Loaded versions with their requests, errors and queues")
-    async def model_health() -> dict[str, Any]:
-        return {"models": [_health(loaded) for _, loaded in sorted(serving.loaded.items())]}
-
-    @app.post("/api/v2/update-models", summary="Follow the registry now; answers when that is done")
-    async def update_models() -> dict[str, Any]:
-        return await nudge()
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(_docs_page(app))
-
-    return app
-
-
-def _health(loaded: LoadedVersion) -> dict[str, Any]:
-    total = loaded.telemetry.total
-    return {
-        "model": loaded.model,
-        "version": loaded.version,
-        "requests": total.requests,
-        "errors": total.errors,
-        "in_flight": loaded.references,
-        "queue_length": loaded.queue_length,
-        "memory_bytes": loaded.runtime.memory_bytes,
-    }
-
-
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    text = f"{request.url.path}: {error.detail}" if error.status_code in (404, 405) else str(error.detail)
-    return JSONResponse({"error": text}, status_code=error.status_code, headers=dict(error.headers or {}))
-
-
-async def _validation_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    texts = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
-    return JSONResponse({"error": "; ".join(texts)}, status_code=422)
-
-
-async def _own_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ModelkeepError)
-    return JSONResponse({"error": str(error)}, status_code=status_of(error))
-
-
-async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"error": "internal error of the server; see its log"}, status_code=500)
-
-
-_V2_PATHS = (
-    ("GET", "/v2", "The server"),
-    ("GET", "/v2/health/live", "200 where it lives"),
-    ("GET", "/v2/health/ready", "200 where it takes traffic"),
-    ("GET", "/v2/models/{model}[/versions/{version}]", "Inputs and outputs"),
-    ("GET", "/v2/models/{model}[/versions/{version}]/ready", "200 where it is loaded"),
-    ("GET", "/v2/models/{model}[/versions/{version}]/config", "Configuration"),
-    ("GET", "/v2/models/{model}[/versions/{version}]/stats", "Counts and times"),
-    ("POST", "/v2/models/{model}[/versions/{version}]/infer", "Inference; without a version the route decides"),
-    ("POST", "/v2/repository/index", "What is loaded"),
-)
-
-
-def _docs_page(app: FastAPI) -> str:
-    own = [
-        (method.upper(), path, operation.get("summary", ""))
-        for path, operations in app.openapi()["paths"].items()
-        for method, operation in operations.items()
-    ]
-    rows = "".join(
-        f"<tr><td>{method}</td><td><code>{html.escape(path)}</code></td><td>{html.escape(text)}</td></tr>"
-        for method, path, text in (*_V2_PATHS, *own)
-    )
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><title>modelkeep: API</title>"
-        "<style>body{font:16px system-ui;margin:3rem auto;max-width:60rem;padding:0 1rem}"
-        "td{padding:.3rem .8rem .3rem 0;border-bottom:1px solid #ddd}code{font-size:.95em}</style>"
-        "<h1>modelkeep</h1><p>Inference follows the "
-        '<a href="https://github.com/kserve/open-inference-protocol">Open Inference Protocol V2</a> over REST, '
-        'with binary tensors. Errors are <code>{"error": "…"}</code>. Schema of the rest: '
-        '<a href="/openapi.json">openapi.json</a>.</p>'
-        f"<table>{rows}</table></html>"
-    )

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from registry import promotions, replicas, states, store, versions
+from registry import promotions, states, store, versions
 from registry.database import Database
 from registry.policy import PromotionPolicy
 from registry.promotions import STAGING, Operation
 from registry.routes import Desired
 from registry.schema import Version
-from tasks import judgement, probe, servers, validation
-from tasks.judgement import Judgement, StreamCounts, Window
+from tasks import judgement, observation, probe, servers, validation
+from tasks.judgement import Judgement, Window
 from tasks.lease import Keeper
 
 FOLLOW_SECONDS = 60.0
-_P95_LEAST_REQUESTS = 50
-_SLICE_LEAST_REQUESTS = 20
-_BASELINE_SLICES = 5
 
 
 class Ended(Exception):
@@ -141,7 +137,7 @@ def baseline(work: Promoting) -> None:
     operation, policy = work.operation, work.policy
     if "slow_threshold_seconds" in operation.progress:
         return  # an earlier process of this run has passed it
-    if not _opened(operation):
+    if not observation.opened(operation):
         _route(
             work,
             Desired(stable=operation.stable, watch=True),
@@ -155,17 +151,17 @@ def baseline(work: Promoting) -> None:
     started, looks = work.monotonic(), list[list[dict[str, Any]]]()
     while (elapsed := work.monotonic() - started) < policy.baseline_seconds:
         _pause(work)
-        if elapsed >= (len(looks) + 1) * policy.baseline_seconds / _BASELINE_SLICES:
-            looks.append(_baseline_rows(work))
+        if elapsed >= (len(looks) + 1) * policy.baseline_seconds / observation.BASELINE_SLICES:
+            looks.append(observation.baseline_rows(work.database, work.operation))
     work.sleep(2 * work.poll_seconds)  # the servers' last reports
-    rows = _baseline_rows(work)
+    rows = observation.baseline_rows(work.database, work.operation)
     requests = sum(int(row["requests"]) for row in rows)
-    p95 = calm_percentile([*looks, rows], 0.95) if requests >= _P95_LEAST_REQUESTS else None
+    p95 = observation.calm_percentile([*looks, rows], 0.95) if requests >= observation.P95_LEAST_REQUESTS else None
     threshold = None if p95 is None else p95 * policy.slow_factor
     detail = (
         f"{requests} requests; its p95 is frozen at {p95 * 1000:.2f} ms, slow is what takes more than {threshold * 1000:.2f} ms"
         if p95 is not None and threshold is not None
-        else f"{requests} requests are too few to freeze a p95 (at least {_P95_LEAST_REQUESTS}), so slowness is not judged"
+        else f"{requests} requests are too few to freeze a p95 (at least {observation.P95_LEAST_REQUESTS}), so slowness is not judged"
     )
     promotions.note(
         work.database,
@@ -185,9 +181,9 @@ def shadow(work: Promoting) -> None:
     Raises Ended("withdrawn") where it fails on copies and the policy says that this counts, or where no server can load it.
     """
     operation, policy = work.operation, work.policy
-    if _opened(operation)[-1:] not in (["baseline"], ["shadow"]):
+    if observation.opened(operation)[-1:] not in (["baseline"], ["shadow"]):
         return  # an earlier process of this run has passed it
-    if "shadow" not in _opened(operation):
+    if "shadow" not in observation.opened(operation):
         _place_staging(work)
         _route(
             work,
@@ -208,14 +204,19 @@ def shadow(work: Promoting) -> None:
     started = work.monotonic()
     while True:
         verdict = judgement.judge_shadow(
-            [_shadow_window(work)], policy, stage_seconds=work.monotonic() - started, streams=_streams(work)
+            [observation.shadow_window(work.database, work.operation)],
+            policy,
+            stage_seconds=work.monotonic() - started,
+            streams=observation.judged_streams(work.operation),
         )
         if verdict.verdict == "withdraw":
             raise _withdrawn(work, verdict)
         if verdict.verdict == "advance":
             break
         _pause(work)
-    copies = _counts(work, _window(operation, "shadow")).get(operation.version, [])
+    copies = observation.counts(work.database, work.operation, observation.window_of(operation, "shadow")).get(
+        operation.version, []
+    )
     seen = sum(int(row["shadow_requests"]) for row in copies)
     disagreed = sum(int(row["shadow_disagreements"]) for row in copies)
     detail = verdict.reason + (f" Same top answer in {1 - disagreed / seen:.1%} of {seen} copies." if seen else "")
@@ -240,13 +241,20 @@ def promote(work: Promoting) -> None:
 
 def soak(work: Promoting) -> Ended:
     """Watch the new stable version; take it back where it turns out bad. Returns how the promotion ended."""
-    started, policy, parts = work.monotonic(), work.policy, Parts(work.policy.dwell_seconds)
+    started, policy, parts = work.monotonic(), work.policy, observation.Parts(work.policy.dwell_seconds)
     verdict = None
     while policy.soak_seconds > 0:
         elapsed = work.monotonic() - started
-        windows = [*_canary_windows(work), *parts.look(_soak_window(work), elapsed)]
+        windows = [
+            *observation.canary_windows(work.database, work.operation),
+            *parts.look(observation.soak_window(work.database, work.operation), elapsed),
+        ]
         verdict = judgement.judge_soak(
-            windows, _frozen(work, windows), policy, stage_seconds=elapsed, streams=_streams(work)
+            windows,
+            observation.frozen_counts(work.database, work.operation, windows),
+            policy,
+            stage_seconds=elapsed,
+            streams=observation.judged_streams(work.operation),
         )
         if verdict.verdict == "withdraw":
             return _withdrawn(work, verdict)
@@ -342,7 +350,7 @@ def _followed(work: Promoting, epoch: str, generation: int) -> None:
 def _stage(work: Promoting, share: float) -> None:
     operation, policy = work.operation, work.policy
     stage = f"canary at {share:.0%}"
-    opened = _opened(operation)
+    opened = observation.opened(operation)
     if stage in opened[:-1]:
         return  # an earlier process of this run has passed it
     if stage not in opened:
@@ -369,18 +377,18 @@ def _stage(work: Promoting, share: float) -> None:
         )
     started = work.monotonic()
     earlier: list[tuple[float, Window]] = []
-    sliced = Sliced()
+    sliced = observation.Sliced()
     while True:
-        windows = _canary_windows(work)
+        windows = observation.canary_windows(work.database, work.operation)
         elapsed = work.monotonic() - started
         windows[-1] = sliced.look(windows[-1], elapsed)
         verdict = judgement.judge(
             windows,
-            _frozen(work, windows),
+            observation.frozen_counts(work.database, work.operation, windows),
             policy,
             stage_seconds=elapsed,
-            recent=_recent(earlier, windows[-1], elapsed),
-            streams=_streams(work),
+            recent=observation.recent(earlier, windows[-1], elapsed),
+            streams=observation.judged_streams(work.operation),
         )
         if verdict.verdict == "withdraw":
             raise _withdrawn(work, verdict)
@@ -397,47 +405,6 @@ def _stage(work: Promoting, share: float) -> None:
                 verdict.as_dict(),
             )
         _pause(work)
-
-
-class Sliced:
-    """Cuts a window of weight 1 into time slices, look by look."""
-
-    def __init__(self) -> None:
-        self._slices: list[Mapping[str, StreamCounts]] = []
-        self._at, self._before = 0.0, Window("", 1.0)
-
-    def look(self, window: Window, elapsed: float) -> Window:
-        if window.weight < 1:
-            return window
-        if elapsed - self._at >= judgement.SLICE_SECONDS:
-            self._slices.append(window.since(self._before).candidate)
-            self._at, self._before = elapsed, window
-        return replace(window, slices=tuple(self._slices))
-
-
-class Parts:
-    """Cuts the soak into windows of a dwell, so that a version that turns bad late is not covered by its good time before."""
-
-    def __init__(self, dwell_seconds: float) -> None:
-        self._length = max(dwell_seconds, 10 * judgement.SLICE_SECONDS)
-        self._done: list[Window] = []
-        self._at, self._total, self._sliced = 0.0, Window("soak", 1.0), Sliced()
-
-    def look(self, total: Window, elapsed: float) -> list[Window]:
-        current = self._sliced.look(total.since(self._total), elapsed - self._at)
-        if elapsed - self._at < self._length:
-            return [*self._done, current]
-        self._done.append(current)
-        self._at, self._total, self._sliced = elapsed, total, Sliced()
-        return list(self._done)
-
-
-def _recent(earlier: list[tuple[float, Window]], current: Window, elapsed: float, span: float = 30.0) -> Window | None:
-    """What the current window gained in the last `span` seconds, so that a sudden failure shows in a long stage."""
-    earlier.append((elapsed, current))
-    while len(earlier) > 1 and earlier[1][0] <= elapsed - span:
-        earlier.pop(0)
-    return current.since(earlier[0][1]) if elapsed - earlier[0][0] >= span / 2 else None
 
 
 def _promote(work: Promoting, why: str, *, watch: bool) -> None:
@@ -457,120 +424,3 @@ def _withdrawn(work: Promoting, verdict: Judgement) -> Ended:
 def _pause(work: Promoting) -> None:
     work.sleep(min(work.poll_seconds, 1.0))
     work.keeper.check()
-
-
-def _streams(work: Promoting) -> tuple[str, ...]:
-    """Without a frozen p95 there is no "slow"; the record of the baseline says why."""
-    return judgement.STREAMS if work.operation.progress.get("slow_threshold_seconds") else ("error",)
-
-
-def _counts(work: Promoting, window: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    with work.database.read() as session:
-        return replicas.counts(session, work.operation.model, window["epoch"], window["generation"])
-
-
-def _sum(rows: list[dict[str, Any]], total: str, bad: dict[str, str]) -> dict[str, StreamCounts]:
-    requests = sum(int(row[total]) for row in rows)
-    return {stream: StreamCounts(requests, sum(int(row[name]) for row in rows)) for stream, name in bad.items()}
-
-
-def _live(rows: list[dict[str, Any]]) -> dict[str, StreamCounts]:
-    return _sum(rows, "requests", {"error": "errors", "slow": "slow"})
-
-
-def _canary_windows(work: Promoting) -> list[Window]:
-    operation = work.operation
-    windows = []
-    for window in operation.progress.get("windows", []):
-        if window["stage"] in ("baseline", "shadow"):
-            continue
-        found = _counts(work, window)
-        windows.append(
-            Window(
-                window["stage"],
-                window["weight"],
-                candidate=_live(found.get(operation.version, [])),
-                stable=_live(found.get(operation.stable or "", [])),
-            )
-        )
-    return windows
-
-
-def _soak_window(work: Promoting) -> Window:
-    window = work.operation.progress["soak"]
-    found = _counts(work, window)
-    return Window(window["stage"], 1.0, candidate=_live(found.get(work.operation.version, [])))
-
-
-def _shadow_window(work: Promoting) -> Window:
-    found = _counts(work, _window(work.operation, "shadow"))
-    bad = {"error": "shadow_errors", "slow": "shadow_slow"}
-    copies = _sum(found.get(work.operation.version, []), "shadow_requests", bad)
-    return Window("shadow", 0.0, candidate=copies, stable=_live(found.get(work.operation.stable or "", [])))
-
-
-def _frozen(work: Promoting, windows: list[Window]) -> dict[str, StreamCounts]:
-    """The stable version's counts from the windows in which it still had traffic beside the candidate; where it never had
-    (blue-green), those of its baseline."""
-    none = StreamCounts()
-    shared = [window for window in windows if window.weight < 1]
-    if shared:
-        return {stream: sum((w.stable.get(stream, none) for w in shared), none) for stream in judgement.STREAMS}
-    operation = work.operation
-    rows = _counts(work, _window(operation, "baseline")).get(operation.stable or "", [])
-    threshold = operation.progress.get("slow_threshold_seconds") or float("inf")
-    slow = sum(int(n) for row in rows for bound, n in row["latency"].items() if float(bound) > threshold)
-    error = _live(rows)["error"]
-    return {"error": error, "slow": StreamCounts(error.requests, slow)}
-
-
-def _window(operation: Operation, stage: str) -> dict[str, Any]:
-    return dict(next(w for w in reversed(operation.progress["windows"]) if w["stage"] == stage))
-
-
-def _opened(operation: Operation) -> list[str]:
-    """The stages that this promotion has come to, in order."""
-    return [window["stage"] for window in operation.progress.get("windows", [])]
-
-
-def _baseline_rows(work: Promoting) -> list[dict[str, Any]]:
-    return _counts(work, _window(work.operation, "baseline")).get(work.operation.stable or "", [])
-
-
-def calm_percentile(looks: list[list[dict[str, Any]]], share: float) -> float | None:
-    """The median of a percentile over the slices between successive looks at cumulative counts.
-
-    A stall of the machine falls into one slice or two and does not move it; over the whole it would, and a slow candidate would
-    pass beneath. Slices with few requests are left out; where no slice has enough, the percentile over the whole.
-    """
-    found, before = [], _histogram([])
-    for rows in looks:
-        now = _histogram(rows)
-        gained = {bound: count - before.get(bound, 0) for bound, count in now.items()}
-        if sum(gained.values()) >= _SLICE_LEAST_REQUESTS:
-            found.append(_percentile(gained, share))
-            before = now
-    known = sorted(value for value in found if value is not None)
-    return known[len(known) // 2] if known else percentile(looks[-1], share)
-
-
-def percentile(rows: list[dict[str, Any]], share: float) -> float | None:
-    """The upper bound, in seconds, of the histogram bucket that holds a percentile, over the counts of all replicas."""
-    return _percentile(_histogram(rows), share)
-
-
-def _histogram(rows: list[dict[str, Any]]) -> dict[float, int]:
-    merged: dict[float, int] = {}
-    for row in rows:
-        for bound, count in row["latency"].items():
-            merged[float(bound)] = merged.get(float(bound), 0) + int(count)
-    return merged
-
-
-def _percentile(merged: dict[float, int], share: float) -> float | None:
-    total, seen = sum(merged.values()), 0
-    for bound in sorted(merged):
-        seen += merged[bound]
-        if seen >= share * total:
-            return None if bound == float("inf") else bound
-    return None

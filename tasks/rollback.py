@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from registry import promotions, replicas
+from registry import replicas, rollbacks
 from registry.database import Database
 from tasks import lease, servers
 
@@ -77,7 +77,7 @@ def change(
         database,
         environment,
         model,
-        lambda: promotions.roll_back(
+        lambda: rollbacks.roll_back(
             database,
             environment=environment,
             model=model,

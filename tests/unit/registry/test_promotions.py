@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from registry import audit, leases, promotions, routes, states
+from registry import audit, leases, promotions, rollbacks, routes, states
 from registry.database import Database
 from registry.errors import (
     ConflictError,
@@ -69,7 +69,7 @@ def expire(database: Database, beat: Beat | None = None) -> str | None:
 
 def roll_back(database: Database, to: str | None = None, **changes: Any) -> dict[str, Any]:
     asked: dict[str, Any] = {"environment": ENVIRONMENT, "model": MODEL, "reason": "bad", "ttl_seconds": 30.0}
-    return promotions.roll_back(database, to=to, **(asked | changes))
+    return rollbacks.roll_back(database, to=to, **(asked | changes))
 
 
 def state_of_world(database: Database) -> tuple[Any, ...]:

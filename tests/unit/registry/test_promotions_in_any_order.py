@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from sqlalchemy import select
 
-from registry import leases, promotions
+from registry import leases, promotions, rollbacks
 from registry.database import Database
 from registry.errors import ModelkeepError
 from registry.promotions import Operation
@@ -106,7 +106,7 @@ class Promotions(RuleBasedStateMachine):
     @rule(to=st.sampled_from([None, *VERSIONS]), emergency=st.booleans())
     def roll_back(self, to: str | None, emergency: bool) -> None:
         self.attempt(
-            lambda: promotions.roll_back(
+            lambda: rollbacks.roll_back(
                 self.database,
                 environment=ENVIRONMENT,
                 model=MODEL,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tasks.judgement import StreamCounts, Window
-from tasks.promotion import Parts, Sliced, calm_percentile, percentile
+from tasks.observation import Parts, Sliced, calm_percentile, percentile
 
 
 def total(requests: int, slow: int, *, weight: float = 1.0) -> Window:
