@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -81,6 +82,45 @@ class PromotionPolicy(BaseModel):
     )
     memory_ratio: float = Field(
         default=4.0, gt=0, description="The candidate's memory may be this many times the stable version's."
+    )
+    metric: str = Field(
+        default="accuracy",
+        description="What is compared on the golden cases: accuracy (of their labels), or a metric that the golden file names.",
+    )
+    tolerances: dict[str, float] = Field(
+        default={},
+        description="How far each output may be from the golden file's (output name: absolute difference); outputs that are not named are not held to it.",
+    )
+    required_tags: list[str] = Field(
+        default=[], description="Tags that a version must carry to be promoted: KEY, or KEY=VALUE."
+    )
+    fits_profile: bool = Field(
+        default=True,
+        description="Refuse a version that, beside the stable one, does not fit the memory budget of the hardware profile.",
+    )
+    shadow_share: float = Field(
+        default=1.0, gt=0, le=1, description="Share of the live requests that the candidate sees copies of."
+    )
+    agreement: Literal["exact", "tolerance", "top"] = Field(
+        default="top",
+        description="When two answers agree: equal to the bit, within tolerance, or with the same top class.",
+    )
+    shadow_agreement: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Least share of the shadow's copies (or of the replay's requests) on which both must agree; empty: reported only.",
+    )
+    replay_requests: int = Field(
+        default=1000, ge=1, description="How many captured and golden requests a replay sends through both versions."
+    )
+    approval: bool = Field(default=False, description="Ask a person before the candidate takes any traffic.")
+    four_eyes: bool = Field(
+        default=False,
+        description="Two approvals with two different keys are needed; an approval without a key, or from a form, does not count.",
+    )
+    approval_deadline_seconds: float = Field(
+        default=86400.0, gt=0, description="An approval that has not come by then is a refusal."
     )
     validation_timeout_seconds: float = Field(default=300.0, gt=0, description="Time that the validation may take.")
     validation_memory_mb: int = Field(default=4096, ge=256, description="Memory that the validation may take, in MB.")

@@ -9,7 +9,7 @@ from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Index, Integer, Meta
 from sqlalchemy.dialects.mysql import LONGTEXT
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-REVISION = "0001"
+REVISION = "0002"
 """The Alembic revision that this code works with."""
 
 NAME = 128
@@ -58,6 +58,8 @@ class Model(Base):
 
     name: Mapped[str] = mapped_column(String(NAME), primary_key=True)
     description: Mapped[str] = mapped_column(Text, default="")
+    kind: Mapped[str | None] = mapped_column(String(16))
+    """classifier | predictor | extractor | router, where someone said so."""
     created_at: Mapped[dt.datetime]
 
 
@@ -85,6 +87,10 @@ class Version(Base):
     validation: Mapped[dict[str, Any] | None]
     created_at: Mapped[dt.datetime]
     created_by: Mapped[str] = mapped_column(String(NAME))
+    benchmark: Mapped[dict[str, Any] | None]
+    """Figures of the last benchmark, with when and on what it ran."""
+    deleted_at: Mapped[dt.datetime | None]
+    """Its bytes were deleted then; the record stays."""
 
     __table_args__ = (Index(None, "model", "ordinal", unique=True),)
 
@@ -170,6 +176,10 @@ class Promotion(Base):
     flow_run_id: Mapped[str | None] = mapped_column(String(64), index=True)
     created_at: Mapped[dt.datetime]
     finished_at: Mapped[dt.datetime | None]
+    asked: Mapped[dict[str, Any] | None]
+    """What an approval is asked for: the fingerprint of artifact, route and policy. An approval of another one is stale."""
+    approve_by: Mapped[dt.datetime | None]
+    """The deadline of the approval, by the database's clock."""
 
     __table_args__ = (Index(None, "environment", "model", "created_at"),)
 
@@ -186,6 +196,124 @@ class PromotionStep(Base):
     title: Mapped[str] = mapped_column(String(255))
     detail: Mapped[str] = mapped_column(Text)
     figures: Mapped[dict[str, Any]]
+
+
+class PromotionCommand(Base):
+    """What a person told a running promotion: pause, resume, advance, stop. Taken by whoever carries it."""
+
+    __tablename__ = "promotion_commands"
+
+    promotion: Mapped[str] = mapped_column(String(32), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    command: Mapped[str] = mapped_column(String(16))
+    actor: Mapped[str] = mapped_column(String(NAME))
+    reason: Mapped[str] = mapped_column(Text)
+    at: Mapped[dt.datetime]
+    taken_at: Mapped[dt.datetime | None]
+
+
+class Approval(Base):
+    """One answer to a promotion that asked for approval, and whether it counts."""
+
+    __tablename__ = "approvals"
+
+    promotion: Mapped[str] = mapped_column(String(32), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    verdict: Mapped[str] = mapped_column(String(16))
+    """approve | reject"""
+    actor: Mapped[str] = mapped_column(String(NAME))
+    key_id: Mapped[str | None] = mapped_column(String(32))
+    """The key that the answer was authenticated with; None for the system's user and for a form."""
+    via: Mapped[str] = mapped_column(String(16))
+    """command | api | form"""
+    claimed: Mapped[str | None] = mapped_column(String(NAME))
+    """A name typed into a form: a claim."""
+    note: Mapped[str] = mapped_column(Text)
+    fingerprint: Mapped[str] = mapped_column(String(DIGEST))
+    counts: Mapped[bool]
+    why_not: Mapped[str] = mapped_column(Text)
+    at: Mapped[dt.datetime]
+
+
+class ApiKey(Base):
+    """A key to the server and to approvals. Only its hash is kept."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    name: Mapped[str] = mapped_column(String(NAME))
+    role: Mapped[str] = mapped_column(String(16))
+    """view | infer | operate"""
+    hash: Mapped[str] = mapped_column(String(DIGEST))
+    created_at: Mapped[dt.datetime]
+    created_by: Mapped[str] = mapped_column(String(NAME))
+    expires_at: Mapped[dt.datetime | None]
+    revoked_at: Mapped[dt.datetime | None]
+    revoked_by: Mapped[str | None] = mapped_column(String(NAME))
+
+
+class Counter(Base):
+    """Numbers that only rise, by which servers see that a list of theirs is old ("keys")."""
+
+    __tablename__ = "counters"
+
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    value: Mapped[int]
+
+
+class RollbackPoint(Base):
+    """A state that a model can go back to, kept at each change of its stable version. Its artifacts stay until it is gone."""
+
+    __tablename__ = "rollback_points"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    environment: Mapped[str] = mapped_column(String(NAME))
+    model: Mapped[str] = mapped_column(String(NAME))
+    version: Mapped[str] = mapped_column(String(NAME))
+    epoch: Mapped[str] = mapped_column(String(32))
+    generation: Mapped[int]
+    """Of the change by which `version` became stable."""
+    route: Mapped[dict[str, Any]]
+    digests: Mapped[dict[str, Any]]
+    """{"artifact": digest, "golden": digest | None, "files": [{"name", "digest", "size_bytes"}]}"""
+    policy: Mapped[dict[str, Any] | None]
+    settings: Mapped[dict[str, Any]]
+    """What the settings said of serving then (profile, batch size, limits), without secrets."""
+    created_at: Mapped[dt.datetime]
+    gone_at: Mapped[dt.datetime | None]
+
+    __table_args__ = (Index(None, "environment", "model", "created_at"),)
+
+
+class Reach(Base):
+    """When a replica reached a generation. One that reached a later one has passed those before."""
+
+    __tablename__ = "reaches"
+
+    environment: Mapped[str] = mapped_column(String(NAME), primary_key=True)
+    epoch: Mapped[str] = mapped_column(String(32), primary_key=True)
+    generation: Mapped[int] = mapped_column(primary_key=True)
+    replica: Mapped[str] = mapped_column(String(64), primary_key=True)
+    boot_id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    at: Mapped[dt.datetime]
+
+
+class Feedback(Base):
+    """A verdict on one answered request, posted back with its id; an id counts once."""
+
+    __tablename__ = "feedback"
+
+    request_id: Mapped[str] = mapped_column(String(160), primary_key=True)
+    model: Mapped[str] = mapped_column(String(NAME))
+    version: Mapped[str] = mapped_column(String(NAME))
+    epoch: Mapped[str] = mapped_column(String(32))
+    generation: Mapped[int]
+    verdict: Mapped[str] = mapped_column(String(8))
+    """good | bad"""
+    key_id: Mapped[str | None] = mapped_column(String(32))
+    at: Mapped[dt.datetime]
+
+    __table_args__ = (Index(None, "model", "epoch", "generation"),)
 
 
 class Lease(Base):
