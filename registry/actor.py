@@ -1,9 +1,23 @@
-"""Who does it: the operating system's user on the command line, `prefect-ui` for what a Prefect worker started."""
+"""Who does it: a key, the operating system's user on the command line, `prefect-ui` for what a Prefect worker started."""
 
 from __future__ import annotations
 
 import getpass
 import os
+from dataclasses import dataclass
+from typing import Literal
+
+Via = Literal["command", "api", "form"]
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """The author of an act. `key_id` is that of the key that authenticated it; `claimed` a name typed into a form."""
+
+    actor: str
+    key_id: str | None = None
+    via: Via = "command"
+    claimed: str | None = None
 
 
 def current() -> str:

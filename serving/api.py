@@ -14,12 +14,12 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
 import orjson
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.types import Receive, Scope, Send
 
 from registry.errors import (
@@ -74,9 +74,10 @@ def create_app(
     settings: Limits,
     nudge: Callable[[], Awaitable[dict[str, Any]]],
     info: Callable[[], dict[str, Any]],
+    routers: Sequence[APIRouter] = (),
 ) -> Application:
     """The ASGI application. `nudge` makes the server follow the registry now; `info` says what it serves."""
-    return Application(V2(serving, settings), create_pages(serving, nudge=nudge, info=info))
+    return Application(V2(serving, settings), create_pages(serving, nudge=nudge, info=info, routers=routers))
 
 
 def freeze_startup_objects() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
@@ -20,7 +20,11 @@ from serving.statuses import status_of
 
 
 def create_pages(
-    serving: Serving, *, nudge: Callable[[], Awaitable[dict[str, Any]]], info: Callable[[], dict[str, Any]]
+    serving: Serving,
+    *,
+    nudge: Callable[[], Awaitable[dict[str, Any]]],
+    info: Callable[[], dict[str, Any]],
+    routers: Sequence[APIRouter] = (),
 ) -> FastAPI:
     """What is not inference. The page of /docs is our own: FastAPI's loads its scripts from the network."""
     metrics = Metrics(serving)
@@ -68,6 +72,9 @@ def create_pages(
     @app.post("/api/v2/update-models", summary="Follow the registry now; answers when that is done")
     async def update_models() -> dict[str, Any]:
         return await nudge()
+
+    for router in routers:
+        app.include_router(router)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:

@@ -258,10 +258,7 @@ def test_the_guide_has_every_field_of_the_policy_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", text_of("docs/GUIDE.md"), flags=re.MULTILINE))
     for name, field in PromotionPolicy.model_fields.items():
         default = field.default
-        if isinstance(default, list):
-            wanted = ", ".join(map(str, default)) or "none"
-        else:
-            wanted = str(default).lower()
+        wanted = ", ".join(map(str, default)) or "none" if isinstance(default, list) else str(default).lower()
         assert rows.get(name) == wanted, name
 
 
