@@ -15,7 +15,7 @@ demo: setup  ## the main job on real data, from nothing
 test: setup  ## system packages where it may, lint, all tests but the long ones and those that need a GPU
 	@scripts/system-packages
 	@scripts/lint
-	@$(PY) scripts/run_tests.py unit integration e2e
+	@$(PY) scripts/run_tests.py unit integration mariadb postgresql e2e
 
 test-long: setup  ## soaks and repetitions, hours allowed
 	@scripts/system-packages

@@ -1,5 +1,6 @@
 """How fast the server answers V2 inference: one process, a small ONNX model, 1, 16 and 64 connections.
 
+Each request shows an API key, which the server checks; with `--no-guard` it does not look.
 `python benchmarks/serving_hot_path.py [--seconds 5]` prints one JSON document. The driver is wrk where it is on the
 PATH, otherwise an asyncio client (slower than the server: the document says which). The server runs on the first core
 that this process may use, the client on the last one.
@@ -29,11 +30,14 @@ sys.path.insert(0, str(ROOT))
 INFER = "/v2/models/digits/infer"
 CONNECTIONS = (1, 16, 64)
 HEALTH_PROBES = 200
+KEY_ID, KEY_SECRET = "0" * 12, "x" * 43
+KEY = f"mk_{KEY_ID}_{KEY_SECRET}"
 
 WRK_SCRIPT = """
 local file = io.open(os.getenv("BENCH_BODY"), "rb")
 wrk.method, wrk.body = "POST", file:read("*a")
 file:close()
+wrk.headers["Authorization"] = "Bearer " .. os.getenv("BENCH_KEY")
 local length = os.getenv("BENCH_HEADER_LENGTH")
 if length ~= "" then wrk.headers["Inference-Header-Content-Length"] = length end
 done = function(summary, latency, requests)
@@ -86,11 +90,14 @@ def bodies() -> dict[str, tuple[bytes, int | None]]:
     return {"json": (text, None), "binary": (head + image.tobytes(), len(head))}
 
 
-async def serve(descriptor: int, path: Path) -> None:
+async def serve(descriptor: int, path: Path, *, guarded: bool) -> None:
     import uvicorn
 
+    from registry import keys
     from serving.api import create_app, freeze_startup_objects
+    from serving.auth import Guard, Rules
     from serving.engine import LoadedVersion
+    from serving.keyring import Keyring
     from serving.protocol import bounded_protocol
     from serving.routing import Route
     from serving.runtimes import load_runtime
@@ -110,7 +117,11 @@ async def serve(descriptor: int, path: Path) -> None:
         server=SimpleNamespace(request_timeout_seconds=30.0, max_body_bytes=10_000_000),
         performance=SimpleNamespace(max_concurrent_requests=256),
     )
-    app = create_app(serving, settings=settings, nudge=nudge, info=dict)
+    app: Any = create_app(serving, settings=settings, nudge=nudge, info=dict)
+    if guarded:
+        known = Keyring(path.with_name("keys.json"), "")
+        known.install([keys.StoredKey(KEY_ID, "bench", "infer", keys.digest(KEY_SECRET), None, False)], ("epoch", 1))
+        app = Guard(app, known, Rules(local=False))
     freeze_startup_objects()
     config = uvicorn.Config(
         app,
@@ -129,6 +140,7 @@ def drive_with_wrk(address: str, folder: Path, kind: str, connections: int, seco
     (folder / "body").write_bytes(body)
     (folder / "post.lua").write_text(WRK_SCRIPT)
     environment = {**os.environ, "BENCH_BODY": str(folder / "body"), "BENCH_HEADER_LENGTH": str(header_length or "")}
+    environment["BENCH_KEY"] = KEY
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "-s", str(folder / "post.lua")]
     done = subprocess.run(
         [*command, f"http://{address}{INFER}"],
@@ -146,7 +158,7 @@ def drive_with_wrk(address: str, folder: Path, kind: str, connections: int, seco
 def drive_with_asyncio(address: str, kind: str, connections: int, seconds: float) -> dict[str, Any]:
     body, header_length = bodies()[kind]
     extra = f"inference-header-content-length: {header_length}\r\n" if header_length else ""
-    head = f"POST {INFER} HTTP/1.1\r\nhost: bench\r\n{extra}content-length: {len(body)}\r\n\r\n"
+    head = f"POST {INFER} HTTP/1.1\r\nhost: bench\r\nauthorization: Bearer {KEY}\r\n{extra}content-length: {len(body)}\r\n\r\n"
     request = head.encode() + body
     host, port = address.split(":")
     latencies: list[float] = []
@@ -207,13 +219,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=5, help="length of each of the six runs")
     parser.add_argument("--serve", nargs=2, metavar=("FD", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--no-guard", action="store_true", help="leave the check of keys out, to see what it costs")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     if options.serve:
         os.sched_setaffinity(0, cores[:1])
         import uvloop
 
-        uvloop.run(serve(int(options.serve[0]), Path(options.serve[1])))
+        uvloop.run(serve(int(options.serve[0]), Path(options.serve[1]), guarded=not options.no_guard))
         return
     driver = "wrk" if shutil.which("wrk") else "asyncio"
     with tempfile.TemporaryDirectory() as name, socket.socket() as listener:
@@ -228,6 +241,7 @@ def main() -> None:
             "--serve",
             str(listener.fileno()),
             str(folder / "model.onnx"),
+            *(["--no-guard"] if options.no_guard else []),
         ]
         started = time.perf_counter()
         process = subprocess.Popen(command, pass_fds=[listener.fileno()])
@@ -251,6 +265,7 @@ def main() -> None:
             process.wait(20)
     document = {
         "driver": driver,
+        "keys": not options.no_guard,
         "cores": len(cores),
         "start_to_first_200_seconds": round(start_seconds, 3),
         "inference": results,

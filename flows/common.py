@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 from prefect.tasks import Task
 
 from blocks.connections import Artifacts, RegistryDatabase
+from registry.connect import facts_of
 from registry.database import Database
 from registry.errors import UnavailableError
 from registry.settings import Settings, load_settings
@@ -35,9 +36,9 @@ def connect() -> Connections:
     """Resolve the blocks that the settings describe. Raises SettingsError, UnavailableError."""
     settings = load_settings()
     artifacts = Artifacts.from_settings(settings)
-    return Connections(
-        settings, RegistryDatabase.from_settings(settings).connect(), artifacts.connect(), artifacts.cache
-    )
+    database = RegistryDatabase.from_settings(settings).connect()
+    database.facts = facts_of(settings)
+    return Connections(settings, database, artifacts.connect(), artifacts.cache)
 
 
 def run_id() -> str | None:

@@ -13,12 +13,16 @@ from prefect.states import Completed, Failed
 from prefect.tasks import Task
 from pydantic import BaseModel, ConfigDict, Field
 
+from flows import approval
 from flows.common import Connections, artifact_key, connect, logger, run_id, when_unavailable
 from registry import promotions
-from registry.errors import FencedError, LockedError, NotFoundError, RefusedError, UsageError
+from registry.errors import ConflictError, FencedError, LockedError, NotFoundError, RefusedError, UsageError
 from registry.policy import PromotionPolicy
+from registry.promotions import Operation
+from tasks import approval as approving
 from tasks import lease, promotion, servers, story
-from tasks.promotion import Ended, Promoting
+from tasks import soak as watch
+from tasks.promoting import Ended, Promoting
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,6 +50,13 @@ class PromoteModel(BaseModel):
     policy: PromotionPolicy | None = Field(
         default=None, description="Stages, evidence, dwell, soak; empty: the policy of the settings."
     )
+    approval: bool = Field(
+        default=False, description="Ask a person before it takes any traffic, also where the policy does not."
+    )
+    carry_on: str | None = Field(
+        default=None,
+        description="The promotion of record to go on with (its id), where its run has gone; its own strategy and policy hold.",
+    )
 
 
 def _step(name: str, work: Callable[P, R]) -> Task[P, R]:
@@ -61,11 +72,12 @@ def _step(name: str, work: Callable[P, R]) -> Task[P, R]:
 
 
 validate = _step("validate", promotion.validate)
+ask = _step("ask for approval", approving.ask)
 baseline = _step("baseline", promotion.baseline)
 shadow = _step("shadow", promotion.shadow)
 canary = _step("canary", promotion.canary)
 promote = _step("promote", promotion.promote)
-soak = _step("soak", promotion.soak)
+soak = _step("soak", watch.soak)
 take_all = _step("take-all", promotion.without_comparison)
 
 
@@ -84,26 +96,38 @@ def promote_model(request: PromoteModel) -> State[Any]:
     with_all = connect()
     environment = request.environment or with_all.settings.environment
     try:
-        operation = lease.taken(
-            with_all.database,
-            environment,
-            request.model,
-            lambda: promotions.begin(
-                with_all.database,
-                environment=environment,
-                model=request.model,
-                version=request.version,
-                policy=request.policy or with_all.settings.promotion,
-                strategy="forced" if request.force else request.strategy,
-                ttl_seconds=with_all.settings.lease_seconds,
-                flow_run_id=run_id(),
-                force_reason=request.reason if request.force else None,
-            ),
-        )
-    except LockedError as error:
-        return Failed(name="Locked", message=str(error))
-    except (RefusedError, NotFoundError, UsageError) as error:
+        _check(with_all, environment, request)
+    except (NotFoundError, UsageError) as error:
         return Failed(name="Refused", message=str(error))
+    if (done := promotion.promoted_by(with_all.database, run_id())) is not None:
+        return _tell(with_all, done[0], _state_of(done[1]))
+    identity = approval.waits(with_all, request.carry_on)
+    while True:
+        try:
+            taken = (
+                approval.approved(with_all, identity)
+                if identity is not None
+                else lease.taken(
+                    with_all.database, environment, request.model, lambda: _begin(with_all, environment, request)
+                )
+            )
+        except LockedError as error:
+            return Failed(name="Locked", message=str(error))
+        except (RefusedError, NotFoundError, UsageError, ConflictError) as error:
+            return Failed(name="Refused", message=str(error))
+        if isinstance(taken, Operation):
+            identity = taken.id
+            result = _carry(with_all, taken)
+            if result is None:
+                continue
+        else:
+            assert identity is not None
+            result = taken
+        return _tell(with_all, identity, _state_of(result) if isinstance(result, Ended) else result)
+
+
+def _carry(with_all: Connections, operation: Operation) -> Ended | State[Any] | None:
+    """Do the steps under the lease. Returns how it ended, the state of a run that lost it, or None where it waits for an approval."""
     with lease.kept(with_all.database, operation.held) as keeper:
         work = Promoting(
             with_all.database,
@@ -115,24 +139,66 @@ def promote_model(request: PromoteModel) -> State[Any]:
             tell=logger().info,
         )
         try:
-            ended = _steps(work)
+            return _steps(work)
         except Ended as early:
-            ended = early
+            return early
         except FencedError as error:
-            return _tell(with_all, operation.id, Failed(name="Fenced", message=str(error)))
+            # Somebody stopped it or rolled it back, and the record says so; or another process carries it.
+            found = promotion.ended_meanwhile(with_all.database, operation.id)
+            return found or Failed(name="Fenced", message=str(error))
         except BaseException as error:
             promotion.failed(work, error)
             _tell(with_all, operation.id, None)
             raise
+
+
+def _state_of(ended: Ended) -> State[Any]:
     states = {"promoted": (Completed, "Promoted"), "rejected": (Failed, "Rejected"), "held": (Failed, "Held")}
     make, name = states.get(ended.outcome, (Failed, "RolledBack"))
-    return _tell(with_all, operation.id, make(name=name, message=ended.reason))
+    return make(name=name, message=ended.reason)
 
 
-def _steps(work: Promoting) -> Ended:
+def _check(with_all: Connections, environment: str, request: PromoteModel) -> None:
+    """Raises NotFoundError, UsageError where the promotion to go on with is of something else."""
+    if request.carry_on is None:
+        return
+    with with_all.database.read() as session:
+        row = promotions.get(session, request.carry_on)
+    if (row.model, row.version, row.environment) != (request.model, request.version, environment):
+        raise UsageError(
+            f"promotion {row.id} is of {row.model} {row.version} in {row.environment}, "
+            f"not of {request.model} {request.version} in {environment}: give the form what the promotion is of"
+        )
+
+
+def _begin(with_all: Connections, environment: str, request: PromoteModel) -> Operation:
+    if request.carry_on is not None:
+        return promotions.carry_on(
+            with_all.database, request.carry_on, ttl_seconds=with_all.settings.lease_seconds, flow_run_id=run_id()
+        )
+    policy = request.policy or with_all.settings.promotion
+    return promotions.begin(
+        with_all.database,
+        environment=environment,
+        model=request.model,
+        version=request.version,
+        policy=policy.model_copy(update={"approval": True}) if request.approval else policy,
+        strategy="forced" if request.force else request.strategy,
+        ttl_seconds=with_all.settings.lease_seconds,
+        flow_run_id=run_id(),
+        force_reason=request.reason if request.force else None,
+    )
+
+
+def _steps(work: Promoting) -> Ended | None:
+    """None: it waits for an approval, and nobody holds it meanwhile."""
     operation = work.operation
+    if operation.progress.get("promoted"):
+        return soak(work)
     if "validated" not in operation.progress:
         validate(work)
+    if ask(work):  # a forced one too: force answers for the quality, not for the person who was to be asked
+        return None
     if operation.forced is not None:
         return take_all(work, f"forced: {operation.forced}")
     if operation.stable is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, Literal
 
 from prefect import flow, task
@@ -11,9 +12,11 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.common import artifact_key, connect, logger, run_id, when_unavailable
-from registry.errors import LockedError, NotFoundError, RefusedError, UsageError
-from tasks import rollback
+from flows.common import Connections, artifact_key, connect, logger, run_id, when_unavailable
+from registry import moments, points, rollbacks
+from registry.errors import FencedError, LockedError, NotFoundError, RefusedError, UsageError
+from tasks import lease, rollback
+from tasks.promoting import Ended, Promoting
 
 
 class RollbackModel(BaseModel):
@@ -25,16 +28,28 @@ class RollbackModel(BaseModel):
     to: str | None = Field(
         default=None, description="The version to go back to; empty: the stable version before this one."
     )
+    at: str | None = Field(
+        default=None, description='Instead: to the version that was stable then ("2d ago", 2026-03-10T03:12:00Z).'
+    )
     environment: str | None = Field(default=None, description="Where; empty: the environment that the settings name.")
-    strategy: Literal["instant", "emergency"] = Field(
+    strategy: Literal["instant", "gradual", "emergency"] = Field(
         default="instant",
-        description="instant waits for its turn; emergency takes the model away from whatever runs on it.",
+        description="instant: at once, when nothing runs on the model. gradual: share by share, stopped where the version that comes back "
+        "fails. emergency: takes the model away from whatever runs on it.",
     )
     reason: str = Field(default="", description="Why; it goes on record.")
 
 
 # The change is one transaction that either happened or did not, so repeating it after "no answer" is not safe; following is.
 change = task(name="change-route", persist_result=False, cache_policy=NO_CACHE)(rollback.change)
+by_steps = task(
+    name="move-traffic-back",
+    retries=30,
+    retry_delay_seconds=2,
+    retry_condition_fn=when_unavailable,
+    persist_result=False,
+    cache_policy=NO_CACHE,
+)(rollback.gradual)
 follow = task(
     name="follow",
     retries=5,
@@ -47,32 +62,73 @@ follow = task(
 
 @flow(
     name="rollback-model",
-    description="Make an earlier version stable again at once, and check that every server answers by it.",
+    description="Make an earlier version stable again, and check that every server answers by it.",
     flow_run_name="{request.model} back",
     persist_result=False,
 )
 def rollback_model(request: RollbackModel) -> State[Any]:
-    """Ends RolledBack, Behind (a server has not followed) or Locked."""
-    with_all = connect()
+    """Ends RolledBack, Behind (a server has not followed), Stopped (a gradual one, for the version failed), Refused or Locked."""
+    began, with_all = time.monotonic(), connect()
     environment = request.environment or with_all.settings.environment
     try:
-        result = change(
-            with_all.database,
-            environment=environment,
-            model=request.model,
-            to=request.to,
-            reason=request.reason,
-            ttl_seconds=with_all.settings.lease_seconds,
-            emergency=request.strategy == "emergency",
-            flow_run_id=run_id(),
-        )
-    except LockedError as error:
+        to = _target(with_all, environment, request)
+        if request.strategy == "gradual":
+            result = _gradual(with_all, environment, to, request)
+        else:
+            result = change(
+                with_all.database,
+                environment=environment,
+                model=request.model,
+                to=to,
+                reason=request.reason,
+                ttl_seconds=with_all.settings.lease_seconds,
+                emergency=request.strategy == "emergency",
+                flow_run_id=run_id(),
+            )
+    except Ended as ended:
+        return Failed(name="Stopped", message=ended.reason)
+    except (LockedError, FencedError) as error:
         return Failed(name="Locked", message=str(error))
     except (RefusedError, NotFoundError, UsageError) as error:
         return Failed(name="Refused", message=str(error))
-    outcome = follow(with_all.database, result)
+    outcome = follow(with_all.database, result, artifacts=with_all.artifacts, strategy=request.strategy, began=began)
     logger().info(outcome.summary())
     create_markdown_artifact(outcome.as_markdown(), key=artifact_key("rollback", request.model), description="Rollback")
     if outcome.complete:
-        return Completed(name="RolledBack", message=outcome.summary())
-    return Failed(name="Behind", message=outcome.summary())
+        return Completed(name="RolledBack", message=outcome.summary(), data=outcome.as_dict())
+    return Failed(name="Behind", message=outcome.summary(), data=outcome.as_dict())
+
+
+def _target(with_all: Connections, environment: str, request: RollbackModel) -> str | None:
+    if request.at is None:
+        return request.to
+    if request.to is not None:
+        raise UsageError("to and at are both given: leave one of them empty")
+    with with_all.database.read() as session:
+        return points.at(session, environment, request.model, moments.parse(request.at))
+
+
+def _gradual(with_all: Connections, environment: str, to: str | None, request: RollbackModel) -> dict[str, Any]:
+    """Under a lease, on record among the promotions. A run that is started again goes on from its step."""
+    settings = with_all.settings
+    operation = rollbacks.begin_gradual(
+        with_all.database,
+        environment=environment,
+        model=request.model,
+        to=to,
+        policy=settings.promotion,
+        ttl_seconds=settings.lease_seconds,
+        reason=request.reason,
+        flow_run_id=run_id(),
+    )
+    with lease.kept(with_all.database, operation.held) as keeper:
+        work = Promoting(
+            with_all.database,
+            with_all.artifacts,
+            with_all.cache,
+            operation,
+            keeper,
+            poll_seconds=settings.poll_seconds,
+            tell=logger().info,
+        )
+        return dict(by_steps(work, reason=request.reason))

@@ -11,8 +11,10 @@ import sys
 import typer
 
 from modelkeep import output
+from modelkeep.commands.approve import approve, reject
 from modelkeep.commands.audit import audit_app
 from modelkeep.commands.database import database_app
+from modelkeep.commands.keys import keys_app
 from modelkeep.commands.models import models_app, register
 from modelkeep.commands.promotions import promote, promotions_app
 from modelkeep.commands.rollback import rollback
@@ -27,13 +29,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (register, promote, rollback, status, serve, up, deploy, demo, doctor):
+for command in (register, promote, approve, reject, rollback, status, serve, up, deploy, demo, doctor):
     app.command()(command)
 app.add_typer(config_app, name="config", help="Settings: show, set, validate.")
 app.add_typer(audit_app, name="audit")
 app.add_typer(models_app, name="models")
 app.add_typer(promotions_app, name="promotions")
 app.add_typer(database_app, name="db")
+app.add_typer(keys_app, name="keys")
 
 
 def main(arguments: list[str] | None = None) -> int:

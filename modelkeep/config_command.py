@@ -16,8 +16,9 @@ import typer
 from registry import layers
 from registry.errors import SettingsError, StorageError, UsageError
 from registry.layers import FILE_NAME, PREFIX
+from registry.redaction import redact
 from registry.sections import Entry
-from registry.settings import Settings, build_settings, find_config, home_of, load_settings, redact
+from registry.settings import Settings, build_settings, find_config, home_of, load_settings
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
@@ -142,7 +143,7 @@ def set_value(
     build_settings(path, written, environ=environ, cwd=cwd)
     write_atomically(path, written)
     variable = PREFIX + "__".join(layers.slug(part).upper() for part in place)
-    secret = "password" in place[-1] and not place[-1].endswith("_file")
+    secret = place == ("api_key",) or ("password" in place[-1] and not place[-1].endswith("_file"))
     shown_before, shown_after = (None if v is None else "***" if secret else _hidden(v) for v in (before, value))
     return Change(key, shown_before, shown_after, str(path), variable if environ.get(variable, "").strip() else None)
 

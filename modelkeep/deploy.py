@@ -12,13 +12,15 @@ import httpx
 import yaml
 
 from modelkeep import prefect_env
-from registry import promotions
+from registry import clock, promotions
 from registry.database import Database
 from registry.errors import ModelkeepError, UnavailableError
 from registry.settings import Settings
 
 POOL = "modelkeep"
 _TIMEOUT_SECONDS = 300.0
+_SETTLE_AFTER_SECONDS = 30.0
+"""A flow that has just ended its promotion needs a moment to tell Prefect itself."""
 
 
 def prefect_file() -> Path:
@@ -78,7 +80,9 @@ def settle_runs(settings: Settings, database: Database) -> list[str]:
         for run in answer.json():
             with database.read() as session:
                 row = promotions.of_run(session, run["id"])
-                if row is None or row.state == promotions.RUNNING:
+                if row is None or row.state in promotions.ACTIVE or row.finished_at is None:
+                    continue
+                if (clock.now() - row.finished_at).total_seconds() < _SETTLE_AFTER_SECONDS:
                     continue
                 message = f"{row.reason}: the flow was gone, and the promotion was {row.state} without it"
             state = {"type": "CRASHED", "name": "Crashed", "message": message}

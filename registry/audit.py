@@ -6,12 +6,12 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Row, func, select
 from sqlalchemy.orm import Session
 
 from registry import clock
@@ -103,14 +103,60 @@ def anchor(path: Path, head: Head) -> None:
         os.close(descriptor)
 
 
-def read_anchors(path: Path) -> Iterator[Head]:
-    """The anchors in the order written. A line that a kill tore is left out: the one after it knows more."""
+def read_anchors(path: Path, until: int | None = None) -> Iterator[Head]:
+    """The anchors in the order written, of the first `until` bytes where that is given. A line that a kill tore is left out:
+    the one after it knows more."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        parts = line.split()
-        if line.endswith("\n") and len(parts) == 3 and parts[0].isdecimal() and len(parts[1]) == 64:
-            yield Head(int(parts[0]), parts[1])
+    read = 0
+    with path.open("rb") as file:
+        for raw in file:
+            read += len(raw)
+            if until is not None and read > until:
+                return
+            line = raw.decode("utf-8", errors="replace")
+            parts = line.split()
+            if line.endswith("\n") and len(parts) == 3 and parts[0].isdecimal() and len(parts[1]) == 64:
+                yield Head(int(parts[0]), parts[1])
+
+
+class _Marks:
+    """The anchors that were there when the look began, read beside the chain, so that neither is ever held in memory whole.
+
+    They lie nearly in the order of the events: processes that commit at the same time may swap theirs, and after a restore
+    they begin again from an earlier event. Those that come too late are kept, and compared at the end.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._size = path.stat().st_size if path is not None and path.exists() else 0
+        self.count = self.known = 0
+        for mark in self._read(path):
+            self.count, self.known = self.count + 1, max(self.known, mark.seq)
+        self._rest = self._read(path)
+        self._ahead: dict[int, list[str]] = {}
+        self.late: list[Head] = []
+        self.differing: int | None = None
+
+    def _read(self, path: Path | None) -> Iterator[Head]:
+        return read_anchors(path, self._size) if path is not None and self._size else iter(())
+
+    def pass_by(self, seq: int) -> list[str]:
+        """The hashes that the anchors have for an event; events are asked for in their order."""
+        while seq not in self._ahead and (not self._ahead or max(self._ahead) < seq):
+            mark = next(self._rest, None)
+            if mark is None:
+                break
+            if mark.seq >= seq:
+                self._ahead.setdefault(mark.seq, []).append(mark.hash)
+            else:
+                self.late.append(mark)
+        for passed in [known for known in self._ahead if known < seq]:  # of events that are missing
+            del self._ahead[passed]
+        return self._ahead.pop(seq, [])
+
+    def compare(self, seq: int, hash_: str, marked: Iterable[str]) -> None:
+        if any(mark != hash_ for mark in marked):
+            self.differing = seq if self.differing is None else min(seq, self.differing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,20 +180,22 @@ def verify(session: Session, anchors: Path | None = None) -> Verdict:
     meanwhile; `session` must not have read anything before, so that it sees all that the anchors know.
     """
     # The order matters: what an anchor knows was committed before, so the tables that are read later must have it.
-    marks = list(read_anchors(anchors)) if anchors is not None else []
-    anchored = {mark.seq for mark in marks}
+    marks = _Marks(anchors)
     newest = select(func.max(AuditEvent.seq)).scalar_subquery()
     # Head and newest event in one statement: one moment, on every database.
     row = session.execute(select(AuditHead.seq, AuditHead.hash, newest).where(AuditHead.id == 1)).one_or_none()
     until = session.scalar(select(newest)) if row is None else row[2]
     faults: list[str] = []
-    events, last, hashes = 0, 0, {0: GENESIS}
+    faulty: set[int] = set()
+    events, last = 0, 0
     previous: tuple[str, ...] = (GENESIS,)
-    for event in session.scalars(
-        select(AuditEvent)
+    marks.compare(0, GENESIS, marks.pass_by(0))
+    columns = (getattr(AuditEvent, name) for name in ("seq", "at", "actor", "action", "subject", "text", "hash"))
+    for event in session.execute(
+        select(*columns)
         .where(AuditEvent.seq <= (until or 0))
         .order_by(AuditEvent.seq)
-        .execution_options(yield_per=1000, populate_existing=True)
+        .execution_options(yield_per=1000)
     ):
         events += 1
         if event.seq <= last:
@@ -161,10 +209,12 @@ def verify(session: Session, anchors: Path | None = None) -> Verdict:
         fault = _changed(event)
         if fault is None and links and event.hash not in links:
             fault = "does not hash to what is stored: changed"
+        marked = marks.pass_by(event.seq)
         if fault is not None:
             faults.append(f"event {event.seq} ({event.at}, {event.action} {event.subject}) {fault}")
-        elif event.seq in anchored:
-            hashes[event.seq] = event.hash
+            faulty.add(event.seq)
+        else:
+            marks.compare(event.seq, event.hash, marked)
         # Where the text or the hash of a row was changed, the next row fits the one that was not.
         previous = (event.hash,) if fault is None else (event.hash, *links)
         last = event.seq
@@ -182,18 +232,22 @@ def verify(session: Session, anchors: Path | None = None) -> Verdict:
             )
         elif head.hash not in previous:
             faults.append(f"the head row's hash is not that of event {last}: the chain or the head was changed")
-    known = max((mark.seq for mark in marks), default=0)
-    if known > last:
-        faults.append(f"the tail is cut: an anchor in {anchors} knows event {known}, the table ends at {last}")
-    differing = [mark.seq for mark in marks if hashes.get(mark.seq, mark.hash) != mark.hash]
-    if differing:
+    if marks.known > last:
+        faults.append(f"the tail is cut: an anchor in {anchors} knows event {marks.known}, the table ends at {last}")
+    for start in range(0, len(marks.late), 500):
+        chunk = [mark for mark in marks.late[start : start + 500] if mark.seq not in faulty]
+        found = select(AuditEvent.seq, AuditEvent.hash).where(AuditEvent.seq.in_([mark.seq for mark in chunk]))
+        stored = {0: GENESIS, **{seq: hash_ for seq, hash_ in session.execute(found)}}
+        for mark in chunk:
+            marks.compare(mark.seq, stored.get(mark.seq, mark.hash), [mark.hash])
+    if marks.differing is not None:
         faults.append(
-            f"event {min(differing)} differs from its anchor in {anchors}: the chain was rewritten at it or before it"
+            f"event {marks.differing} differs from its anchor in {anchors}: the chain was rewritten at it or before it"
         )
-    return Verdict(events=events, head=head, anchors=len(marks), faults=faults)
+    return Verdict(events=events, head=head, anchors=marks.count, faults=faults)
 
 
-def _changed(event: AuditEvent) -> str | None:
+def _changed(event: AuditEvent | Row[Any]) -> str | None:
     """What the row itself shows: its text is broken, or says something else than its columns."""
     try:
         fields = json.loads(event.text)

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from registry import actor as actors
-from registry import audit
-from registry.errors import ConflictError, ModelkeepError, StorageError, UnavailableError
-from registry.schema import REVISION
+from registry import audit, dialects
+from registry.errors import StorageError, UnavailableError
+from registry.schema import REVISION, AuditHead
 
 ANSWER_SECONDS = 15.0
 
@@ -45,8 +45,8 @@ class Transaction:
 class Database:
     """The engine and its two kinds of transactions. Cheap to create; connects at the first use.
 
-    `answer_seconds`: how long SQLite's lock or a connection to a server is waited for; an answer of a server is waited for
-    four times as long.
+    `answer_seconds`: how long a lock or a connection is waited for; an answer of a server is waited for four times as long,
+    or `statement_seconds`.
     """
 
     def __init__(
@@ -56,54 +56,74 @@ class Database:
         anchors: Path | None = None,
         pool: dict[str, Any] | None = None,
         answer_seconds: float = ANSWER_SECONDS,
+        statement_seconds: float | None = None,
     ) -> None:
         self.url = make_url(url)
         self.anchors = anchors
+        self.answer_seconds = answer_seconds
+        self.facts: dict[str, Any] = {}
+        """What the settings say of serving, kept with a rollback point. See registry.connect."""
         self.sqlite = self.url.get_backend_name() == "sqlite"
-        options: dict[str, Any] = {"connect_args": self._waiting(answer_seconds)}
+        patience = dialects.Patience(answer_seconds, statement_seconds or 4 * answer_seconds)
+        options: dict[str, Any] = {
+            "connect_args": dialects.connect_arguments(self.url, patience),
+            "json_serializer": dialects.json_text,
+        }
         if not self.sqlite:
             options.update(isolation_level="READ COMMITTED", pool_pre_ping=True, **(pool or {}))
         self.engine: Engine = create_engine(self.url, **options)
+        self._reader = self.engine.execution_options(modelkeep_snapshot=True)
         self._writer = self.engine.execution_options(modelkeep_write=True)
         if self.sqlite:
             event.listen(self.engine, "connect", _sqlite_connect)
             event.listen(self.engine, "begin", _sqlite_begin)
+        else:
+            event.listen(self.engine, "connect", dialects.prepare_session(self.url, patience))
+            event.listen(self.engine, "begin", dialects.begin_snapshot)
 
-    def _waiting(self, seconds: float) -> dict[str, Any]:
-        if self.sqlite:
-            return {"timeout": seconds, "check_same_thread": False}
-        if self.url.drivername == "mysql+pymysql":  # its own default waits for ever once it is connected
-            return {
-                "connect_timeout": max(1, round(seconds)),
-                "read_timeout": 4 * seconds,
-                "write_timeout": 4 * seconds,
-            }
-        if self.url.drivername == "postgresql+psycopg":
-            return {"connect_timeout": max(2, round(seconds)), "tcp_user_timeout": round(4000 * seconds)}
-        return {}
+    @property
+    def shown(self) -> str:
+        """The URL without its password, for people."""
+        return self.url.render_as_string(hide_password=True)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
-        """A session to read with. Nothing is written."""
-        with self.translated(), Session(self.engine) as session:
+        """A session to read with, which sees one moment of the database. Nothing is written."""
+        with self.translated(), Session(self._reader) as session:
             yield session
 
     @contextlib.contextmanager
-    def write(self, *, actor: str | None = None, flow_run_id: str | None = None) -> Iterator[Transaction]:
+    def write(
+        self, *, actor: str | None = None, flow_run_id: str | None = None, exclusive: bool = True
+    ) -> Iterator[Transaction]:
         """A transaction: all of it and its audit events, or nothing.
+
+        Writers go one at a time on every database: on SQLite by its own lock, on a server by that of the audit head, which is
+        taken first. What was read inside is true until the end. Not `exclusive` is for what writes rows of its own and
+        records nothing (a heartbeat, a report).
 
         Raises StorageError where the disk is full or read-only, UnavailableError where the database does not answer,
         ConflictError where another transaction wrote the same row first. An anchor that cannot be written is logged and no
         error: the change is on record by then, and the next anchor covers it.
         """
         head: audit.Head | None = None
-        with self.translated(), Session(self._writer, expire_on_commit=False) as session:
+        with self.translated(), Session(self._writer, expire_on_commit=False, info={"settings": self.facts}) as session:
+            if exclusive and not self.sqlite:
+                session.execute(select(AuditHead.id).where(AuditHead.id == 1).with_for_update())
             transaction = Transaction(session, actor or actors.current(), flow_run_id)
             yield transaction
             session.flush()
             if transaction.events:
                 head = audit.append(session, transaction.events)
-            session.commit()
+            try:
+                session.commit()
+            except DBAPIError as error:
+                if error.connection_invalidated:
+                    raise UnavailableError(
+                        f"the registry {self.shown} went away while a change was committed: it is on record as a whole or not at "
+                        f"all; see which (modelkeep status, modelkeep audit list) before you repeat the command ({error.orig})"
+                    ) from error
+                raise
         if head is not None and self.anchors is not None:
             try:
                 audit.anchor(self.anchors, head)
@@ -126,9 +146,17 @@ class Database:
     def prepare(self) -> None:
         """Bring an empty or older database to this code's schema; refuse one that is newer than this code.
 
-        Several processes may do so at once: on SQLite the first takes a lock, on a server the upgrade is one's by
-        Alembic's own transaction, and who loses the race finds the work done.
+        Several processes may do so at once: the first takes a lock, and who loses the race finds the work done.
         """
+        self.make_folder()
+        if self.revision() == REVISION:
+            return
+        from registry.migrate import upgrade
+
+        upgrade(self)
+
+    def make_folder(self) -> None:
+        """The folder of SQLite's file. Raises StorageError."""
         if self.sqlite and self.url.database not in (None, "", ":memory:"):
             path = Path(str(self.url.database))
             try:
@@ -138,11 +166,6 @@ class Database:
                     f"the registry {path} cannot be created: {error.strerror or error}; "
                     f"make {path.parent} writable or set MODELKEEP_HOME to another folder"
                 ) from error
-        if self.revision() == REVISION:
-            return
-        from registry.migrate import upgrade
-
-        upgrade(self)
 
     def dispose(self) -> None:
         self.engine.dispose()
@@ -153,31 +176,11 @@ class Database:
         try:
             yield
         except DBAPIError as error:
-            raise _translate(error, self.url.render_as_string(hide_password=True)) from error
+            raise dialects.translate(error, self.shown) from error
         except PoolTimeoutError as error:
-            url = self.url.render_as_string(hide_password=True)
-            raise UnavailableError(f"the registry {url}: no connection of the pool became free: {error}") from error
-
-
-def _translate(error: DBAPIError, url: str) -> ModelkeepError | DBAPIError:
-    message = str(error.orig).lower()
-    if "disk is full" in message or "disk i/o error" in message:
-        return StorageError(
-            f"the registry {url} could not be written: {error.orig}; free some space and repeat the command"
-        )
-    if "readonly" in message or "read-only" in message or "unable to open database file" in message:
-        return StorageError(
-            f"the registry {url} cannot be opened for writing: {error.orig}; check its folder's permissions, or set MODELKEEP_HOME"
-        )
-    if "not a database" in message or "malformed" in message:
-        return StorageError(f"the registry {url} is damaged: {error.orig}; restore it from a backup")
-    if isinstance(error, IntegrityError):
-        return ConflictError(
-            f"another process changed the same row of {url} at the same time: {error.orig}; repeat the command"
-        )
-    if isinstance(error, OperationalError) or error.connection_invalidated:
-        return UnavailableError(f"the registry {url} does not answer: {error.orig}")
-    return error
+            raise UnavailableError(
+                f"the registry {self.shown}: no connection of the pool became free: {error}"
+            ) from error
 
 
 def _sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:

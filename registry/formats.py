@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import pickletools
 import re
-import stat
-import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from registry import coreml, exported, folders, mlflow_models, modeltoml, onnxfile, packages, torchscript
+from registry.errors import RefusedError
+from registry.modeltoml import MODEL_TOML as MODEL_TOML
+from registry.modeltoml import ModelToml as ModelToml
+from registry.modeltoml import parse_model_toml as parse_model_toml
+from registry.signature import Signature
 
-from registry import onnxfile, torchscript
-from registry.errors import RefusedError, UsageError
-from registry.signature import DATATYPES, Signature, TensorSpec
-
-Format = Literal["onnx", "torchscript"]
+Format = Literal["onnx", "torchscript", "pt2", "coreml"]
 
 EXTENSIONS: dict[str, Format] = {
     ".onnx": "onnx",
     ".pt": "torchscript",
     ".pth": "torchscript",
     ".torchscript": "torchscript",
+    ".pt2": "pt2",
+    ".mlmodel": "coreml",
 }
-NAMES: dict[Format, str] = {"onnx": "ONNX", "torchscript": "TorchScript"}
-EXPORT_HINT = "export the model to ONNX (torch.onnx.export) or TorchScript (torch.jit.script or trace, then save)"
-MODEL_TOML = "model.toml"
+NAMES: dict[Format, str] = {
+    "onnx": "ONNX",
+    "torchscript": "TorchScript",
+    "pt2": "a torch.export archive",
+    "coreml": "CoreML",
+}
+KNOWN = ".onnx, .pt2, .pt, .pth, .torchscript, .mlmodel or .mlpackage"
+EXPORT_HINT = (
+    "export the model to ONNX (torch.onnx.export), torch.export (torch.export.save) "
+    "or TorchScript (torch.jit.script or trace, then save)"
+)
+PACKAGE = ".mlpackage"
+_MANIFEST = "Manifest.json"
 
 _HEAD_BYTES = 4096
+_COMPANION_BYTES = 1 << 20
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x89HDF\r\n", "an HDF5 file (Keras)"),
     (0, b"GGUF", "a GGUF file"),
@@ -50,7 +62,7 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A model that may be stored. `files` holds `path` first, then the ONNX external data inside its folder."""
+    """A model that may be stored. `files` holds `path`, the one to load, first; their names count from `root`."""
 
     format: Format
     path: Path
@@ -58,14 +70,147 @@ class ModelFile:
     signature: Signature | None
     metadata: dict[str, Any] = field(default_factory=dict)
     size_bytes: int = 0
+    root: Path = Path()
+    entry: str = ""
+    """What to inspect where the files lie in another root: the file to load, a package, or "." for the whole folder."""
+    toml: ModelToml = field(default_factory=ModelToml)
+    """What model.toml says."""
+    generated: str | None = None
+    """A model.toml that belongs to the artifact and is not there: what MLflow says goes in and out of a TorchScript file."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Facts from around the files: an MLflow model's run, what an export of ours says."""
+    golden: Path | None = None
+    """Golden cases that came along with an export of ours."""
+    kind: str | None = None
+    """classifier, predictor, extractor or router, where model.toml or an export says so."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of `files` in the artifact."""
+        return [file.relative_to(self.root).as_posix() for file in self.files]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What is inside the file to load: the rest of it, and what it says."""
+
+    format: Format
+    signature: Signature | None
+    metadata: dict[str, Any]
+    rest: tuple[Path, ...] = ()
 
 
 def inspect(path: Path, *, max_bytes: int) -> ModelFile:
-    """Look at a model file, or at a directory that holds exactly one. Nothing in it is executed or unpickled.
+    """Look at a model file, or at a directory that is one model. Nothing in it is executed or unpickled.
 
-    Raises RefusedError that says what was found and what to do.
+    A directory may be a CoreML package, an MLflow model, an export of ours, or a folder with one file to load and others beside it.
+    Raises RefusedError that says what was found and what to do, UsageError for a model.toml that is wrong.
     """
-    main = find_model(path)
+    try:
+        if not path.exists():
+            if path.is_symlink():
+                raise RefusedError(f"{path} is a symbolic link to {path.readlink()}, which does not exist")
+            raise RefusedError(f"{path} does not exist: give the path of a model ({KNOWN})")
+        if not path.is_dir():
+            return _alone(folders.regular(path), max_bytes)
+        if path.suffix.lower() == PACKAGE:
+            return _package(path, path.parent, max_bytes)
+        if (path / packages.MANIFEST).is_file():
+            return _exported_by_us(path, max_bytes)
+        if (path / mlflow_models.MLMODEL).is_file():
+            return _of_mlflow(path, max_bytes)
+        return _folder(path, max_bytes)
+    except OSError as error:
+        raise RefusedError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _alone(main: Path, max_bytes: int, **more: Any) -> ModelFile:
+    """A file by itself, with its external data. The model.toml beside it belongs to it where it decides the signature."""
+    found = _look(main, max_bytes)
+    return _built(main, main.parent, main.name, found, modeltoml.read_beside(main.parent), (), max_bytes, **more)
+
+
+def _package(folder: Path, root: Path, max_bytes: int, **more: Any) -> ModelFile:
+    """A CoreML package: every file in it."""
+    if not (folder / _MANIFEST).is_file():
+        raise RefusedError(f"{folder} has no {_MANIFEST}: it is not a CoreML package, or not whole; export it again")
+    others = [file for file in folders.files_in(folder) if file != (folder / _MANIFEST).resolve()]
+    main = folders.regular(folder / _MANIFEST)
+    root = root.resolve()
+    _check_size(folder, main.stat().st_size + sum(file.stat().st_size for file in others), max_bytes)
+    looked = coreml.check_package(main.parent)
+    found = _Found("coreml", looked.signature, looked.metadata)
+    entry = main.parent.relative_to(root).as_posix()
+    return _built(main, root, entry, found, modeltoml.read_beside(root), tuple(others), max_bytes, **more)
+
+
+def _folder(folder: Path, max_bytes: int, **more: Any) -> ModelFile:
+    """One file to load, and others that are kept with it."""
+    toml = modeltoml.read_beside(folder)
+    main = _to_load(folder, toml)
+    root = folder.resolve()
+    described = root / MODEL_TOML
+    others = [file for file in folders.files_in(root) if file != described]
+    if main.is_dir():
+        package = _package(main, root, max_bytes, **more)
+        beside = tuple(file for file in others if file not in package.files)
+        found = _Found("coreml", package.signature, package.metadata, package.files[1:])
+        main = package.path
+    else:
+        _check_size(main, main.stat().st_size, max_bytes)
+        found = _look(main, max_bytes)
+        beside = tuple(file for file in others if file != main and file not in found.rest)
+    for file in beside:
+        _check_companion(file)
+    entry = "." if beside or toml.file is not None else main.relative_to(root).as_posix()
+    return _built(main, root, entry, found, toml, beside, max_bytes, **more)
+
+
+def _of_mlflow(folder: Path, max_bytes: int) -> ModelFile:
+    """An MLflow model: the file that its flavour loads. What MLmodel says of inputs and outputs is held against the file."""
+    told = mlflow_models.read(folder)
+    found = _alone(told.file, max_bytes, origin=told.facts)
+    signature = mlflow_models.checked(told, found.signature or found.toml.signature)
+    if found.signature is None and found.toml.signature is None and signature is not None:
+        return replace(found, generated=modeltoml.written(signature))
+    return found
+
+
+def _exported_by_us(folder: Path, max_bytes: int) -> ModelFile:
+    """A directory that `modelkeep models export` wrote: its files, as their checksums say they were."""
+    told = packages.read(folder, max_bytes=max_bytes)
+    if told.format == "coreml" and told.files[0].name == _MANIFEST:
+        found = _package(told.files[0].parent, told.root, max_bytes)
+    elif len(told.files) == 1:
+        found = _alone(told.files[0], max_bytes)
+    else:
+        found = _folder(told.root, max_bytes)
+    return replace(found, origin=told.facts, golden=told.golden, kind=told.kind or found.kind)
+
+
+def _built(
+    main: Path,
+    root: Path,
+    entry: str,
+    found: _Found,
+    toml: ModelToml,
+    beside: tuple[Path, ...],
+    max_bytes: int,
+    *,
+    origin: dict[str, Any] | None = None,
+) -> ModelFile:
+    decides = toml.file is not None or (found.signature is None and toml.signature is not None)
+    described = (root / MODEL_TOML,) if decides else ()
+    files = (main, *found.rest, *beside, *described)
+    size = sum(file.stat().st_size for file in files)
+    _check_size(main, size, max_bytes)
+    return ModelFile(
+        found.format, main, files, found.signature, found.metadata, size, root, entry, toml,
+        origin=origin or {}, kind=toml.kind,
+    )  # fmt: skip
+
+
+def _look(main: Path, max_bytes: int) -> _Found:
     size = main.stat().st_size
     if size == 0:
         raise RefusedError(f"{main} is empty: export the model again")
@@ -78,53 +223,61 @@ def inspect(path: Path, *, max_bytes: int) -> ModelFile:
         )
     if found == "zip":
         kind = torchscript.kind_of(main)
-        if expected != "torchscript" or kind != "torchscript":
-            raise RefusedError(_wrong_archive(main, kind, expected))
-        return ModelFile("torchscript", main, (main,), None, torchscript.check(main, max_bytes=max_bytes), size)
+        if expected == "torchscript" and kind == "torchscript":
+            return _Found("torchscript", None, torchscript.check(main, max_bytes=max_bytes))
+        if expected == "pt2" and kind == "torch.export":
+            program = exported.check(main, max_bytes=max_bytes)
+            return _Found("pt2", program.signature, program.metadata)
+        raise RefusedError(_wrong_archive(main, kind, expected))
     if expected is None:
         words = "of an unknown kind" if found == "onnx?" else found
-        raise RefusedError(f"{main} is {words}: models are .onnx, or .pt, .pth or .torchscript; {EXPORT_HINT}")
+        raise RefusedError(f"{main} is {words}: models are {KNOWN}; {EXPORT_HINT}")
     if found != "onnx?":
         raise RefusedError(f"{main} is {found}, not {NAMES[expected]} as its extension says; {EXPORT_HINT}")
+    if expected == "coreml":
+        looked = coreml.check_file(main)
+        return _Found("coreml", looked.signature, looked.metadata)
     if expected != "onnx":
         onnxfile.refuse_under_other_extension(main)
     graph = onnxfile.check(main)
-    files = (main, *graph.external)
-    size = sum(file.stat().st_size for file in files)
-    _check_size(main, size, max_bytes)
-    return ModelFile("onnx", main, files, graph.signature, graph.metadata, size)
+    return _Found("onnx", graph.signature, graph.metadata, graph.external)
 
 
-def find_model(path: Path) -> Path:
-    """The model file that a path means: itself, or the one model of a directory. Raises RefusedError."""
-    try:
-        if not path.exists():
-            if path.is_symlink():
-                raise RefusedError(f"{path} is a symbolic link to {path.readlink()}, which does not exist")
-            raise RefusedError(f"{path} does not exist: give the path of a model file (.onnx, .pt, .pth, .torchscript)")
-        if not path.is_dir():
-            return _regular(path)
-        models = sorted(item for item in path.iterdir() if item.suffix.lower() in EXTENSIONS and not item.is_dir())
-    except OSError as error:
-        raise RefusedError(f"{path} cannot be read: {error.strerror or error}") from error
+def _to_load(folder: Path, toml: ModelToml) -> Path:
+    """The file of a folder that is loaded, or the CoreML package: the one there is, or the one that model.toml names."""
+    if toml.file is not None:
+        named = folders.inside(folder.resolve(), toml.file, f"{folder / MODEL_TOML}: file")
+        if named.is_dir() and named.suffix.lower() != PACKAGE:
+            raise RefusedError(f"{folder / MODEL_TOML}: file = {toml.file!r} is a folder: name the file to load")
+        return named
+    models = sorted(item for item in folder.iterdir() if _loadable(item))
     if not models:
-        raise RefusedError(f"{path} is a directory without a model: it holds no .onnx, .pt, .pth or .torchscript file")
+        raise RefusedError(f"{folder} is a directory without a model: it holds no {KNOWN}")
     if len(models) > 1:
         listed = ", ".join(item.name for item in models[:5]) + (", …" if len(models) > 5 else "")
-        raise RefusedError(f"{path} holds {len(models)} models ({listed}): name one of them")
-    return _regular(models[0])
+        raise RefusedError(
+            f"{folder} holds {len(models)} models ({listed}): name one of them, or say which to load in its {MODEL_TOML} (file = …)"
+        )
+    return models[0] if models[0].is_dir() else folders.regular(models[0])
 
 
-def _regular(path: Path) -> Path:
-    """The path without links. Raises RefusedError for a link that leaves its folder and for all but plain files."""
-    folder, target = path.parent.resolve(), path.resolve()
-    if path.is_symlink() and not target.is_relative_to(folder):
-        raise RefusedError(f"{path} is a symbolic link to {target}, outside its folder: copy the file itself (cp -L)")
-    mode = target.stat().st_mode
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-        raise RefusedError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'no plain file')}: give the path of a model file")
-    return target
+def _loadable(item: Path) -> bool:
+    if item.name.startswith("."):
+        return False
+    return item.suffix.lower() == PACKAGE if item.is_dir() else item.suffix.lower() in EXTENSIONS
+
+
+def _check_companion(file: Path) -> None:
+    """A file that is kept beside the model is never loaded here, but by whoever exports it: no pickles."""
+    if file.stat().st_size == 0:
+        return
+    with file.open("rb") as source:
+        head = source.read(_COMPANION_BYTES)
+    if _whole_pickle(head) or (head.startswith(b"PK") and _holds_pickle(file)):
+        raise RefusedError(
+            f"{file} is a Python pickle: loading it can run any code, so it is not kept beside a model; "
+            "leave it out, or write it as JSON or safetensors"
+        )
 
 
 def _check_size(path: Path, size_bytes: int, max_bytes: int) -> None:
@@ -171,90 +324,38 @@ def is_pickle(head: bytes) -> bool:
     return False
 
 
+def _whole_pickle(content: bytes) -> bool:
+    """As `is_pickle`, but for protocols 0 and 1 only what is one up to its end: they look like text, and text like them."""
+    if len(content) > 1 and content[0] == 0x80 and 2 <= content[1] <= 5:
+        return True
+    calls = False
+    try:
+        for opcode, _, position in pickletools.genops(content):
+            calls = calls or opcode.name in ("GLOBAL", "INST")
+            if opcode.name == "STOP":
+                return calls and position == len(content.rstrip()) - 1
+    except Exception:  # as above
+        return False
+    return False
+
+
+def _holds_pickle(file: Path) -> bool:
+    try:
+        return torchscript.kind_of(file) == "torch.save"
+    except RefusedError:  # some other archive, which is nobody's model
+        return False
+
+
 def _wrong_archive(path: Path, kind: str, expected: Format | None) -> str:
     if kind == "torchscript":
         return f"{path} is a TorchScript archive under the extension {path.suffix}: name it .pt, or export it to ONNX"
+    if kind == "torch.export":
+        return f"{path} is a torch.export archive under the extension {path.suffix}: name it .pt2"
     words = {
         "torch.save": (
             "a torch.save archive (a pickle inside a zip): loading it can run any code, so it is never opened"
         ),
-        "torch.export": "a torch.export archive (.pt2), which is not served",
         "other": "a zip archive without a model in it that is known here",
     }[kind]
-    under = f" under the extension {path.suffix}" if expected == "onnx" else ""
+    under = f" under the extension {path.suffix}" if expected in ("onnx", "pt2", "coreml") else ""
     return f"{path} is {words}{under}; {EXPORT_HINT}"
-
-
-class _Toml(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TensorToml(_Toml):
-    name: str
-    datatype: str
-    shape: list[int]
-
-
-class ModelToml(_Toml):
-    """What a person says about a model in the model.toml beside it."""
-
-    description: str | None = None
-    author: str | None = None
-    architecture: str | None = None
-    training_dataset: str | None = None
-    training_metrics: dict[str, float | int | str] = {}
-    tags: list[str] | dict[str, str] = []
-    dependencies: list[str] = []
-    inputs: list[TensorToml] = []
-    outputs: list[TensorToml] = []
-
-    @property
-    def signature(self) -> Signature | None:
-        """The signature, where inputs and outputs are given: a TorchScript file has none of its own."""
-        if not self.inputs or not self.outputs:
-            return None
-        inputs, outputs = (
-            [TensorSpec(t.name, t.datatype, tuple(t.shape)) for t in side] for side in (self.inputs, self.outputs)
-        )
-        return Signature(tuple(inputs), tuple(outputs))
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What was said, without the signature and without what was left out."""
-        return self.model_dump(exclude={"inputs", "outputs"}, exclude_defaults=True)
-
-
-def parse_model_toml(path: Path) -> ModelToml:
-    """Read a model.toml. Raises UsageError that names the file, the key and what is wrong."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from error
-    try:
-        told = ModelToml.model_validate(values)
-    except ValidationError as error:
-        problems = (f"{'.'.join(map(str, p['loc']))}: {_why(p['type'], p['msg'])}" for p in error.errors())
-        raise UsageError(f"{path}: " + "; ".join(problems)) from None
-    for side, tensors in (("inputs", told.inputs), ("outputs", told.outputs)):
-        _check_tensors(path, side, tensors)
-    if bool(told.inputs) != bool(told.outputs):
-        raise UsageError(f"{path}: give both [[inputs]] and [[outputs]], or neither")
-    return told
-
-
-def _why(kind: str, message: str) -> str:
-    if kind == "extra_forbidden":
-        return "not a key of model.toml, which has " + ", ".join(ModelToml.model_fields)
-    return message
-
-
-def _check_tensors(path: Path, side: str, tensors: list[TensorToml]) -> None:
-    for tensor in tensors:
-        if not tensor.name or [t.name for t in tensors].count(tensor.name) > 1:
-            raise UsageError(f"{path}: {side}: the name {tensor.name!r} is empty or there twice")
-        if tensor.datatype not in DATATYPES:
-            raise UsageError(f"{path}: {side}.{tensor.name}: {tensor.datatype!r} is not one of {', '.join(DATATYPES)}")
-        if any(size < -1 for size in tensor.shape):
-            raise UsageError(f"{path}: {side}.{tensor.name}: shape {tensor.shape}: sizes are 0 or more, or -1 for any")

@@ -95,9 +95,51 @@ def release(transaction: Transaction, held: Held) -> None:
     transaction.record("lease.released", held.subject, before={"token": held.token})
 
 
+def wait_for_approval(transaction: Transaction, held: Held) -> None:
+    """From now on nobody has to beat: the operation waits for a person. Raises FencedError where the token is dead."""
+    check(transaction, held)
+    row = transaction.session.get_one(Lease, held.subject)
+    row.state = AWAITING
+    transaction.record("lease.awaiting-approval", held.subject, after={"token": held.token, "holder": row.holder})
+
+
+def end_waiting(transaction: Transaction, subject: str, environment: str, *, promotion: str, reason: str) -> None:
+    """Release the lease of a promotion that waited and is over. One that another operation has by now is left alone."""
+    row = _locked(transaction, subject, environment)
+    if row is None or row.state == RELEASED or row.promotion != promotion:
+        return
+    row.state, row.promotion = RELEASED, None
+    transaction.record("lease.released", subject, before={"token": row.token}, reason=reason)
+
+
+def beat_waiting(database: Database, subject: str, token: str) -> bool:
+    """A process that waits for the approval itself says that it is there. False once the lease does not wait any more.
+
+    Nothing expires by it: it only tells others that nobody else has to go on with the promotion. Not audited.
+    """
+    with database.write(exclusive=False) as transaction:
+        moved = transaction.session.execute(
+            update(Lease)
+            .where(Lease.subject == subject, Lease.token == token, Lease.state == AWAITING)
+            .values(heartbeat=Lease.heartbeat + 1)
+            .execution_options(synchronize_session=False)
+        )
+        return bool(moved.rowcount == 1)  # type: ignore[attr-defined]
+
+
+def waiting(session: Session, environment: str) -> list[Beat]:
+    """The leases that wait for an approval."""
+    rows = session.execute(
+        select(Lease.subject, Lease.token, Lease.heartbeat, Lease.ttl_seconds).where(
+            Lease.environment == environment, Lease.state == AWAITING
+        )
+    )
+    return [Beat(*row) for row in rows]
+
+
 def beat(database: Database, held: Held) -> None:
     """Move the heartbeat. Raises FencedError where the lease is no longer ours. Not audited."""
-    with database.write() as transaction:
+    with database.write(exclusive=False) as transaction:
         epoch = transaction.session.scalar(select(Environment.epoch).where(Environment.name == held.environment))
         moved = transaction.session.execute(
             update(Lease)
@@ -117,6 +159,19 @@ def beats(session: Session, environment: str) -> list[Beat]:
         )
     )
     return [Beat(*row) for row in rows]
+
+
+def beats_everywhere(session: Session) -> dict[str, list[Beat]]:
+    """The same of every environment that has such a lease."""
+    rows = session.execute(
+        select(Lease.environment, Lease.subject, Lease.token, Lease.heartbeat, Lease.ttl_seconds).where(
+            Lease.state == HELD
+        )
+    )
+    found: dict[str, list[Beat]] = {}
+    for environment, *beat in rows:
+        found.setdefault(environment, []).append(Beat(*beat))
+    return found
 
 
 class Observer:

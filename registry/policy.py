@@ -7,6 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+METRICS = ("accuracy", "exact_match", "mean_absolute_error")
+"""What the golden cases can be scored by (serving/golden.py); the first is the usual one."""
+
 
 class PromotionPolicy(BaseModel):
     """How a candidate is validated, staged, judged and watched. Durations are seconds, shares are fractions of 1."""
@@ -72,8 +75,7 @@ class PromotionPolicy(BaseModel):
     accuracy_margin: float = Field(
         default=0.02,
         ge=0,
-        le=1,
-        description="How much accuracy on the golden cases the candidate may lose against the stable version.",
+        description="How much of the metric on the golden cases the candidate may lose against the stable version, in the metric's own units.",
     )
     latency_ratio: float = Field(
         default=2.0,
@@ -85,7 +87,7 @@ class PromotionPolicy(BaseModel):
     )
     metric: str = Field(
         default="accuracy",
-        description="What is compared on the golden cases: accuracy (of their labels), or a metric that the golden file names.",
+        description="What is compared on the golden cases: accuracy (of their labels; or what the golden file names), exact_match, mean_absolute_error.",
     )
     tolerances: dict[str, float] = Field(
         default={},
@@ -124,6 +126,20 @@ class PromotionPolicy(BaseModel):
     )
     validation_timeout_seconds: float = Field(default=300.0, gt=0, description="Time that the validation may take.")
     validation_memory_mb: int = Field(default=4096, ge=256, description="Memory that the validation may take, in MB.")
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str) -> str:
+        if metric not in METRICS:
+            raise ValueError(f"metric {metric!r} is not known; known are {', '.join(METRICS)}")
+        return metric
+
+    @field_validator("tolerances")
+    @classmethod
+    def _distances(cls, tolerances: dict[str, float]) -> dict[str, float]:
+        if wrong := {name: value for name, value in tolerances.items() if not 0 <= value < float("inf")}:
+            raise ValueError(f"tolerances {wrong}: an absolute difference is a number of at least 0")
+        return tolerances
 
     @field_validator("stages")
     @classmethod

@@ -1,24 +1,40 @@
-"""Promotions of record: how each begins, what it decides, and the ways in which it ends. Who judges the figures is tasks.judgement."""
+"""Promotions of record: how each begins, goes on and decides. How it ends is registry.endings, who judges the figures tasks.judgement."""
 
 from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import clock, leases, names, routes, states, versions
+from registry import clock, leases, names, replicas, routes, states, versions
 from registry.database import Database, Transaction
-from registry.errors import ConflictError, NotFoundError, RefusedError, UsageError
+from registry.endings import STAGING, Outcome, close, expire, make_stable, orphaned, orphans, supersede
+from registry.errors import ConflictError, RefusedError, UsageError
 from registry.policy import PromotionPolicy
-from registry.schema import Promotion, PromotionStep, Route
+from registry.schema import Lease, Promotion, PromotionCommand
 from registry.signature import Signature
+from registry.stories import (
+    ACTIVE,
+    AWAITING,
+    RUNNING,
+    SOAKING,
+    add_step,
+    describe,
+    get,
+    listed,
+    of_run,
+    story,
+)  # fmt: skip
 
-Outcome = Literal["promoted", "rejected", "withdrawn", "held", "failed"]
-RUNNING = "running"
-STAGING = "staging"
+__all__ = [
+    "ACTIVE", "AWAITING", "RUNNING", "SOAKING", "STAGING", "Operation", "Outcome", "add_step", "begin", "carried",
+    "carry_on", "close", "describe", "end", "expire", "get", "let_go", "listed", "make_stable", "note",
+    "note_validation", "of_run", "operation_of", "orphaned", "orphans", "promote", "remember", "stage", "story",
+    "supersede", "writing",
+]  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -74,18 +90,22 @@ def begin(
         holder = f"promotion of {model} {version} by {transaction.actor}"
         earlier = _of_this_run(session, flow_run_id, environment, model, version)
         if earlier is not None:
-            held = leases.take_over(transaction, subject, environment, holder=holder, ttl_seconds=ttl_seconds)
-            return _operation(earlier, held, resumed=True)
+            return carried(transaction, earlier, holder=holder, ttl_seconds=ttl_seconds, flow_run_id=flow_run_id)
         if row.state == "archived":
             raise RefusedError(f"{model} {version} is archived: register its file as a new version")
         routes.lock_environment(transaction, environment)
         route = routes.read(session, environment, model)
+        soaking = orphaned(session, environment, model)
+        if soaking is not None and soaking.version == version:
+            # The command again, after the process that was watching has died: the watch goes on.
+            return carried(transaction, soaking, holder=holder, ttl_seconds=ttl_seconds, flow_run_id=flow_run_id)
         identity = secrets.token_hex(6)
         held = leases.acquire(
             transaction, subject, environment, holder=holder, ttl_seconds=ttl_seconds, promotion=identity
         )
         if route is not None and route.stable == version:
             raise RefusedError(f"{model} {version} is the stable version in {environment} already: nothing to promote")
+        supersede(transaction, environment, model, "promoted", by=f"the promotion of {version}")
         promotion = Promotion(
             id=identity,
             environment=environment,
@@ -102,6 +122,7 @@ def begin(
             created_at=clock.now(),
         )
         session.add(promotion)
+        replicas.forget_ended(session, model)
         transaction.record(
             "promotion.begun",
             f"promotion:{identity}",
@@ -115,7 +136,38 @@ def begin(
             },
             reason=force_reason or "",
         )
-        return _operation(promotion, held)
+        return operation_of(promotion, held)
+
+
+def carry_on(
+    database: Database,
+    identity: str,
+    *,
+    ttl_seconds: float,
+    flow_run_id: str | None = None,
+    holder: str | None = None,
+) -> Operation:
+    """Go on with a promotion of record under a new token: one whose lease is free, or that is this run's.
+
+    One that waits for an approval goes on by registry.approvals.carry_on. Raises NotFoundError, ConflictError (it has ended, it
+    waits), LockedError (another process carries it, or another operation holds the model).
+    """
+    with database.write(flow_run_id=flow_run_id) as transaction:
+        row = get(transaction.session, identity)
+        routes.lock_environment(transaction, row.environment)
+        transaction.session.refresh(row)
+        if row.state not in ACTIVE:
+            raise ConflictError(f"promotion {identity} has ended already ({row.state}): there is nothing to carry on")
+        holder = holder or f"promotion of {row.model} {row.version} by {transaction.actor}"
+        return carried(transaction, row, holder=holder, ttl_seconds=ttl_seconds, flow_run_id=flow_run_id)
+
+
+def remember(database: Database, operation: Operation, progress: dict[str, Any]) -> None:
+    """Keep what the next carrier needs. No decision, so no step and, like a heartbeat, no audit event."""
+    with writing(database, operation) as transaction:
+        row = transaction.session.get_one(Promotion, operation.id)
+        operation.progress = {**operation.progress, **progress}
+        row.progress = operation.progress
 
 
 def note(
@@ -128,9 +180,14 @@ def note(
     *,
     progress: dict[str, Any] | None = None,
     placements: list[tuple[str, states.PlacementStatus]] | None = None,
+    taken: int | None = None,
 ) -> None:
-    """Add a decision to the story, and remember the step (and what a restart needs) in the same transaction."""
-    with _write(database, operation) as transaction:
+    """Add a decision to the story, and remember the step (and what a restart needs) in the same transaction.
+
+    `taken` is the number of the command that it follows.
+    """
+    with writing(database, operation) as transaction:
+        _taken(transaction, operation, taken)
         _place(transaction, operation, placements or [], title)
         _note(transaction, operation, step, title, detail, figures or {}, progress)
 
@@ -145,15 +202,24 @@ def note_validation(
     rows_independent: bool | None,
     title: str,
     detail: str,
+    seconds: float | None = None,
 ) -> None:
     """Keep the figures of a validation with the version, and move it to validated or rejected."""
-    with _write(database, operation) as transaction:
+    with writing(database, operation) as transaction:
         row = versions.get(transaction.session, operation.model, operation.version)
         versions.note_validation(
             transaction, row, report=report, signature=signature, rows_independent=rows_independent
         )
         states.move_version(transaction, row, "validated" if passed else "rejected", reason=title)
-        _note(transaction, operation, "validate", title, detail, report, {"validated": passed})
+        _note(
+            transaction,
+            operation,
+            "validate",
+            title,
+            detail,
+            report,
+            {"validated": passed, "validation_seconds": seconds},
+        )
 
 
 def stage(
@@ -174,11 +240,12 @@ def stage(
 
     `placements` are moves of the candidate: (environment, status). Raises ConflictError for a version that is stable by now.
     """
-    with _write(database, operation) as transaction:
+    with writing(database, operation) as transaction:
         if operation.progress.get("promoted"):
             raise ConflictError(
                 f"promotion {operation.id} is past its stages: {operation.version} is the stable version"
             )
+        _void_advances(transaction, operation, title)
         _place(transaction, operation, placements, title)
         route = routes.change(
             transaction,
@@ -205,7 +272,8 @@ def promote(
     database: Database, operation: Operation, *, title: str, detail: str, watch: bool, window: dict[str, Any]
 ) -> int:
     """Make the candidate the stable version; the one before it is retired. With `watch` it is counted on for the soak."""
-    with _write(database, operation) as transaction:
+    with writing(database, operation) as transaction:
+        _void_advances(transaction, operation, title)
         make_stable(transaction, operation.environment, operation.model, operation.version, reason=title)
         threshold = operation.progress.get("slow_threshold_seconds")
         route = routes.change(
@@ -218,7 +286,9 @@ def promote(
             promotion=operation.id,
         )
         epoch = routes.lock_environment(transaction, operation.environment).epoch
-        progress = {"soak": {**window, "epoch": epoch, "generation": route.generation}, "promoted": True}
+        transaction.session.get_one(Promotion, operation.id).state = SOAKING
+        soak = {**window, "epoch": epoch, "generation": route.generation, "watch": watch, "watched_seconds": 0.0}
+        progress = {"soak": soak, "promoted": True}
         _note(transaction, operation, "promote", title, detail, {"generation": route.generation}, progress)
         transaction.record(
             "promotion.promoted",
@@ -237,109 +307,23 @@ def end(
     title: str,
     detail: str,
     figures: dict[str, Any] | None = None,
+    progress: dict[str, Any] | None = None,
+    taken: int | None = None,
 ) -> None:
-    """Close the promotion and free the lease; take the candidate out of the route unless it was promoted."""
-    with _write(database, operation) as transaction:
+    """Close the promotion and free the lease; take the candidate out of the route unless it was promoted.
+
+    `taken` is the number of the command that it follows.
+    """
+    with writing(database, operation) as transaction:
+        _taken(transaction, operation, taken)
+        if progress:
+            row = transaction.session.get_one(Promotion, operation.id)
+            row.progress = {**row.progress, **progress}
         close(transaction, transaction.session.get_one(Promotion, operation.id), outcome, title, detail, figures or {})
         leases.release(transaction, operation.held)
 
 
-def expire(database: Database, environment: str, beat: leases.Beat, *, observer: str) -> str | None:
-    """Withdraw what a dead process left, by compare-and-set on its heartbeat; the stable version stays.
-
-    Called by whoever saw the lease stand still for its time to live. Returns the promotion, or None where the lease moved.
-    """
-    with database.write(actor=observer) as transaction:
-        lease = leases.still(transaction, environment, beat)
-        if lease is None:
-            return None
-        identity = lease.promotion
-        lease.state, lease.promotion = leases.RELEASED, None
-        reason = f"the run that held the lease has not moved for {beat.ttl_seconds:g} s"
-        transaction.record(
-            "lease.expired", beat.subject, before={"token": beat.token, "heartbeat": beat.heartbeat}, reason=reason
-        )
-        promotion = transaction.session.get(Promotion, identity) if identity else None
-        if promotion is None or promotion.state != RUNNING:
-            return identity
-        soaking = bool(promotion.progress.get("promoted"))
-        close(
-            transaction,
-            promotion,
-            "promoted" if soaking else "withdrawn",
-            "Lease expired",
-            f"{reason}; seen by {observer}. "
-            + (
-                "The version had been promoted; its soak was cut short."
-                if soaking
-                else "The candidate is withdrawn, the stable version stays."
-            ),
-            {},
-        )
-        return identity
-
-
-def get(session: Session, identity: str) -> Promotion:
-    row = session.get(Promotion, identity)
-    if row is None:
-        raise NotFoundError(f"there is no promotion {identity!r}; see: modelkeep promotions")
-    return row
-
-
-def of_run(session: Session, flow_run_id: str) -> Promotion | None:
-    """The promotion that a flow run began (the last, where a restart began another)."""
-    query = select(Promotion).where(Promotion.flow_run_id == flow_run_id).order_by(Promotion.created_at.desc())
-    return session.scalars(query.limit(1)).first()
-
-
-def listed(
-    session: Session, *, model: str | None = None, environment: str | None = None, limit: int = 50
-) -> list[dict[str, Any]]:
-    query = select(Promotion).order_by(Promotion.created_at.desc()).limit(limit)
-    if model is not None:
-        query = query.where(Promotion.model == model)
-    if environment is not None:
-        query = query.where(Promotion.environment == environment)
-    return [describe(row) for row in session.scalars(query)]
-
-
-def describe(row: Promotion) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "environment": row.environment,
-        "model": row.model,
-        "version": row.version,
-        "from_version": row.from_version,
-        "strategy": row.strategy,
-        "state": row.state,
-        "step": row.step,
-        "reason": row.reason,
-        "actor": row.actor,
-        "flow_run_id": row.flow_run_id,
-        "created_at": clock.text(row.created_at),
-        "finished_at": clock.text(row.finished_at) if row.finished_at else None,
-    }
-
-
-def story(session: Session, identity: str) -> list[dict[str, Any]]:
-    """The decisions of a promotion in order, with their figures."""
-    rows = session.scalars(
-        select(PromotionStep).where(PromotionStep.promotion == identity).order_by(PromotionStep.number)
-    )
-    return [
-        {
-            "number": s.number,
-            "at": clock.text(s.at),
-            "step": s.step,
-            "title": s.title,
-            "detail": s.detail,
-            "figures": s.figures,
-        }
-        for s in rows
-    ]
-
-
-class _write:
+class writing:
     """A transaction of an operation: its first statement checks the lease, so a fenced process writes nothing."""
 
     def __init__(self, database: Database, operation: Operation) -> None:
@@ -379,12 +363,49 @@ def _of_this_run(
         Promotion.environment == environment,
         Promotion.model == model,
         Promotion.version == version,
-        Promotion.state == RUNNING,
+        Promotion.state.in_(ACTIVE),
     )
     return session.scalars(query.limit(1)).first()
 
 
-def _operation(row: Promotion, held: leases.Held, *, resumed: bool = False) -> Operation:
+def carried(
+    transaction: Transaction, row: Promotion, *, holder: str, ttl_seconds: float, flow_run_id: str | None
+) -> Operation:
+    """A promotion of record in new hands. Raises ConflictError for one that waits: registry.approvals knows whether it may go on."""
+    if row.state == AWAITING:
+        raise ConflictError(f"promotion {row.id} waits for an approval: modelkeep approve {row.id} --note TEXT")
+    subject, session = leases.subject_of(row.environment, row.model), transaction.session
+    environment = routes.lock_environment(transaction, row.environment)
+    lease = session.get(Lease, subject, populate_existing=True)
+    mine = lease is not None and lease.state != leases.RELEASED and lease.promotion == row.id
+    ours = flow_run_id is not None and row.flow_run_id == flow_run_id
+    if mine and lease is not None and (ours or lease.state == leases.AWAITING):
+        held = leases.take_over(transaction, subject, row.environment, holder=holder, ttl_seconds=ttl_seconds)
+    else:
+        held = leases.acquire(
+            transaction, subject, row.environment, holder=holder, ttl_seconds=ttl_seconds, promotion=row.id
+        )
+    progress = dict(row.progress)
+    if flow_run_id is not None and row.flow_run_id != flow_run_id:
+        if row.flow_run_id is not None:
+            progress["flow_runs"] = [*progress.get("flow_runs", []), row.flow_run_id]
+        row.flow_run_id = flow_run_id
+    soak = progress.get("soak")
+    route = routes.read(session, row.environment, row.model)
+    if soak is not None and route is not None and soak["epoch"] != environment.epoch:
+        # The registry was restored: the servers count under the new epoch, so the watch begins anew.
+        progress["soak"] = {
+            "stage": soak["stage"], "weight": soak["weight"], "watch": soak.get("watch", True), "watched_seconds": 0.0,
+            "epoch": environment.epoch, "generation": route.generation,
+        }  # fmt: skip
+    row.progress = progress
+    transaction.record(
+        "promotion.carried-on", f"promotion:{row.id}", after={"by": holder, "state": row.state, "step": row.step}
+    )
+    return operation_of(row, held, resumed=True)
+
+
+def operation_of(row: Promotion, held: leases.Held, *, resumed: bool = False) -> Operation:
     return Operation(
         id=row.id,
         environment=row.environment,
@@ -416,27 +437,38 @@ def _note(
     if progress:
         operation.progress = {**operation.progress, **progress}
         row.progress = operation.progress
-    _add_step(transaction, row, step, title, detail, figures)
+    add_step(transaction, row, step, title, detail, figures)
 
 
-def _add_step(
-    transaction: Transaction, row: Promotion, step: str, title: str, detail: str, figures: dict[str, Any]
-) -> None:
+def let_go(database: Database, operation: Operation, why: str) -> None:
+    """Free the lease of a soak and leave the rest to the next carrier: the watch is on record."""
+    with writing(database, operation) as transaction:
+        row = transaction.session.get_one(Promotion, operation.id)
+        if row.state != SOAKING:
+            raise ConflictError(f"promotion {row.id} is {row.state}: only a soak goes on without its process")
+        detail = f"{why}. The version is watched on by whoever takes it up."
+        add_step(transaction, row, "orphaned", "The soak lost its flow", detail, {})
+        leases.release(transaction, operation.held)
+
+
+def _taken(transaction: Transaction, operation: Operation, number: int | None) -> None:
+    if number is not None:
+        transaction.session.get_one(PromotionCommand, (operation.id, number)).taken_at = clock.now()
+
+
+def _void_advances(transaction: Transaction, operation: Operation, next_stage: str) -> None:
+    """A word to pass a stage is meant for the stage that it was given in, not for the next one."""
     session = transaction.session
-    session.flush()
-    number = (session.scalar(select(func.max(PromotionStep.number)).where(PromotionStep.promotion == row.id)) or 0) + 1
-    session.add(
-        PromotionStep(
-            promotion=row.id,
-            number=number,
-            at=clock.now(),
-            step=step,
-            title=title[:255],
-            detail=detail,
-            figures=figures,
-        )
+    late = select(PromotionCommand).where(
+        PromotionCommand.promotion == operation.id,
+        PromotionCommand.command == "advance",
+        PromotionCommand.taken_at.is_(None),
     )
-    transaction.record(f"promotion.{step}", f"promotion:{row.id}", after={"title": title}, reason=detail[:2000])
+    for command in session.scalars(late):
+        command.taken_at = clock.now()
+        row = session.get_one(Promotion, operation.id)
+        detail = f"{command.actor} asked for it before {next_stage}, which was reached without it"
+        add_step(transaction, row, "advance", "Sped up by itself already", detail, {"command": command.number})
 
 
 def _place(
@@ -444,63 +476,3 @@ def _place(
 ) -> None:
     for environment, status in moves:
         states.place(transaction, operation.model, operation.version, environment, status, reason=reason)
-
-
-def make_stable(transaction: Transaction, environment: str, model: str, version: str, *, reason: str) -> None:
-    route = routes.read(transaction.session, environment, model)
-    if route is not None and route.stable not in (None, version):
-        before = states.placement(transaction.session, model, str(route.stable), environment)
-        if before is not None and before.status == "stable":
-            states.place(transaction, model, str(route.stable), environment, "retired", reason=reason)
-    states.place(transaction, model, version, environment, "stable", reason=reason)
-
-
-def close(
-    transaction: Transaction, row: Promotion, outcome: Outcome, title: str, detail: str, figures: dict[str, Any]
-) -> None:
-    """End a promotion of record, whoever ends it. Takes its candidate (or, in the soak, its new stable version) out."""
-    if row.state != RUNNING:
-        raise ConflictError(f"promotion {row.id} has ended already ({row.state})")
-    session, promoted = transaction.session, bool(row.progress.get("promoted"))
-    if outcome == "promoted" and not promoted:
-        raise ConflictError(
-            f"promotion {row.id} cannot end as promoted: {row.model} {row.version} was never made stable"
-        )
-    route: Route | None = routes.read(session, row.environment, row.model)
-    if route is not None and route.promotion == row.id:
-        if outcome == "promoted":
-            # The route stays; only the counting ends.
-            routes.change(
-                transaction,
-                row.environment,
-                row.model,
-                routes.Desired(stable=row.version),
-                kind="settled",
-                reason=title,
-                promotion=None,
-            )
-        elif promoted or route.candidate is not None or route.watch:
-            stable = row.from_version
-            if promoted and stable is not None:
-                states.place(transaction, row.model, stable, row.environment, "stable", reason=title)
-            routes.change(
-                transaction,
-                row.environment,
-                row.model,
-                routes.Desired(stable=stable),
-                kind="withdraw",
-                reason=title,
-                promotion=None,
-            )
-    if outcome != "promoted":
-        _leave(transaction, row, title)
-    row.state, row.reason, row.finished_at = outcome, title, clock.now()
-    _add_step(transaction, row, outcome, title, detail, figures)
-
-
-def _leave(transaction: Transaction, row: Promotion, reason: str) -> None:
-    """Move the placements of a version that did not make it."""
-    for environment in (STAGING, row.environment):
-        place = states.placement(transaction.session, row.model, row.version, environment)
-        if place is not None and place.status in ("testing", "candidate", "stable"):
-            states.place(transaction, row.model, row.version, environment, "withdrawn", reason=reason)

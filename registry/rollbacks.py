@@ -1,13 +1,43 @@
-"""Rollbacks of record: make an earlier version stable, in one transaction."""
+"""Rollbacks of record: make an earlier version stable, in one transaction or by steps, and write back what a server did without the registry."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from registry import leases, promotions, routes, versions
-from registry.database import Database
+from registry import endings, leases, promotions, routes, versions
+from registry.actor import Who
+from registry.database import Database, Transaction
 from registry.errors import NotFoundError, RefusedError
-from registry.schema import Promotion
+from registry.policy import PromotionPolicy
+from registry.schema import Promotion, Route
+
+GRADUAL = "rollback"
+"""The strategy under which a gradual rollback is on record among the promotions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What a server serves against its last route, because it was told so while the registry did not answer."""
+
+    model: str
+    environment: str
+    to: str
+    before: str | None
+    epoch: str
+    generation: int
+    """Of the route that the hold was made over: by these two it is written back, or not."""
+    actor: str
+    key_id: str | None
+    claimed: str | None
+    reason: str
+    at: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Written = Literal["written-back", "met", "superseded"]
 
 
 def roll_back(
@@ -21,68 +51,226 @@ def roll_back(
     emergency: bool = False,
     flow_run_id: str | None = None,
     actor: str | None = None,
+    who: Who | None = None,
 ) -> dict[str, Any]:
     """Make an earlier version stable at once. One transaction: lease, route, placements, events.
 
-    An emergency pre-empts any lease and closes the promotion that held it. Raises LockedError, NotFoundError, RefusedError.
+    An emergency pre-empts any lease and closes the promotion that held it. `who` is the author where it is not this process.
+    Raises LockedError, NotFoundError, RefusedError.
     """
-    subject = leases.subject_of(environment, model)
+    actor = who.actor if who is not None else actor
     with database.write(flow_run_id=flow_run_id, actor=actor) as transaction:
-        session = transaction.session
-        routes.lock_environment(transaction, environment)
+        return take_back(
+            transaction, environment, model, to, reason=reason, ttl_seconds=ttl_seconds, emergency=emergency, who=who
+        )
+
+
+def take_back(
+    transaction: Transaction,
+    environment: str,
+    model: str,
+    to: str | None,
+    *,
+    reason: str,
+    ttl_seconds: float = 0.0,
+    emergency: bool = False,
+    who: Who | None = None,
+) -> dict[str, Any]:
+    """What `roll_back` does, inside a transaction."""
+    subject, session = leases.subject_of(environment, model), transaction.session
+    routes.lock_environment(transaction, environment)
+    route = routes.read(session, environment, model)
+    if route is None or route.stable is None:
+        raise NotFoundError(f"{model} serves nothing in {environment}: there is nothing to roll back")
+    before, closed = route.stable, False
+    withdrawn: str | None = None
+    if emergency:
+        under_way = leases.preempt(transaction, subject, environment, reason=reason)
+        promotion = session.get(Promotion, under_way) if under_way else None
+        if promotion is not None and promotion.state in promotions.ACTIVE:
+            promotions.close(transaction, promotion, "withdrawn", "Emergency rollback", reason, {})
+            if promotion.strategy == GRADUAL:
+                to = to or promotion.version  # what was on its way back by steps goes back at once
+            else:
+                closed, withdrawn = True, promotion.version
+    else:
+        held = leases.acquire(
+            transaction,
+            subject,
+            environment,
+            holder=f"rollback by {transaction.actor}",
+            ttl_seconds=ttl_seconds,
+            promotion=None,
+        )
+        leases.release(transaction, held)
+    if not closed and (soak := promotions.supersede(transaction, environment, model, "withdrawn", by="a rollback")):
+        closed, withdrawn = True, soak.version
+    # To withdraw what was under way is the rollback that was asked for, unless a version was named.
+    target = to or (route.stable if closed and route.stable else routes.previous_stable(session, environment, model))
+    _check(transaction, environment, model, target)
+    if route.stable == target:
+        if not emergency and not closed:
+            raise RefusedError(f"{model} {target} is the stable version in {environment} already")
+    else:
+        promotions.make_stable(transaction, environment, model, target, reason=reason)
+    changed = routes.change(
+        transaction, environment, model, routes.Desired(stable=target), kind="rollback", reason=reason
+    )
+    _record(transaction, environment, model, before, target, reason, who)
+    return {
+        "model": model,
+        "environment": environment,
+        "from": before,
+        "to": target,
+        "withdrawn": withdrawn,
+        "generation": changed.generation,
+    }
+
+
+def write_back(database: Database, hold: Hold, *, replica: str) -> Written:
+    """Bring a server's hold into the registry, by compare-and-set on the route that it was made over.
+
+    "written-back": the route was still that one, and is rolled back now as an emergency by the hold's author. "met": it is what the
+    hold wants already (another server was first). "superseded": it has changed since, and the registry wins. Each is on record.
+    Raises RefusedError, NotFoundError where the registry would not take this version back: the hold stays then.
+    """
+    subject = f"model:{hold.environment}/{hold.model}"
+    with database.write(actor=hold.actor) as transaction:
+        row = routes.lock_environment(transaction, hold.environment)
+        route = routes.read(transaction.session, hold.environment, hold.model)
+        now = None if route is None else {"epoch": row.epoch, **routes.as_dict(route)}
+        outcome = _fate(hold, row.epoch, route)
+        reason = f"{hold.reason} (hold of {hold.at} on server {replica}, made while the registry did not answer)"
+        if outcome == "written-back":
+            who = Who(hold.actor, key_id=hold.key_id, via="api", claimed=hold.claimed)
+            take_back(transaction, hold.environment, hold.model, hold.to, reason=reason, emergency=True, who=who)
+        transaction.record(
+            f"hold.{outcome}", subject, before={**hold.as_dict(), "replica": replica}, after=now, reason=reason
+        )
+        return outcome
+
+
+def _fate(hold: Hold, epoch: str, route: Route | None) -> Written:
+    if route is not None and (epoch, route.generation) == (hold.epoch, hold.generation):
+        return "written-back"
+    if route is not None and route.stable == hold.to and route.candidate is None:
+        return "met"
+    return "superseded"
+
+
+def released(database: Database, hold: Hold, *, replica: str, who: Who, reason: str) -> None:
+    """Put on record that a person took a hold away by hand."""
+    with database.write(actor=who.actor) as transaction:
+        transaction.record(
+            "hold.released",
+            f"model:{hold.environment}/{hold.model}",
+            before={**hold.as_dict(), "replica": replica},
+            reason=reason,
+        )
+
+
+def begin_gradual(
+    database: Database,
+    *,
+    environment: str,
+    model: str,
+    to: str | None,
+    policy: PromotionPolicy,
+    ttl_seconds: float,
+    reason: str,
+    flow_run_id: str | None = None,
+) -> promotions.Operation:
+    """Open the record of a rollback by steps, with the lease: the version to go back to is the candidate until it has all traffic.
+
+    A run that dies leaves the stable version and no candidate once its lease has run out, as with any promotion. The flow run that
+    opened it before goes on from its step. Raises LockedError, NotFoundError, RefusedError.
+    """
+    with database.read() as session:
         route = routes.read(session, environment, model)
         if route is None or route.stable is None:
             raise NotFoundError(f"{model} serves nothing in {environment}: there is nothing to roll back")
-        before, closed = route.stable, False
-        withdrawn: str | None = None
-        if emergency:
-            under_way = leases.preempt(transaction, subject, environment, reason=reason)
-            promotion = session.get(Promotion, under_way) if under_way else None
-            if promotion is not None and promotion.state == promotions.RUNNING:
-                promotions.close(transaction, promotion, "withdrawn", "Emergency rollback", reason, {})
-                closed, withdrawn = True, promotion.version
-        else:
-            held = leases.acquire(
-                transaction,
-                subject,
-                environment,
-                holder=f"rollback by {transaction.actor}",
-                ttl_seconds=ttl_seconds,
-                promotion=None,
-            )
-            leases.release(transaction, held)
-        # To withdraw what was under way is the rollback that was asked for, unless a version was named.
-        target = to or (
-            route.stable if closed and route.stable else routes.previous_stable(session, environment, model)
-        )
-        row = versions.get(session, model, target)
-        if row.state in ("archived", "rejected", "registered"):
-            raise RefusedError(f"{model} {target} is {row.state}: only a validated version can take traffic")
+        target = to or routes.previous_stable(session, environment, model)
         if not routes.has_been_stable(session, environment, model, target):
-            raise RefusedError(
-                f"{model} {target} has never been the stable version in {environment}, so nothing can go back to it: "
-                f"modelkeep promote {model} {target}"
-            )
-        if route.stable == target:
-            if not emergency:
-                raise RefusedError(f"{model} {target} is the stable version in {environment} already")
-        else:
-            promotions.make_stable(transaction, environment, model, target, reason=reason)
+            raise _never(environment, model, target)
+        if versions.get(session, model, target).state != "validated":
+            raise RefusedError(f"{model} {target} is not validated: only a validated version can take traffic")
+    return promotions.begin(
+        database,
+        environment=environment,
+        model=model,
+        version=target,
+        policy=policy,
+        strategy=GRADUAL,
+        ttl_seconds=ttl_seconds,
+        flow_run_id=flow_run_id,
+        force_reason=reason or None,
+    )
+
+
+def finish_gradual(database: Database, operation: promotions.Operation, *, reason: str, detail: str) -> dict[str, Any]:
+    """All traffic goes to the version that was gone back to: it is the stable one, the record is closed, the lease is free."""
+    with database.write(flow_run_id=operation.flow_run_id) as transaction:
+        leases.check(transaction, operation.held)
+        row = transaction.session.get_one(Promotion, operation.id)
+        route = routes.read(transaction.session, operation.environment, operation.model)
+        before = None if route is None else route.stable
+        _check(transaction, operation.environment, operation.model, operation.version)
+        promotions.make_stable(transaction, operation.environment, operation.model, operation.version, reason=reason)
         changed = routes.change(
-            transaction, environment, model, routes.Desired(stable=target), kind="rollback", reason=reason
-        )
-        transaction.record(
-            "model.rolled-back",
-            f"model:{environment}/{model}",
-            before={"stable": before},
-            after={"stable": target},
+            transaction,
+            operation.environment,
+            operation.model,
+            routes.Desired(stable=operation.version),
+            kind="rollback",
             reason=reason,
         )
+        row.progress = operation.progress = {**operation.progress, "promoted": True}
+        endings.close(transaction, row, "promoted", "Rolled back by steps", detail, {"generation": changed.generation})
+        _record(transaction, operation.environment, operation.model, before, operation.version, reason, None)
+        leases.release(transaction, operation.held)
         return {
-            "model": model,
-            "environment": environment,
+            "model": operation.model,
+            "environment": operation.environment,
             "from": before,
-            "to": target,
-            "withdrawn": withdrawn,
+            "to": operation.version,
+            "withdrawn": None,
             "generation": changed.generation,
         }
+
+
+def _check(transaction: Transaction, environment: str, model: str, target: str) -> None:
+    row = versions.get(transaction.session, model, target)
+    if row.state in ("archived", "rejected", "registered"):
+        raise RefusedError(f"{model} {target} is {row.state}: only a validated version can take traffic")
+    if not routes.has_been_stable(transaction.session, environment, model, target):
+        raise _never(environment, model, target)
+
+
+def _never(environment: str, model: str, target: str) -> RefusedError:
+    return RefusedError(
+        f"{model} {target} has never been the stable version in {environment}, so nothing can go back to it: "
+        f"modelkeep promote {model} {target}"
+    )
+
+
+def _record(
+    transaction: Transaction,
+    environment: str,
+    model: str,
+    before: str | None,
+    target: str,
+    reason: str,
+    who: Who | None,
+) -> None:
+    after: dict[str, Any] = {"stable": target}
+    if who is not None and who.key_id is not None:
+        after["key_id"] = who.key_id
+    if who is not None and who.claimed is not None:
+        after["claimed"] = who.claimed
+    transaction.record(
+        "model.rolled-back",
+        f"model:{environment}/{model}",
+        before={"stable": before},
+        after=after,
+        reason=reason,
+    )

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import clock
+from registry import clock, points
 from registry.database import Transaction
 from registry.errors import NotFoundError
 from registry.schema import Environment, Route, RouteChange
@@ -26,10 +26,14 @@ class Desired:
     shadow: bool = False
     watch: bool = False
     slow_threshold_seconds: float | None = None
+    shadow_share: float | None = None
+    """Share of the requests that the shadow sees copies of; None: all."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
             raise ValueError(f"weight {self.weight}: a share between 0 and 1 is")
+        if self.shadow_share is not None and not 0 < self.shadow_share <= 1:
+            raise ValueError(f"shadow_share {self.shadow_share}: a share above 0 and at most 1 is")
         if self.candidate is None and (self.weight or self.shadow):
             raise ValueError("a weight or a shadow needs a candidate")
         if self.candidate is not None and self.candidate == self.stable:
@@ -73,6 +77,8 @@ def change(
     row = lock_environment(transaction, environment)
     route = session.get(Route, (environment, model))
     before = None if route is None else as_dict(route)
+    # A change by which a promotion leaves the route is still that promotion's.
+    ending = before["promotion"] if before is not None and kind in ("settled", "withdraw") else None
     row.generation += 1
     if route is None:
         route = Route(environment=environment, model=model)
@@ -80,23 +86,25 @@ def change(
     for name, value in asdict(desired).items():
         setattr(route, name, value)
     route.generation, route.promotion = row.generation, promotion
-    session.add(
-        RouteChange(
-            environment=environment,
-            epoch=row.epoch,
-            generation=row.generation,
-            model=model,
-            kind=kind,
-            stable=desired.stable,
-            candidate=desired.candidate,
-            weight=desired.weight,
-            shadow=desired.shadow,
-            at=clock.now(),
-            actor=transaction.actor,
-            reason=reason,
-        )
+    made = RouteChange(
+        environment=environment,
+        epoch=row.epoch,
+        generation=row.generation,
+        model=model,
+        kind=kind,
+        stable=desired.stable,
+        candidate=desired.candidate,
+        weight=desired.weight,
+        shadow=desired.shadow,
+        at=clock.now(),
+        actor=transaction.actor,
+        reason=reason,
+        promotion=promotion or ending,
+        flow_run_id=transaction.flow_run_id,
     )
+    session.add(made)
     session.flush()
+    points.write(transaction, made, before=before, after=as_dict(route), promotion=promotion)
     transaction.record(
         f"route.{kind}", f"route:{environment}/{model}", before=before, after=as_dict(route), reason=reason
     )
@@ -111,6 +119,7 @@ def as_dict(route: Route) -> dict[str, Any]:
         "shadow": route.shadow,
         "watch": route.watch,
         "slow_threshold_seconds": route.slow_threshold_seconds,
+        "shadow_share": route.shadow_share,
         "generation": route.generation,
         "promotion": route.promotion,
     }
@@ -122,18 +131,9 @@ def previous_stable(session: Session, environment: str, model: str) -> str:
     A promotion puts a version on top, a rollback takes everything above its target away: rolling back twice goes back
     two steps, never forward again to the version that was rolled back from. Raises NotFoundError where nothing is below.
     """
-    stack: list[str] = []
-    for change_ in _history(session, environment, model):
-        version = change_.stable
-        if version is None:
-            stack.clear()  # the first version was withdrawn: nothing was left
-            continue
-        if stack and stack[-1] == version:
-            continue
-        if change_.kind in ("rollback", "withdraw") and version in stack:
-            del stack[len(stack) - 1 - stack[::-1].index(version) + 1 :]
-        else:
-            stack.append(version)
+    changes = _history(session, environment, model)
+    # Where the first version was withdrawn nothing is left of what stood before.
+    stack = points.stack(points.Step(row.stable, row.kind, first=row.stable is None) for row in changes)
     if len(stack) < 2:
         raise NotFoundError(
             f"{model} has no earlier stable version in {environment}"

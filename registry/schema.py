@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime as dt
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Index, Integer, MetaData, String, Text, TypeDecorator
-from sqlalchemy.dialects.mysql import LONGTEXT
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Float, Index, Integer, MetaData, String, Text, TypeDecorator
+from sqlalchemy.dialects.mysql import DOUBLE, LONGTEXT
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 REVISION = "0002"
@@ -50,7 +50,12 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, list[Any]: JSON, dt.datetime: UtcDateTime}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        dict[str, Any]: JSON,
+        list[Any]: JSON,
+        dt.datetime: UtcDateTime,
+        float: Float().with_variant(DOUBLE(asdecimal=False), "mysql", "mariadb"),  # MySQL's own FLOAT keeps seven digits
+    }
 
 
 class Model(Base):
@@ -92,7 +97,7 @@ class Version(Base):
     deleted_at: Mapped[dt.datetime | None]
     """Its bytes were deleted then; the record stays."""
 
-    __table_args__ = (Index(None, "model", "ordinal", unique=True),)
+    __table_args__ = (Index(None, "model", "ordinal", unique=True), Index(None, "created_at"))
 
 
 class Environment(Base):
@@ -131,6 +136,8 @@ class Route(Base):
     watch: Mapped[bool]
     """A canary, shadow or soak runs: the replicas count, and report their counts."""
     slow_threshold_seconds: Mapped[float | None]
+    shadow_share: Mapped[float | None]
+    """Share of the requests that a shadow sees copies of; None: all."""
     generation: Mapped[int]
     promotion: Mapped[str | None] = mapped_column(String(32))
 
@@ -145,7 +152,7 @@ class RouteChange(Base):
     epoch: Mapped[str] = mapped_column(String(32), primary_key=True)
     model: Mapped[str] = mapped_column(String(NAME), index=True)
     kind: Mapped[str] = mapped_column(String(16))
-    """first | baseline | shadow | canary | promote | settled | withdraw | rollback"""
+    """first | baseline | shadow | canary | promote | settled | withdraw | rollback | unfit"""
     stable: Mapped[str | None] = mapped_column(String(NAME))
     candidate: Mapped[str | None] = mapped_column(String(NAME))
     weight: Mapped[float]
@@ -153,6 +160,9 @@ class RouteChange(Base):
     at: Mapped[dt.datetime]
     actor: Mapped[str] = mapped_column(String(NAME))
     reason: Mapped[str] = mapped_column(Text)
+    promotion: Mapped[str | None] = mapped_column(String(32))
+    """The promotion whose change it is, also where it is the one that ended it."""
+    flow_run_id: Mapped[str | None] = mapped_column(String(64))
 
 
 class Promotion(Base):
@@ -296,6 +306,13 @@ class Reach(Base):
     replica: Mapped[str] = mapped_column(String(64), primary_key=True)
     boot_id: Mapped[str] = mapped_column(String(32), primary_key=True)
     at: Mapped[dt.datetime]
+    """By the wall clock of the replica, right after it switched its routes."""
+    behind: Mapped[list[Any] | None]
+    """Models whose route it could not serve as it was wanted then (a version that did not load)."""
+    until: Mapped[dt.datetime | None]
+    """The last report of this boot, once another boot of the replica has reported."""
+
+    __table_args__ = (Index(None, "environment", "replica", "at"),)
 
 
 class Feedback(Base):
@@ -310,6 +327,7 @@ class Feedback(Base):
     generation: Mapped[int]
     verdict: Mapped[str] = mapped_column(String(8))
     """good | bad"""
+    reason: Mapped[str | None] = mapped_column(Text)
     key_id: Mapped[str | None] = mapped_column(String(32))
     at: Mapped[dt.datetime]
 

@@ -93,11 +93,19 @@ class Entry(Section):
 class ServerSection(Section):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen at.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen at; 0 takes any free one.")
+    address: str | None = Field(
+        default=None, description="URL by which flows on other machines reach this server; absent: host and port."
+    )
     workers: int = Field(1, ge=1, description="Processes: one, since a server has one device.")
     drain_seconds: float = Field(30.0, ge=0, description="Time that requests in flight get when the server stops.")
     request_timeout_seconds: float = Field(30.0, gt=0, description="Longest that a request may take.")
     max_body_bytes: int = Field(10_000_000, gt=0, description="Largest request body.")
     threads: int = Field(1, ge=1, description="Threads inside one run of a model.")
+
+    @field_validator("address")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        return value if value is None else check_url(value, ("http", "https"), "http://box-1:8000").rstrip("/")
 
 
 class GpuSection(Section):
@@ -212,11 +220,32 @@ class AlertsSection(Section):
         return self
 
 
+class HealthSection(Section):
+    """When a loaded version counts as unhealthy, and whether the server does something about it."""
+
+    max_memory_mb: int = Field(8192, gt=0, description="A version that takes more memory is unhealthy.")
+    response_seconds: float = Field(
+        5.0, gt=0, description="A version whose answers take longer on average is degraded."
+    )
+    error_rate: float = Field(
+        0.05, gt=0, le=1, description="A version that fails a larger share of its requests is unhealthy."
+    )
+    window_seconds: float = Field(60.0, gt=0, description="The time that is looked at.")
+    minimum_requests: int = Field(20, ge=1, description="Fewer requests in that time say nothing.")
+    act: bool = Field(
+        True,
+        description="Load an unhealthy version again once, then take it out of its route where another version can serve.",
+    )
+
+
 class SecuritySection(Section):
     cors_origins: list[str] = Field(default=[], description="Web origins that may call the API from a browser; none.")
+    require_keys: bool = Field(
+        False, description="Ask for an API key on this machine too: set it where a proxy passes others on to this address."
+    )
     allow_unauthenticated: bool = Field(
         False,
-        description="Listen beyond this machine although this release has no API keys: something in front guards it.",
+        description="Ask for no API key, also beyond this machine: something in front guards it.",
     )
     rate_limit: str = Field("60/minute", description="Requests of one API key: number/second|minute|hour|day.")
 
@@ -229,6 +258,12 @@ class SecuritySection(Section):
                 if urlsplit(origin).path or urlsplit(origin).query:
                     raise ValueError(f"{origin!r}: an origin ends after the host and port")
         return origins
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SecuritySection:
+        if self.require_keys and self.allow_unauthenticated:
+            raise ValueError("require_keys and allow_unauthenticated are both true: keys are asked for or they are not")
+        return self
 
     @field_validator("rate_limit")
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -27,6 +26,7 @@ from registry.layers import FILE_NAME, Layer
 from registry.names import check_name
 from registry.policy import PromotionPolicy
 from registry.profiles import MEBIBYTE, Profile
+from registry.redaction import HIDDEN, redact
 from registry.sections import (
     AlertsSection,
     Alias,
@@ -35,6 +35,7 @@ from registry.sections import (
     Entry,
     Files,
     GpuSection,
+    HealthSection,
     LoggingSection,
     ModelsSection,
     MonitoringSection,
@@ -52,7 +53,6 @@ from registry.sections import (
 
 DEFAULT_HOME = Path("~/.modelkeep")
 CPU_BUDGET_MB = 2048
-HIDDEN = "***"
 
 _LAYERS: ContextVar[tuple[Layer, ...]] = ContextVar("_LAYERS", default=())
 
@@ -92,6 +92,10 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(default=None, repr=False, description="Shared cache; absent: in the process only.")
     chroma: str | None = Field(default=None, repr=False, description="Path or URL of a Chroma vector store.")
     backup_key_file: Path | None = Field(default=None, description="File with the key that backups are encrypted with.")
+    api_key: SecretStr | None = Field(
+        default=None, description="The API key that commands act by; absent: the system's user."
+    )
+    api_key_file: Path | None = Field(default=None, description="File with that key.")
     environment: str = Field("production", description="The environment that this server serves.")
     profile: str = Field("auto", description="auto, or one of: " + ", ".join(profiles.PROFILES))
     servers: list[str] = Field(default=["http://127.0.0.1:8000"], description="Servers to reach without the registry.")
@@ -110,6 +114,7 @@ class Settings(BaseSettings):
     logging: LoggingSection = LoggingSection()
     alerts: AlertsSection = AlertsSection()
     security: SecuritySection = SecuritySection()
+    health: HealthSection = HealthSection()
     databases: list[Database] = []
     vectors: VectorsSection = VectorsSection()
     queues: QueuesSection = QueuesSection()
@@ -176,9 +181,11 @@ class Settings(BaseSettings):
     def _redis(cls, value: str | None) -> str | None:
         return value if value is None else check_redis_url(value)
 
-    @field_validator("backup_key_file")
+    @field_validator("backup_key_file", "api_key_file")
     @classmethod
     def _key_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and info.field_name == "api_key_file" and info.data.get("api_key") is not None:
+            raise ValueError("api_key and api_key_file are both set: leave one of them out")
         return value if value is None else expand(value, info.data.get("home", Path.cwd()))
 
     @field_validator("environment")
@@ -301,12 +308,6 @@ def _shown(value: Any) -> Any:
     return value
 
 
-def redact(text: str) -> str:
-    """The text without the passwords of the URLs in it."""
-    text = re.sub(r"://([^:/?#@\s]*):[^\s]*@", rf"://\1:{HIDDEN}@", text)
-    return re.sub(r"(?i)([?&](?:password|passwd|pwd|secret|token|api_?key|signature)=)[^&\s]*", rf"\1{HIDDEN}", text)
-
-
 def expand(path: Path, base: Path) -> Path:
     """Absolute, `~` expanded, relative to `base`; `.` and `..` folded without following links. Raises ValueError."""
     try:
@@ -420,7 +421,7 @@ def _words(error: ValidationError, sources: Mapping[str, str]) -> str:
         key = _dotted(problem["loc"], merged)
         source = _nearest_source(key, sources)
         message = problem["msg"].removeprefix("Value error, ")
-        secret = any(word in key.rpartition(".")[2] for word in ("password", "secret", "token"))
+        secret = key == "api_key" or any(word in key.rpartition(".")[2] for word in ("password", "secret", "token"))
         if problem["type"] == "missing":
             lines.append(f"{key} is missing ({source})")
         elif isinstance(problem["input"], Mapping | BaseModel):

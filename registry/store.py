@@ -47,6 +47,9 @@ class ArtifactStore(Protocol):
 
     def has(self, digest: str) -> bool: ...
 
+    def remove(self, digest: str) -> int | None:
+        """Remove bytes that nothing refers to. Returns their size, None where there were none. Raises StorageError."""
+
     def intake(self) -> AbstractContextManager[Path]:
         """A private folder for files that are looked at before they are stored. It is gone when the block ends."""
 
@@ -126,6 +129,20 @@ class DirectoryStore:
 
     def has(self, digest: str) -> bool:
         return self._place(digest).exists()
+
+    def remove(self, digest: str) -> int | None:
+        place = self._place(digest)
+        try:
+            size = place.stat().st_size
+            place.unlink()
+            _fsync_folder(place.parent)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(
+                f"artifact {digest} could not be removed from {self.folder}: {error.strerror or error}; repeat the command"
+            ) from error
+        return size
 
     @contextlib.contextmanager
     def intake(self) -> Iterator[Path]:

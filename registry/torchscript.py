@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import pickletools
 import re
-import zipfile
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
+from registry.archives import check_members, open_archive, read_member
 from registry.errors import RefusedError
-
-MAX_MEMBERS = 100_000
-MAX_TEXT_BYTES = 256 << 20
-"""Of one pickle or code member, unpacked. Weights are members of their own."""
-MAX_RATIO = 200
-"""Unpacked bytes a packed byte, over the whole archive: torch packs code only, and that ten times at most."""
 
 GLOBALS = frozenset(
     {
@@ -65,20 +60,9 @@ _KNOWN_NAMESPACES = frozenset(
 Kind = Literal["torchscript", "torch.save", "torch.export", "other"]
 
 
-def _open(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise RefusedError(f"{path} is a damaged or truncated archive ({error}): copy or export it again") from error
-    except OSError as error:
-        raise RefusedError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
 def kind_of(path: Path) -> Kind:
     """What is in a zip archive, by the names of its members. Raises RefusedError where it cannot be opened."""
-    with _open(path) as archive:
-        if len(archive.filelist) > MAX_MEMBERS:
-            raise RefusedError(f"{path} has {len(archive.filelist)} members, more than {MAX_MEMBERS}")
+    with open_archive(path) as archive:
         inside = {name.partition("/")[2] for name in archive.namelist()}
     if "data.pkl" in inside and "constants.pkl" in inside and any(name.startswith("code/") for name in inside):
         return "torchscript"
@@ -89,57 +73,22 @@ def kind_of(path: Path) -> Kind:
 
 def check(path: Path, *, max_bytes: int) -> dict[str, Any]:
     """Metadata of a TorchScript archive that is safe to load. Raises RefusedError that names the member at fault."""
-    with _open(path) as archive:
+    with open_archive(path) as archive:
         infos = archive.infolist()
-        _check_members(path, infos, max_bytes)
+        check_members(path, infos, max_bytes, writer="torch.jit.save")
         weights = 0
         for info in infos:
             inside = info.filename.partition("/")[2]
             if inside.startswith(("data/", "constants/", "traced_inputs/")) and not inside.endswith("pkl"):
                 weights += info.file_size
                 continue
-            content = _read(path, archive, info)
+            content = read_member(path, archive, info)
             if inside.endswith(("pkl", ".pickle")) or content[:1] == b"\x80":
-                _check_pickle(path, info.filename, content)
+                check_pickle(path, info.filename, content)
             elif inside.startswith("code/"):
                 _check_code(path, info.filename, content)
-        version = next((_read(path, archive, i).strip() for i in infos if i.filename.endswith("/version")), b"")
+        version = next((read_member(path, archive, i).strip() for i in infos if i.filename.endswith("/version")), b"")
     return {"archive_version": version.decode("ascii", "replace"), "weights_bytes": weights}
-
-
-def _check_members(path: Path, infos: list[zipfile.ZipInfo], max_bytes: int) -> None:
-    names = [info.filename for info in infos]
-    if len(set(names)) != len(names):
-        raise RefusedError(
-            f"{path} has members of the same name, so that two readers may see two models: export it again"
-        )
-    roots = {name.partition("/")[0] for name in names}
-    if len(roots) != 1 or any(".." in PurePosixPath(name).parts or name.startswith("/") for name in names):
-        raise RefusedError(f"{path} has members outside its one folder: not what torch.jit.save writes")
-    if any(info.flag_bits & 0x1 for info in infos):
-        raise RefusedError(f"{path} is encrypted: not what torch.jit.save writes")
-    unpacked, packed = sum(i.file_size for i in infos), sum(i.compress_size for i in infos)
-    if unpacked > max_bytes:
-        raise RefusedError(f"{path} unpacks to {unpacked} bytes, more than the {max_bytes} that are allowed")
-    if unpacked > MAX_RATIO * max(packed, 1) and unpacked > (1 << 20):
-        raise RefusedError(f"{path} unpacks to {unpacked} bytes from {packed}: a zip bomb, not a model")
-
-
-def _read(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    if info.file_size > MAX_TEXT_BYTES:
-        raise RefusedError(f"{path}: the member {info.filename} has {info.file_size} bytes, more than {MAX_TEXT_BYTES}")
-    try:
-        with archive.open(info) as source:
-            content = source.read(MAX_TEXT_BYTES + 1)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
-        raise RefusedError(
-            f"{path}: the member {info.filename} is damaged ({error}): copy or export it again"
-        ) from error
-    except Exception as error:  # zlib.error and lzma.LZMAError have no base in common but this
-        raise RefusedError(f"{path}: the member {info.filename} does not unpack ({error}): export it again") from error
-    if len(content) > MAX_TEXT_BYTES:
-        raise RefusedError(f"{path}: the member {info.filename} unpacks to more than {MAX_TEXT_BYTES} bytes")
-    return content
 
 
 def allowed(module: str, name: str) -> bool:
@@ -149,20 +98,28 @@ def allowed(module: str, name: str) -> bool:
     return bool(_OWN_CLASS.fullmatch(module)) and not _NATIVE_CLASSES.match(f"{module}.{name}")
 
 
-def _check_pickle(path: Path, member: str, content: bytes) -> None:
+def check_pickle(
+    path: Path,
+    member: str,
+    content: bytes,
+    *,
+    writer: str = "TorchScript",
+    permitted: Callable[[str, str], bool] = allowed,
+) -> None:
+    """Read a pickle by its opcodes, without loading it. Raises RefusedError for what `writer` never writes."""
     ended = 0
     try:
         for opcode, argument, position in pickletools.genops(content):
             if opcode.name == "GLOBAL":
                 module, _, name = str(argument).partition(" ")
-                if not allowed(module, name):
+                if not permitted(module, name):
                     raise RefusedError(
-                        f"{path}: {member} asks for {module}.{name}, which TorchScript never writes: "
+                        f"{path}: {member} asks for {module}.{name}, which {writer} never writes: "
                         "a plain pickle can run code; export the model again from its source"
                     )
             elif opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"):
                 raise RefusedError(
-                    f"{path}: {member} uses the pickle opcode {opcode.name}, which TorchScript never writes: "
+                    f"{path}: {member} uses the pickle opcode {opcode.name}, which {writer} never writes: "
                     "export the model again from its source"
                 )
             if opcode.name == "STOP" and position is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,9 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from registry import clock, formats, names
+from registry import clock, formats, intake, modeltoml, names, references
 from registry.database import Database, Transaction
-from registry.errors import ConflictError, NotFoundError, RefusedError, StorageError
+from registry.errors import ConflictError, NotFoundError
 from registry.schema import Model, Placement, Route, Version
 from registry.signature import Signature
 from registry.store import ArtifactStore, StoredFile, artifact_digest, file_digest
@@ -45,10 +43,14 @@ def register(
     version: str | None = None,
     golden: Path | None = None,
     tags: dict[str, str] | None = None,
+    kind: str | None = None,
+    facts: dict[str, Any] | None = None,
     max_bytes: int,
     actor: str | None = None,
 ) -> Registered:
-    """Inspect a file, store its bytes, and note it as a version (the next number where none is given).
+    """Inspect a file or folder, store its bytes, and note it as a version (the next number where none is given).
+
+    `facts` are laid over what the file and its model.toml say; `kind` (modeltoml.KINDS) is the model's.
 
     Raises RefusedError for a file that is not safe or not whole, ConflictError where the version exists with other
     bytes or other golden cases, UsageError for a name that is not allowed, StorageError. The artifact is stored before the row is written: a kill
@@ -57,19 +59,23 @@ def register(
     names.check_model_name(name)
     if version is not None:
         names.check_version(version)
+    if kind is not None:
+        modeltoml.check_kind(kind)
     with store.intake() as private:
-        cases = _golden_copy(golden, private) if golden is not None else None
-        golden_facts = formats_golden(cases, shown=golden) if cases is not None else None
-        golden_digest = file_digest(cases)[0] if cases is not None else None
         # What is inspected is what is stored: a private copy that nobody can change in between.
         looked_at = formats.inspect(path, max_bytes=max_bytes)
-        found = formats.inspect(_copied(looked_at, private / "model"), max_bytes=max_bytes)
-        stated = _stated(found)
-        names_inside = [file.relative_to(found.path.parent).as_posix() for file in found.files]
-        stored = [
-            StoredFile(inside, *file_digest(file)) for inside, file in zip(names_inside, found.files, strict=True)
-        ]
+        golden = golden or looked_at.golden
+        if golden is not None:  # in the folder of the model: they are kept, but not as a part of it
+            looked_at = intake.without(looked_at, golden)
+        cases = intake.golden_copy(golden, private) if golden is not None else None
+        golden_facts = formats_golden(cases, shown=golden) if cases is not None else None
+        golden_digest = file_digest(cases)[0] if cases is not None else None
+        found = formats.inspect(intake.copied(looked_at, private / "model"), max_bytes=max_bytes)
+        intake.check_signature(found)
+        stored = intake.stored_files(found)
         digest = artifact_digest(stored)
+        said = modeltoml.merged(modeltoml.merged({**found.metadata, **found.toml.facts}, looked_at.origin), facts or {})
+        kind = kind or found.kind or looked_at.kind
         with database.read() as session:
             known = _existing(session, name, version, digest)
             again = None if known is None else _again(known, digest, golden_digest, path)
@@ -83,12 +89,10 @@ def register(
         session = transaction.session
         if (existing := _existing(session, name, version, digest)) is not None:  # another process was first
             return _again(existing, digest, golden_digest, path)
-        if session.get(Model, name) is None:
-            session.add(Model(name=name, created_at=clock.now()))
-            transaction.record("model.created", f"model:{name}", after={"name": name})
+        _note_model(transaction, name, kind)
         ordinal = (session.scalar(select(func.max(Version.ordinal)).where(Version.model == name)) or 0) + 1
         chosen = version or _next_number(session, name)
-        signature = found.signature or stated.signature
+        signature = found.signature or found.toml.signature
         row = Version(
             model=name,
             version=chosen,
@@ -96,10 +100,10 @@ def register(
             state="registered",
             digest=digest,
             format=found.format,
-            size_bytes=found.size_bytes,
+            size_bytes=sum(file.size_bytes for file in stored),
             files=[file.as_dict() for file in stored],
             signature=signature.as_dict() if signature else None,
-            facts={**found.metadata, **stated.metadata},
+            facts=said,
             tags=dict(tags or {}),
             golden_digest=golden_digest,
             created_at=clock.now(),
@@ -112,73 +116,34 @@ def register(
             after={
                 "digest": digest,
                 "format": found.format,
-                "size_bytes": found.size_bytes,
+                "size_bytes": row.size_bytes,
                 "golden": golden_digest,
                 "golden_cases": golden_facts["cases"] if golden_facts else None,
                 "tags": dict(tags or {}),
             },
         )
+        references.still_stored(transaction, store, [*(file.digest for file in stored), *filter(None, [golden_digest])])
         return _registered(row, created=True)
 
 
-def _copied(found: formats.ModelFile, folder: Path) -> Path:
-    """The model's files, and its model.toml, in a folder of our own. Returns the path of the file to load."""
-    here = found.path.parent
-    described = here / formats.MODEL_TOML
-    for file in [*found.files, *([described] if described.is_file() else [])]:
-        _copy(file, folder / file.relative_to(here))
-    return folder / found.path.name
-
-
-def _golden_copy(golden: Path, folder: Path) -> Path:
-    if not golden.is_file():
-        raise RefusedError(f"golden cases {golden}: there is no such file")
-    return _copy(golden, folder / "golden.npz")
-
-
-def _copy(source: Path, target: Path) -> Path:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-    except OSError as error:
-        raise StorageError(
-            f"{source} could not be copied to {target.parent}: {error.strerror or error}. Nothing was left behind."
-        ) from error
-    return target
-
-
-def _stated(found: formats.ModelFile) -> formats.ModelToml:
-    """What model.toml says of the model. Raises RefusedError where neither it nor the file says what goes in and out."""
-    described = found.path.parent / formats.MODEL_TOML
-    stated = formats.parse_model_toml(described) if described.is_file() else formats.ModelToml()
-    if found.signature is None and stated.signature is None:
-        raise RefusedError(
-            f"{found.path.name}: a {found.format} file does not say what its inputs and outputs are; put a {formats.MODEL_TOML} beside it "
-            "with [[inputs]] and [[outputs]] (name, datatype, shape)"
+def _note_model(transaction: Transaction, name: str, kind: str | None) -> None:
+    """The model's own row, and its kind, which does not change. Raises ConflictError where it is of another."""
+    model = transaction.session.get(Model, name)
+    if model is None:
+        transaction.session.add(Model(name=name, kind=kind, created_at=clock.now()))
+        transaction.record("model.created", f"model:{name}", after={"name": name, "kind": kind})
+    elif kind is not None and model.kind is None:
+        model.kind = kind
+        transaction.record("model.changed", f"model:{name}", before={"kind": None}, after={"kind": kind})
+    elif kind is not None and model.kind != kind:
+        raise ConflictError(
+            f"{name} is a {model.kind}, not a {kind}: register it under another name, or without a kind"
         )
-    return stated
 
 
 def formats_golden(path: Path, *, shown: Path | None = None) -> dict[str, Any]:
-    """Look into a golden file (.npz): how many cases it has. Raises RefusedError, which calls the file `shown`."""
-    import numpy as np
-
-    what = f"golden cases {shown or path}"
-    if not path.is_file():
-        raise RefusedError(f"{what}: there is no such file")
-    if not zipfile.is_zipfile(path):
-        raise RefusedError(f"{what}: not an .npz file (numpy.savez makes one)")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            rows = {name: arrays[name].shape[0] if arrays[name].ndim else 0 for name in arrays.files}
-    except Exception as error:  # a broken archive makes zipfile, zlib and numpy raise whatever comes
-        raise RefusedError(f"{what}: not a readable .npz of plain arrays ({error})") from error
-    inputs = [name for name in rows if name.startswith("input.")]
-    if not inputs:
-        raise RefusedError(f"{what}: no array is named input.<tensor>; it has {sorted(rows) or 'nothing'}")
-    if len(set(rows.values())) != 1 or not next(iter(rows.values())):
-        raise RefusedError(f"{what}: every array needs the same number of rows, at least one; it has {rows}")
-    return {"cases": next(iter(rows.values())), "arrays": sorted(rows)}
+    """How many golden cases a file (.npz) has. Raises RefusedError, which calls the file `shown`."""
+    return intake.look_into_golden(path, shown=shown)
 
 
 def get(session: Session, model: str, version: str) -> Version:
@@ -231,6 +196,7 @@ def describe(row: Version, places: dict[str, str] | None = None) -> dict[str, An
         "facts": row.facts,
         "created_at": clock.text(row.created_at),
         "created_by": row.created_by,
+        "deleted_at": clock.text(row.deleted_at) if row.deleted_at else None,
     }
 
 
@@ -286,6 +252,10 @@ def _again(existing: Version, digest: str, golden_digest: str | None, path: Path
         raise ConflictError(
             f"{existing.model} {existing.version} exists with other bytes ({existing.digest[:12]}…; {path} has {digest[:12]}…): "
             "versions never change, register it under another version"
+        )
+    if existing.deleted_at is not None:
+        raise ConflictError(
+            f"{existing.model} {existing.version} has these bytes and was deleted: register them under another version"
         )
     if golden_digest is not None and golden_digest != existing.golden_digest:
         kept = f"other golden cases ({existing.golden_digest[:12]}…)" if existing.golden_digest else "no golden cases"

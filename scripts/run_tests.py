@@ -22,17 +22,22 @@ NO_TESTS_COLLECTED = 5
 class Layer:
     """One run of pytest: what it selects, and after how many seconds a test counts as hung (0: never)."""
 
-    path: str
+    paths: tuple[str, ...]
     markers: str
     timeout_seconds: int
+    options: tuple[str, ...] = ()
 
 
+REGISTRY = ("tests/unit/registry", "tests/integration/registry")
 LAYERS = {
-    "unit": Layer("tests/unit", "not long and not gpu", 60),
-    "integration": Layer("tests/integration", "not long and not gpu", 240),
-    "e2e": Layer("tests/e2e", "not long and not gpu", 600),
-    "long": Layer("tests", "long and not gpu", 0),
-    "gpu": Layer("tests", "gpu", 600),
+    "unit": Layer(("tests/unit",), "not long and not gpu", 60),
+    "integration": Layer(("tests/integration",), "not long and not gpu", 240),
+    # The registry's tests once more, on a real server that the run starts for itself.
+    "mariadb": Layer(REGISTRY, "not long and not gpu", 240, ("--registry-database=mariadb",)),
+    "postgresql": Layer(REGISTRY, "not long and not gpu", 240, ("--registry-database=postgresql",)),
+    "e2e": Layer(("tests/e2e",), "not long and not gpu", 600),
+    "long": Layer(("tests",), "long and not gpu", 0),
+    "gpu": Layer(("tests",), "gpu", 600),
 }
 
 
@@ -63,7 +68,8 @@ def run_layer(name: str, extra: list[str]) -> Outcome:
         sys.executable,
         "-m",
         "pytest",
-        layer.path,
+        *layer.paths,
+        *layer.options,
         "-m",
         layer.markers,
         "-q",

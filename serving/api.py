@@ -27,11 +27,12 @@ from registry.errors import (
     NotFoundError,
     UnavailableError,
 )
-from serving import shadow
+from serving import request_ids, shadow
 from serving.engine import LoadedVersion, Work
 from serving.metrics import software_version
 from serving.pages import create_pages
 from serving.protocol import LINGER_SECONDS
+from serving.routing import Route
 from serving.state import Serving
 from serving.statuses import BusyError, ClientGoneError, DeadlineError, MethodError, NotYetError, status_of
 from serving.v2 import InputError, OutputError, inflate
@@ -126,7 +127,7 @@ class V2:
         self._timeout_seconds = settings.server.request_timeout_seconds
         self._max_body_bytes = settings.server.max_body_bytes
         self._max_concurrent = settings.performance.max_concurrent_requests
-        self._id_prefix = f"{serving.replica_id}-{serving.boot_id[:6]}-".encode()
+        self._id_prefix = request_ids.prefix(serving.replica_id, serving.boot_id)
         self._ids = itertools.count(1)
         self._waiting: set[_Waiting] = set()
         self._turns: deque[asyncio.Future[None]] = deque()
@@ -157,10 +158,11 @@ class V2:
     async def _infer(self, scope: Scope, receive: Receive, send: Send, model: str, version: str | None) -> None:
         serving = self._serving
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id")
-        if request_id is None or not _is_plain(request_id):
-            request_id = self._id_prefix + b"%d" % next(self._ids)
-        named = [(b"x-request-id", request_id)]
+        given = headers.get(b"x-request-id")
+        if given is not None and not _is_plain(given):
+            given = None
+        number = next(self._ids)
+        named = [(b"x-request-id", given or self._id_prefix + b"0.-.%d" % number)]
         if serving.in_flight < self._max_concurrent:
             serving.in_flight += 1
         elif not (serving.catching_up and await self._turn()):
@@ -171,11 +173,16 @@ class V2:
         loaded: LoadedVersion | None = None
         try:
             body = await self._body(headers, receive)
-            loaded, route = serving.admit(model, version)
+            loaded, route, mark = serving.admit(model, version, headers.get(b"x-route-key"))
+            if route is not None:
+                if given is None:
+                    named[0] = (b"x-request-id", self._named_by(loaded, route, number))
+                elif route.watch:
+                    serving.remembered.add(given, model, loaded.version, serving.epoch, route.generation)
             named.append((b"x-model-version", loaded.version_header))
             try:
                 request = loaded.codec.decode(body, _header_length(headers))
-                work = loaded.submit(request.inputs, request.outputs, route)
+                work = loaded.submit(request.inputs, request.outputs, route, mark)
                 await self._wait(work, loaded, receive)
                 try:
                     answer, header_length = loaded.codec.encode(
@@ -210,8 +217,16 @@ class V2:
         await _send(send, 200, answer, named)
         if route is not None and route.shadow and route.candidate is not None and loaded.version == route.stable:
             candidate = serving.loaded.get((model, route.candidate))
-            if candidate is not None:
+            if candidate is not None and (route.shadow_share >= 1 or serving.random() < route.shadow_share):
                 shadow.offer(route, loaded, candidate, request.inputs, request.outputs, work.answer)
+
+    def _named_by(self, loaded: LoadedVersion, route: Route, number: int) -> bytes:
+        """The id of a request that a route gave to a version: any server can tell from it where its verdict belongs."""
+        generation, named = loaded.id_part
+        if generation != route.generation:
+            named = b"%d.%s." % (route.generation, request_ids.quoted(loaded.version))
+            loaded.id_part = (route.generation, named)
+        return self._id_prefix + named + b"%d" % number
 
     async def _turn(self) -> bool:
         """Wait for the place of a request that ends. False where none came free within a request's time."""

@@ -17,12 +17,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
+from fastapi import APIRouter
 
 from registry.connect import open_database
 from registry.errors import ModelkeepError
 from registry.settings import Settings, load_settings
 from registry.store import open_store
+from serving import feedback_page, operations, rollback_page
 from serving.api import create_app, freeze_startup_objects
+from serving.auth import Guard, Rules, is_local
+from serving.emergency import REGISTRY_SECONDS, Emergency
+from serving.keyring import Keyring
 from serving.protocol import BoundedHttpProtocol, bounded_protocol
 from serving.reconcile import Reconciler
 from serving.state import Serving
@@ -84,10 +89,33 @@ def replica_identity(folder: Path) -> str:
     return identity
 
 
+def routers(reconciler: Reconciler) -> list[APIRouter]:
+    """What this server answers beside inference and its own pages, a module each."""
+    settings = reconciler.settings
+    quick = open_database(settings, answer_seconds=REGISTRY_SECONDS, statement_seconds=REGISTRY_SECONDS)
+    return [
+        feedback_page.router(reconciler.serving),
+        operations.router(reconciler.database),
+        rollback_page.router(Emergency(reconciler, quick), lease_seconds=settings.lease_seconds),
+    ]
+
+
+def rules_of(settings: Settings, listener: socket.socket) -> Rules:
+    """Whom the guard lets in, by the address that the socket really has."""
+    security = settings.security
+    return Rules(
+        local=is_local(listener.getsockname()),
+        require_keys=security.require_keys,
+        allow_unauthenticated=security.allow_unauthenticated,
+        origins=tuple(origin.lower() for origin in security.cors_origins),
+    )
+
+
 async def serve(settings: Settings, listener: socket.socket, address: str, folder: Path) -> None:
     serving = Serving(
         replica_id=replica_identity(folder), boot_id=secrets.token_hex(8), environment=settings.environment
     )
+    rules = rules_of(settings, listener)
     reconciler = Reconciler(
         serving,
         settings,
@@ -95,9 +123,17 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
         open_store(settings.artifacts),
         state_folder=folder,
         address=address,
+        keyring=Keyring(folder / "keys.json", address, wants_internal=not rules.open),
     )
     await reconciler.start()
-    app = create_app(serving, settings=settings, nudge=reconciler.nudge, info=reconciler.info)
+    app = Guard(
+        create_app(
+            serving, settings=settings, nudge=reconciler.nudge, info=reconciler.info, routers=routers(reconciler)
+        ),
+        reconciler.keyring,
+        rules,
+        failures=serving.auth_failures,
+    )
     freeze_startup_objects()
     config = uvicorn.Config(
         app,

@@ -6,6 +6,7 @@ Everything but the worker's own loop runs on the event loop, so counts and refer
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 import time
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from registry.errors import ModelkeepError, UnavailableError, UsageError
 from serving.routing import Route
 from serving.runtimes import Runtime, first_line
-from serving.shadow import Copy, compare
+from serving.shadow import AGREES, Comparison, Copy, compare
 from serving.telemetry import VersionTelemetry, WatchCounts
 from serving.v2 import Codec
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 SHADOW_QUEUE_SIZE = 16
 _FAILURES_LOGGED_EVERY_SECONDS = 1.0
+_batches = itertools.count(1)
+"""Numbers for executed batches, over all versions: counts outlive the version that they began with."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -46,6 +49,7 @@ class Work:
 
     __slots__ = (
         "answer",
+        "batch",
         "counted",
         "counts",
         "enqueued",
@@ -54,6 +58,7 @@ class Work:
         "future",
         "inputs",
         "key",
+        "mark",
         "outputs",
         "rows",
         "slow_threshold_seconds",
@@ -71,11 +76,14 @@ class Work:
         enqueued: float,
         counts: WatchCounts | None,
         slow_threshold_seconds: float | None,
+        mark: int | None = None,
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self.rows = rows
         self.key = key
+        self.mark = mark
+        self.batch = 0
         self.future = future
         self.enqueued = enqueued
         self.counts = counts
@@ -131,6 +139,8 @@ class LoadedVersion:
         self.watch: dict[int, WatchCounts] = {}
         self.references = 0
         self.version_header = version.encode("latin-1", "replace")
+        self.id_part: tuple[int, bytes] = (-1, b"")
+        """(generation, what the ids of requests hold of it and of this version), as made last."""
         specs = (*runtime.signature.inputs, *runtime.signature.outputs)
         self._batching = rows_independent and max_batch > 1 and all(s.shape[:1] == (-1,) for s in specs)
         self._fixed_rows = all(-1 not in s.shape[1:] for s in runtime.signature.inputs)
@@ -143,6 +153,8 @@ class LoadedVersion:
         self._closing = False
         self._idle: list[asyncio.Future[None]] = []
         self._logged_at = -_FAILURES_LOGGED_EVERY_SECONDS
+        self._batch = next(_batches)
+        """The number of the batch that is delivered next: whatever runs out of time now waits for that one."""
         self._thread = threading.Thread(target=self._serve, name=f"{model}/{version}", daemon=True)
         self._thread.start()
 
@@ -182,9 +194,12 @@ class LoadedVersion:
             counts = self.watch[route.generation] = WatchCounts()
         return counts
 
-    def submit(self, inputs: Arrays, outputs: tuple[str, ...] | None, route: Route | None = None) -> Work:
+    def submit(
+        self, inputs: Arrays, outputs: tuple[str, ...] | None, route: Route | None = None, mark: int | None = None
+    ) -> Work:
         """Queue a request that the codec has checked. `route` is what chose this version, None where the client did.
 
+        `mark` is that of the client's key (`routing.mark_of`), where it sent one.
         Raises QueueFullError, or UnavailableError once the version is closed.
         """
         if len(self._live) >= self.queue_size:
@@ -200,7 +215,7 @@ class LoadedVersion:
             counts = self.counts_for(route)
             slow_threshold = route.slow_threshold_seconds
         rows, key = self._batch_key(inputs, outputs) if self._batching else (0, None)
-        work = Work(inputs, outputs, rows, key, self._loop.create_future(), self._clock(), counts, slow_threshold)
+        work = Work(inputs, outputs, rows, key, self._loop.create_future(), self._clock(), counts, slow_threshold, mark)
         self._live.append(work)
         self._wake.put(None)
         return work
@@ -217,14 +232,15 @@ class LoadedVersion:
         with suppress(ValueError):  # the worker has it already
             self._live.remove(work)
         if count_as_error:
+            work.batch = self._batch
             self._count(work, self._clock() - work.enqueued, error=True)
         work.future.set_exception(reason)
 
     def count_output_error(self, work: Work) -> None:
         """The answer could not be encoded: after all, the version failed this request."""
-        self.telemetry.total.errors += 1
+        self.telemetry.total.record_error(work.batch, None)
         if work.counts is not None:
-            work.counts.errors += 1
+            work.counts.record_error(work.batch, work.mark)
 
     def offer(self, copy: Copy) -> bool:
         """Queue a shadow copy, where there is nothing live to do and room for it."""
@@ -287,7 +303,9 @@ class LoadedVersion:
         telemetry = self.telemetry
         telemetry.batches += batches
         telemetry.last_inference_unix_seconds = time.time()
+        number, self._batch = self._batch, next(_batches)
         for work in batch:
+            work.batch = number
             failure = work.failure
             if not work.counted and not isinstance(failure, UsageError):
                 telemetry.rows += work.rows or 1
@@ -305,11 +323,12 @@ class LoadedVersion:
         work.counted = True
         threshold = work.slow_threshold_seconds
         slow = threshold is not None and latency_seconds > threshold
-        self.telemetry.total.record(latency_seconds, error=error, slow=slow)
+        # The process remembers no keys for all time: in the totals, an event is a batch.
+        self.telemetry.total.record(latency_seconds, error=error, slow=slow, batch=work.batch)
         if work.counts is not None:
-            work.counts.record(latency_seconds, error=error, slow=slow)
+            work.counts.record(latency_seconds, error=error, slow=slow, batch=work.batch, key=work.mark)
 
-    def _deliver_copy(self, copy: Copy, seconds: float | None, error: bool, disagrees: bool, differs: bool) -> None:
+    def _deliver_copy(self, copy: Copy, seconds: float | None, error: bool, found: Comparison) -> None:
         if seconds is None:
             self.count_dropped(copy)
             return
@@ -318,7 +337,9 @@ class LoadedVersion:
         slow = threshold is not None and seconds > threshold
         for counts in (self.telemetry.total, copy.counts):
             if counts is not None:
-                counts.record_copy(error=error, slow=slow, disagrees=disagrees, differs=differs)
+                counts.record_copy(
+                    error=error, slow=slow, disagrees=found.disagrees, differs=found.differs, inexact=found.inexact
+                )
 
     # What the worker thread runs
 
@@ -427,12 +448,12 @@ class LoadedVersion:
 
     def _compute_copy(self, copy: Copy) -> None:
         if copy.stable.queue_length:
-            self._report(self._deliver_copy, copy, None, False, False, False)
+            self._report(self._deliver_copy, copy, None, False, AGREES)
             return
         if self._mark is not None:
             self._mark(True)
         started = self._clock()
-        error = disagrees = differs = False
+        error, found = False, AGREES
         try:
             answer = self.runtime.run(copy.inputs, copy.outputs)
         except Exception as failure:  # as above; it is counted, and no client is concerned
@@ -442,8 +463,8 @@ class LoadedVersion:
         if self._mark is not None:
             self._mark(False)
         if not error:
-            disagrees, differs = compare(copy.expected, answer)
-        self._report(self._deliver_copy, copy, seconds, error, disagrees, differs)
+            found = compare(copy.expected, answer)
+        self._report(self._deliver_copy, copy, seconds, error, found)
 
     def _report(self, callback: Callable[..., None], *values: Any) -> None:
         loop = self._loop

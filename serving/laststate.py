@@ -44,6 +44,11 @@ def write(path: Path, state: LastState) -> None:
         "routes": [asdict(route) for route in state.routes],
         "versions": [asdict(version) for version in state.versions],
     }
+    replace(path, document)
+
+
+def replace(path: Path, document: dict[str, Any]) -> None:
+    """Replace a file by this JSON in one step; only this user may read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
@@ -88,6 +93,8 @@ def _route(value: dict[str, Any]) -> Route:
         "shadow": bool,
         "slow_threshold_seconds": (int, float, type(None)),
         "watch": bool,
+        "shadow_share": (int, float),
+        "promotion": (str, type(None)),
     }
     for name, kind in kinds.items():
         if not isinstance(getattr(route, name), kind):

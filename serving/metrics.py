@@ -50,6 +50,7 @@ class _ServingCollector(Collector):
         yield from self._process()
         yield from self._requests()
         yield from self._shadow()
+        yield from self._feedback()
         yield from self._loaded()
         yield from self._routes()
 
@@ -67,6 +68,10 @@ class _ServingCollector(Collector):
         yield GaugeMetricFamily(
             "modelkeep_requests_in_flight", "Inference requests not yet answered.", value=float(serving.in_flight)
         )
+        refused = CounterMetricFamily("modelkeep_auth_failures", "Requests refused for their key.", labels=["reason"])
+        for reason, count in serving.auth_failures.items():
+            refused.add_metric([reason], count)
+        yield refused
 
     def _requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
@@ -78,6 +83,11 @@ class _ServingCollector(Collector):
             "modelkeep_request_duration_seconds", "Seconds in queue and model of answered requests.", labels=_VERSION
         )
         errors = CounterMetricFamily("modelkeep_model_errors", "Requests that the version failed.", labels=_VERSION)
+        events = CounterMetricFamily(
+            "modelkeep_bad_events",
+            "Executed batches with a bad request, by stream (slow: while a promotion says what is slow).",
+            labels=[*_VERSION, "stream"],
+        )
         batches = CounterMetricFamily("modelkeep_batches", "Runs of the model.", labels=_VERSION)
         rows = CounterMetricFamily("modelkeep_batched_rows", "Rows computed in those runs.", labels=_VERSION)
         for code, count in self._serving.unrouted_codes.items():
@@ -90,7 +100,9 @@ class _ServingCollector(Collector):
             errors.add_metric(labels, total.errors)
             batches.add_metric(labels, telemetry.batches)
             rows.add_metric(labels, telemetry.rows)
-        yield from (requests, duration, errors, batches, rows)
+            events.add_metric([*labels, "error"], total.error_clusters.events)
+            events.add_metric([*labels, "slow"], total.slow_clusters.events)
+        yield from (requests, duration, errors, events, batches, rows)
 
     def _shadow(self) -> Iterator[Metric]:
         texts = {
@@ -98,6 +110,7 @@ class _ServingCollector(Collector):
             "errors": "Copies that it failed.",
             "disagreements": "Copies where its top class differs from the stable version's.",
             "differences": "Copies with a value beyond tolerance.",
+            "inexact": "Copies whose answer is not equal to the bit.",
             "dropped": "Copies not computed, because live work went first.",
         }
         for what, text in texts.items():
@@ -105,6 +118,14 @@ class _ServingCollector(Collector):
             for model, name, telemetry in self._serving.telemetry():
                 family.add_metric([model, name], getattr(telemetry.total, f"shadow_{what}"))
             yield family
+
+    def _feedback(self) -> Iterator[Metric]:
+        inbox = self._serving.feedback
+        yield GaugeMetricFamily("modelkeep_feedback_waiting", "Verdicts not yet in the registry.", value=len(inbox))
+        verdicts = CounterMetricFamily("modelkeep_feedback", "Verdicts by what became of them.", labels=["result"])
+        for result, count in inbox.counts.items():
+            verdicts.add_metric([result], count)
+        yield verdicts
 
     def _loaded(self) -> Iterator[Metric]:
         queue = GaugeMetricFamily("modelkeep_queue_length", "Requests waiting for the model.", labels=_VERSION)

@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from registry.errors import ModelkeepError
+from serving.auth import role_of
 from serving.engine import LoadedVersion
 from serving.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from serving.metrics import Metrics, software_version
@@ -42,19 +43,21 @@ def create_pages(
     )
 
     @app.get("/", summary="What this is")
-    async def root() -> dict[str, Any]:
-        return {
-            "name": "modelkeep",
-            "version": app.version,
-            "environment": serving.environment,
-            "replica": serving.replica_id,
-            "models": sorted(serving.routes),
-            "documentation": "/docs",
-        }
+    async def root(request: Request) -> dict[str, Any]:
+        public = {"name": "modelkeep", "version": app.version, "documentation": "/docs"}
+        if role_of(request) is None:
+            return public
+        served = {"environment": serving.environment, "replica": serving.replica_id, "models": sorted(serving.routes)}
+        return {**public, **served}
 
     @app.get("/health", summary="Live and ready")
     async def health() -> JSONResponse:
-        body = {"live": serving.live, "ready": serving.ready, "in_flight": serving.in_flight}
+        body = {
+            "live": serving.live,
+            "ready": serving.ready,
+            "in_flight": serving.in_flight,
+            "boot_id": serving.boot_id,
+        }
         return JSONResponse(body, status_code=200 if serving.live and serving.ready else 503)
 
     @app.get("/metrics", summary="Prometheus metrics")
@@ -65,9 +68,14 @@ def create_pages(
     async def model_info() -> dict[str, Any]:
         return info()
 
-    @app.get("/api/v2/model-health", summary="Loaded versions with their requests, errors and queues")
+    @app.get("/api/v2/model-health", summary="Loaded versions: health, requests, errors, queues")
     async def model_health() -> dict[str, Any]:
-        return {"models": [_health(loaded) for _, loaded in sorted(serving.loaded.items())]}
+        return {
+            "models": [
+                {**_health(loaded), **serving.health.get(key, {"status": "unknown"})}
+                for key, loaded in sorted(serving.loaded.items())
+            ]
+        }
 
     @app.post("/api/v2/update-models", summary="Follow the registry now; answers when that is done")
     async def update_models() -> dict[str, Any]:

@@ -25,20 +25,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from registry.errors import ModelkeepError, UsageError
-from registry.signature import DATATYPES, Signature, TensorSpec
+from registry.policy import METRICS
+from registry.signature import Signature
+from serving.golden import Arrays, Golden, Tally, Yardstick, chosen_metric, feed, random_inputs, read_golden
 from serving.runtimes import Runtime, first_line, load_runtime, resident_bytes
 
 log = logging.getLogger("serving.probe")
-
-Arrays = dict[str, NDArray[Any]]
 
 WARM_UP_CALLS = 10
 LATENCY_PAIRS = 300
 LATENCY_PAIRS_WANTED = 100
 ROWS_IN_BATCH = 8
-FREE_DIMENSION = 8
-"""What stands for a varying dimension, other than the first, in random inputs."""
-
 TOLERANCES = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-8}
 """By how much a row may differ alone and in a batch, in parts of the output's largest absolute value."""
 
@@ -67,6 +64,11 @@ class Job:
     rtol: float
     atol: float
     seed: int
+    metric: str = METRICS[0]
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+    replay: int = 0
+    """So many of the golden inputs through one version after the other (serving.replay), instead of a validation."""
+    slow_factor: float = 1.25
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Job:
@@ -80,47 +82,11 @@ class Job:
             rtol=float(value.get("rtol", 1e-3)),
             atol=float(value.get("atol", 1e-5)),
             seed=int(value.get("seed", 0)),
+            metric=str(value.get("metric", METRICS[0])),
+            tolerances={str(name): float(limit) for name, limit in value.get("tolerances", {}).items()},
+            replay=int(value.get("replay", 0)),
+            slow_factor=float(value.get("slow_factor", 1.25)),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Golden:
-    """The golden cases: n rows of every input, and what is known about the right answers."""
-
-    inputs: Arrays
-    labels: NDArray[Any] | None
-    outputs: Arrays
-
-    @property
-    def cases(self) -> int:
-        return len(next(iter(self.inputs.values())))
-
-
-@dataclass(slots=True)
-class Tally:
-    """What the golden cases showed of one model; a list has one entry a case, 1 right, 0 wrong or failed."""
-
-    cases: int = 0
-    labels: list[int] | None = None
-    outputs: list[int] | None = None
-    failures: int = 0
-    first_failure: str | None = None
-    non_finite: int = 0
-    first_non_finite: str | None = None
-    passed_rows: list[int] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        judged = [verdicts for verdicts in (self.labels, self.outputs) if verdicts is not None]
-        return {
-            "cases": self.cases,
-            "correct": [min(verdicts) for verdicts in zip(*judged, strict=True)] if judged else None,
-            "labels": self.labels,
-            "outputs": self.outputs,
-            "failures": self.failures,
-            "first_failure": self.first_failure,
-            "non_finite": self.non_finite,
-            "first_non_finite": self.first_non_finite,
-        }
 
 
 @dataclass(slots=True)
@@ -133,71 +99,6 @@ class Subject:
     tally: Tally = field(default_factory=Tally)
 
 
-def read_golden(path: Path) -> Golden:
-    """Read a golden file. Raises UsageError that names what is wrong with it; nothing in it is ever unpickled."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"golden cases {path.name}: not a .npz of plain arrays: {first_line(error)}") from error
-    inputs = {name.removeprefix("input."): a for name, a in arrays.items() if name.startswith("input.")}
-    outputs = {name.removeprefix("output."): a for name, a in arrays.items() if name.startswith("output.")}
-    labels = arrays.get("label")
-    if not inputs:
-        raise UsageError(f"golden cases {path.name}: no array 'input.<name>' among {sorted(arrays)}")
-    rows = {name: a.shape[0] if a.ndim else 0 for name, a in arrays.items()}
-    first = rows[f"input.{next(iter(inputs))}"]
-    if first == 0 or any(rows[name] != first for name in (f"input.{n}" for n in inputs)):
-        raise UsageError(f"golden cases {path.name}: every input needs the same number of rows, above 0: {rows}")
-    if any(len(a) != first for a in outputs.values()) or (labels is not None and labels.shape != (first,)):
-        raise UsageError(f"golden cases {path.name}: 'label' and 'output.<name>' need one entry a case: {rows}")
-    if labels is not None and labels.dtype.kind not in "iub":
-        raise UsageError(f"golden cases {path.name}: 'label' must be integers, not {labels.dtype}")
-    return Golden(inputs, labels, outputs)
-
-
-def random_inputs(signature: Signature, seed: int, rows: int) -> Arrays:
-    """Seeded inputs that fit the signature: `rows` rows where the first dimension varies, else what it says."""
-    random = np.random.default_rng(seed)
-
-    def make(spec: TensorSpec) -> NDArray[Any]:
-        shape = [n if n >= 0 else FREE_DIMENSION for n in spec.shape]
-        if spec.shape and spec.shape[0] == -1:
-            shape[0] = rows
-        dtype = DATATYPES[spec.datatype]
-        if spec.datatype == "BYTES":
-            return np.full(shape, b"text", dtype=object)
-        if spec.datatype.startswith("FP"):
-            return np.asarray(random.standard_normal(shape)).astype(dtype)
-        # Integers are as often indices as amounts: 0 and 1 are in range for nearly every model; bytes are pixels.
-        return random.integers(0, 256 if spec.datatype == "UINT8" else 2, shape).astype(dtype)
-
-    return {spec.name: make(spec) for spec in signature.inputs}
-
-
-def feed(signature: Signature, inputs: Arrays, rows: slice) -> Arrays:
-    """The inputs of these rows in the model's datatypes and shapes. Raises UsageError where they do not fit."""
-    fed: Arrays = {}
-    for spec in signature.inputs:
-        if spec.name not in inputs:
-            raise UsageError(f"input '{spec.name}' is not among the given ones, {sorted(inputs)}")
-        value = inputs[spec.name][rows]
-        if not spec.accepts(value.shape) and len(value) == 1 and spec.accepts(value.shape[1:]):
-            value = value[0]  # a model without a batch dimension
-        if not spec.accepts(value.shape):
-            raise UsageError(f"input '{spec.name}' is of shape {list(value.shape)}, the model takes {list(spec.shape)}")
-        if spec.datatype == "BYTES":
-            fed[spec.name] = np.array(
-                [v.encode() if isinstance(v, str) else bytes(v) for v in value.ravel().tolist()] + [b""], dtype=object
-            )[:-1].reshape(value.shape)
-            continue
-        try:
-            fed[spec.name] = value.astype(DATATYPES[spec.datatype], casting="same_kind", copy=False)
-        except TypeError as error:
-            raise UsageError(f"input '{spec.name}' is {value.dtype}, the model takes {spec.datatype}") from error
-    return fed
-
-
 def measure(job: Job, begin: Callable[[str], None]) -> dict[str, Any]:
     """Load, run and time the models of the job; `begin` is told each phase before it starts.
 
@@ -208,6 +109,7 @@ def measure(job: Job, begin: Callable[[str], None]) -> dict[str, Any]:
     if job.golden is not None:
         begin("reading the golden cases")
         golden = read_golden(job.golden)
+        chosen_metric(golden, job.metric, job.golden.name)
     models = {"stable": job.stable, "candidate": job.candidate}
     begin("starting the runtimes")
     for format in {model.format for model in models.values() if model is not None}:
@@ -238,7 +140,12 @@ def measure(job: Job, begin: Callable[[str], None]) -> dict[str, Any]:
         "stable": figures["stable"],
         "golden": None
         if golden is None
-        else {"cases": golden.cases, "labels": golden.labels is not None, "outputs": sorted(golden.outputs)},
+        else {
+            "cases": golden.cases,
+            "labels": golden.labels is not None,
+            "outputs": sorted(golden.outputs),
+            "metric": _yardstick(golden, job).metric,
+        },
         "inputs": "golden" if golden is not None else f"random, seed {job.seed}",
         "seconds": time.monotonic() - started,
     }
@@ -252,7 +159,7 @@ def _start(format: str, threads: int) -> None:
 
             example = load_runtime(Path(get_example("sigmoid.onnx")), "onnx", signature=None, threads=threads)
             example.run(random_inputs(example.signature, 0, 1), None)
-        elif format == "torchscript":
+        elif format in ("torchscript", "pt2"):
             import torch
 
             torch.set_num_threads(threads)
@@ -292,54 +199,41 @@ def _one_call(signature: Signature, golden: Golden | None, job: Job, row: int) -
 
 def _run_golden(subjects: list[Subject], golden: Golden, job: Job, until: float) -> None:
     """Case by case, every model on the same cases, as many as there is time for (one at least)."""
+    yardstick = _yardstick(golden, job)
     for subject in subjects:
-        subject.tally.labels = None if golden.labels is None else []
-        subject.tally.outputs = [] if golden.outputs else None
+        subject.tally = Tally.of(golden, yardstick)
     for row in range(golden.cases):
         for subject in subjects:
-            _run_case(subject, golden, job, row)
+            _run_case(subject, golden, yardstick, row)
         if time.monotonic() > until:
             break
     for subject in subjects:
         subject.figures["golden"] = subject.tally.as_dict()
 
 
-def _run_case(subject: Subject, golden: Golden, job: Job, row: int) -> None:
-    tally = subject.tally
+def _yardstick(golden: Golden, job: Job) -> Yardstick:
+    name = job.golden.name if job.golden is not None else ""
+    return Yardstick(chosen_metric(golden, job.metric, name), job.tolerances, job.rtol, job.atol)
+
+
+def _run_case(subject: Subject, golden: Golden, yardstick: Yardstick, row: int) -> None:
+    tally, signature = subject.tally, subject.runtime.signature
     tally.cases += 1
-    right_label = right_outputs = False
+    answer, problem = None, None
     try:
-        answer = subject.runtime.run(feed(subject.runtime.signature, golden.inputs, slice(row, row + 1)), None)
-        if golden.labels is not None:
-            first = np.asarray(answer[subject.runtime.signature.outputs[0].name])
-            right_label = int(np.argmax(first.reshape(-1, first.shape[-1])[0])) == int(golden.labels[row])
-        right_outputs = all(_matches(answer, name, want[row], job) for name, want in golden.outputs.items())
+        answer = subject.runtime.run(feed(signature, golden.inputs, slice(row, row + 1)), None)
     except Exception as error:  # a model may fail in any way it likes: that is what is counted
+        problem = error_text(error)
+    problem = tally.add(row, answer, signature, golden, yardstick) or problem
+    if problem is not None or answer is None:
         tally.failures += 1
-        tally.first_failure = tally.first_failure or f"case {row}: {error_text(error)}"
-    else:
-        tally.passed_rows.append(row)
-        wild = [n for n, a in answer.items() if a.dtype.kind == "f" and not np.isfinite(a).all()]
-        if wild:
-            tally.non_finite += 1
-            tally.first_non_finite = tally.first_non_finite or f"case {row}: output '{wild[0]}'"
-    if tally.labels is not None:
-        tally.labels.append(int(right_label))
-    if tally.outputs is not None:
-        tally.outputs.append(int(right_outputs))
-
-
-def _matches(answer: Arrays, name: str, want: NDArray[Any], job: Job) -> bool:
-    if name not in answer or answer[name].size != want.size:
-        return False
-    got = answer[name].reshape(want.shape)
-    if got.dtype.kind in "OSU" or want.dtype.kind in "OSU":
-        return _texts(got) == _texts(want)
-    return bool(np.allclose(got, want, rtol=job.rtol, atol=job.atol, equal_nan=True))
-
-
-def _texts(array: NDArray[Any]) -> list[str]:
-    return [v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in array.ravel().tolist()]
+        tally.first_failure = tally.first_failure or f"case {row}: {problem}"
+        return
+    tally.passed_rows.append(row)
+    wild = [n for n, a in answer.items() if a.dtype.kind == "f" and not np.isfinite(a).all()]
+    if wild:
+        tally.non_finite += 1
+        tally.first_non_finite = tally.first_non_finite or f"case {row}: output '{wild[0]}'"
 
 
 def rows_independent(subject: Subject, golden: Golden | None, job: Job) -> tuple[bool | None, str]:
@@ -453,6 +347,14 @@ def error_text(error: BaseException) -> str:
     return text if isinstance(error, ModelkeepError) else f"{type(error).__name__}: {text}"
 
 
+def _work(job: Job) -> Callable[[Job, Callable[[str], None]], dict[str, Any]]:
+    if not job.replay:
+        return measure
+    from serving import replay
+
+    return replay.measure
+
+
 def main() -> int:
     """Exit 0 with a result, 2 for a job or a golden file that cannot be used (the last line names it)."""
     faulthandler.enable()
@@ -475,7 +377,7 @@ def main() -> int:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, job.seconds + 5)
     try:
-        result = measure(job, lambda phase: say({"phase": phase}))
+        result = _work(job)(job, lambda phase: say({"phase": phase}))
     except UsageError as error:
         say({"error": str(error)})
         return 2

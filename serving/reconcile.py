@@ -6,19 +6,24 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from registry import clock, leases, promotions, replicas, store
+from registry import clock, feedback, leases, promotions, replicas, store, unfit
 from registry.database import Database
 from registry.errors import ModelkeepError, UnavailableError
 from registry.settings import Settings
 from registry.signature import Signature
 from serving import laststate
+from serving.backstop import Backstop, wanted_of
+from serving.caretaker import Caretaker, Unfit
+from serving.crashmark import Slot
 from serving.engine import LoadedVersion
+from serving.keyring import Keyring
 from serving.laststate import LastState, Wanted
 from serving.routing import Route
 from serving.runtimes import load_runtime
@@ -31,6 +36,9 @@ Key = tuple[str, str]
 _HEARTBEAT_SECONDS = 10.0
 _RETRY_FIRST_SECONDS, _RETRY_MOST_SECONDS = 1.0, 60.0
 _COUNTS_KEPT_SECONDS = 60.0
+_REACHED_KEPT = 1000
+_FEEDBACK_BATCH, _FEEDBACK_BATCHES = 500, 20
+_LAST_REPORT_SECONDS = 2.0
 _PATIENCE_SECONDS = 10.0
 _PATIENCE_WITH_LAST_STATE_SECONDS = 2.0
 _FIRST_REPORT_SECONDS = 1.0
@@ -48,13 +56,20 @@ class Reconciler:
         *,
         state_folder: Path,
         address: str,
+        keyring: Keyring | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.serving, self.settings, self.database, self.artifacts = serving, settings, database, artifacts
         self.address = address
         self.state_file = state_folder / "last-state.json"
         self.cache = state_folder / "artifacts"
+        self.keyring = Keyring(state_folder / "keys.json", address) if keyring is None else keyring
+        self.caretaker = Caretaker(state_folder, settings.health, monotonic=monotonic)
+        self.backstop = Backstop(
+            database, artifacts, folder=state_folder, environment=serving.environment, replica_id=serving.replica_id
+        )
         self.errors: dict[Key, str] = {}
+        self._told_errors: set[tuple[Key, str]] = set()
         self.registry_error: str | None = None
         self.started_at = clock.now()
         self._monotonic = monotonic
@@ -67,15 +82,20 @@ class Reconciler:
         self._wake = asyncio.Event()
         self._prepared = False
         self._last: LastState | None = None
+        self.applied: LastState | None = None  # as the registry wanted it, without the holds
+        self._tidying: asyncio.Task[None] | None = None
         self._retry: tuple[float, float] | None = None  # (when, pause) of the next try to load what failed
         self._reported_at = float("-inf")
         self._reported: dict[tuple[str, str, int], dict[str, Any]] = {}
         self._reported_state: tuple[Any, ...] | None = None
+        self._reached: deque[replicas.Reached] = deque(maxlen=_REACHED_KEPT)  # switches that no report has told of yet
         self._superseded: dict[tuple[str, int], float] = {}  # (model, generation) no longer routed -> since when
 
     async def start(self) -> None:
         """Serve what the registry says; where it does not answer in time, what was served last."""
         self._last = self._recall()
+        self.backstop.recall()
+        self.keyring.recall()
         patience = _PATIENCE_SECONDS if self._last is None else _PATIENCE_WITH_LAST_STATE_SECONDS
         await self.once(patience_seconds=patience, report=False)
         if self.registry_error is not None and not self.serving.routes:
@@ -96,6 +116,7 @@ class Reconciler:
                 await asyncio.wait_for(self._wake.wait(), self.settings.poll_seconds)
             self._wake.clear()
             await self.once()
+            await self._care()
 
     async def nudge(self) -> dict[str, Any]:
         """Reconcile now; the answer says how far this replica is."""
@@ -115,7 +136,11 @@ class Reconciler:
                     await self._apply(state, remember=True)
                 if report:
                     async with asyncio.timeout(patience_seconds):
+                        await self.keyring.agree(self.database, self.serving.replica_id, self._in_thread)
                         await self._report()
+                        await self._send_feedback()
+                if self.applied is not None:
+                    self.backstop.look(self.applied, lambda: {v.digest for v in self.serving.loaded.values()})
             except TimeoutError:
                 log.error(
                     "the registry did not answer within %g s; going on with the last good state", patience_seconds
@@ -134,7 +159,18 @@ class Reconciler:
                 self.registry_error = None
 
     async def stop(self) -> None:
-        """Let the versions that were on their way out finish."""
+        """Tell the registry what was counted and said last, and let the versions that were on their way out finish."""
+        if self._prepared:
+            try:
+                async with asyncio.timeout(_LAST_REPORT_SECONDS), self._lock:
+                    await self._report()
+                    await self._send_feedback()
+            except (TimeoutError, ModelkeepError) as error:
+                waiting = len(self.serving.feedback)
+                log.error("the last counts and %d verdicts did not reach the registry: %s", waiting, error or "no answer")
+        if self._tidying is not None:
+            self._tidying.cancel()
+        await self.backstop.stop()
         for thread in (self._thread, self._loader):
             thread.shutdown(wait=False, cancel_futures=True)
         if self._drains:
@@ -151,6 +187,7 @@ class Reconciler:
             "epoch": serving.epoch,
             "generation": serving.generation,
             "ready": serving.ready,
+            "keys": None if self.keyring.seen is None else self.keyring.seen[1],
             "registry": "ok" if self.registry_error is None else self.registry_error,
             **self._serving(),
         }
@@ -174,10 +211,13 @@ class Reconciler:
                     "digest": loaded.digest,
                     "memory_bytes": loaded.runtime.memory_bytes,
                     "signature": loaded.runtime.signature.as_dict(),
+                    "figures": loaded.telemetry.total.summary(),
                 }
                 for (model, version), loaded in sorted(self.serving.loaded.items())
             ],
             "errors": {f"{model}/{version}": error for (model, version), error in sorted(self.errors.items())},
+            **self.backstop.info(),
+            **self.caretaker.as_dict(),
         }
 
     async def _wanted(self) -> LastState | None:
@@ -197,11 +237,53 @@ class Reconciler:
                     f"the registry knows nothing of environment {self.serving.environment}, of which this server has served generation "
                     f"{self._last.generation}: it is another one, or it was emptied. Restore it, or promote a version in this one"
                 )
+            await self.keyring.follow(self.database, "", None, self._in_thread)
             return None
+        await self.keyring.follow(self.database, pulse.epoch, pulse.keys, self._in_thread)
+        if await self.backstop.write_back():
+            pulse = await self._in_thread(self._pulse) or pulse
         due = self._retry is not None and self._monotonic() >= self._retry[0]
+        due |= self.caretaker.take_back_due()
         if not due and (pulse.epoch, pulse.generation) == (self.serving.epoch, self.serving.generation):
             return None
-        return await self._in_thread(self._desired)
+        state = await self._in_thread(self._desired)
+        for crashed in self.caretaker.crashed(state.routes, _by_key(state)):
+            if await self._take_out(crashed):
+                state = await self._in_thread(self._desired)
+        return state
+
+    async def _take_out(self, what: Unfit) -> bool:
+        """Have the registry take a version out of its route. False where it stays, since nothing else can serve."""
+        observer = f"replica:{self.serving.replica_id}"
+        environment, model, version = self.serving.environment, what.model, what.version
+        done = await self._in_thread(
+            lambda: unfit.take_out(self.database, environment, model, version, observer=observer, reason=what.reason)
+        )
+        self.caretaker.told(what)
+        if done is None:
+            log.error("%s %s stays, for nothing else can serve: %s", model, version, what.reason)
+            return False
+        log.error("%s, for %s: %s", done, version, what.reason)
+        return True
+
+    async def _care(self) -> None:
+        """Look after the health of what is served: load an unhealthy version again once, then have it taken out."""
+        serving = self.serving
+        todo = self.caretaker.look(serving.loaded, serving.routes)
+        serving.health = {key: result.as_dict() for key, result in self.caretaker.results.items()}
+        if not self.settings.health.act or self._last is None:
+            return
+        for what, sick in todo:
+            try:
+                if what == "reload":
+                    log.error("%s %s is loaded again, for it is %s", sick.model, sick.version, sick.reason)
+                    async with self._lock:
+                        await self._apply(self._last, remember=False, anew=(sick.model, sick.version))
+                    self.caretaker.reloaded(sick)
+                elif await self._take_out(sick):
+                    await self.once()
+            except ModelkeepError as error:
+                log.error("nothing could be done about %s %s yet: %s", sick.model, sick.version, error)
 
     def _prepare(self) -> None:
         """Bring the registry to this release's schema. An empty one is made only where no other can have been lost."""
@@ -237,43 +319,40 @@ class Reconciler:
                     shadow=row.shadow,
                     slow_threshold_seconds=row.slow_threshold_seconds,
                     watch=row.watch,
+                    shadow_share=1.0 if row.shadow_share is None else row.shadow_share,
+                    promotion=row.promotion,
                 )
                 for row in rows
             ]
-            wanted = [
-                Wanted(
-                    row.model,
-                    row.version,
-                    row.digest,
-                    row.format,
-                    tuple(row.files),
-                    row.signature,
-                    bool(row.rows_independent),
-                )
-                for row in versions
-            ]
+            wanted = [wanted_of(row) for row in versions]
             # Read in one snapshot on SQLite; elsewhere a change in between shows as a newer generation at the next poll.
             return LastState(pulse.epoch, pulse.generation, tuple(routes), tuple(wanted))
 
-    async def _apply(self, state: LastState, *, remember: bool) -> None:
-        """Load what is missing, then flip all routes at once, then let go of what nobody needs."""
-        versions = {(version.model, version.version): version for version in state.versions}
+    async def _apply(self, state: LastState, *, remember: bool, anew: Key | None = None) -> None:
+        """Load what is missing (and `anew` again), then flip all routes at once, then let go of what nobody needs."""
+        wanted, state = state, self.backstop.over(state)
+        versions = _by_key(state)
+        held_back = self.caretaker.hold_back(state.routes, versions)
         loaded: dict[Key, LoadedVersion] = {}
         errors: dict[Key, str] = {}
         for key, version in versions.items():
             current = self.serving.loaded.get(key)
             if current is not None and current.digest == version.digest:
                 loaded[key] = current
+                if key != anew:
+                    continue
+            elif key in held_back:
                 continue
             try:
-                loaded[key] = await self._in_thread(partial(self._load, version), self._loader)
+                loaded[key] = await self._in_thread(partial(self.load, version), self._loader)
             except ModelkeepError as error:
                 errors[key] = str(error)
             except Exception as error:
                 log.exception("%s %s does not load", *key)
                 errors[key] = f"does not load: {type(error).__name__}: {error}"
         self._note_errors(errors)
-        routes = {route.model: self._servable(route, loaded, errors) for route in state.routes}
+        state = self.backstop.over(wanted)  # somebody may have put a hold while this was loading
+        routes = {route.model: self._servable(route, loaded, errors | held_back) for route in state.routes}
         for route in routes.values():
             # A route that had to stay on the old version keeps that version loaded.
             for name in filter(None, (route.stable, route.candidate)):
@@ -281,16 +360,44 @@ class Reconciler:
                     loaded[route.model, name] = self.serving.loaded[route.model, name]
         self._supersede(routes)
         unneeded = self.serving.install(routes, loaded, state.epoch, state.generation)
+        behind = sorted(
+            route.model
+            for route in wanted.routes
+            if routes[route.model] != route
+            or any((route.model, name) not in loaded for name in (route.stable, route.candidate) if name)
+        )
+        self._reached.append(replicas.Reached(state.epoch, state.generation, clock.now(), tuple(behind)))
+        self.applied = wanted
+        self.caretaker.settled(state.routes, routes, loaded)
+        self._let_go(unneeded, loaded)
+        if remember and not errors:
+            self._last = wanted
+            try:
+                await self._in_thread(lambda: laststate.write(self.state_file, wanted), self._loader)
+            except OSError as error:
+                log.error("the last state could not be kept in %s: %s", self.state_file, error)
+
+    def switch(self, route: Route, version: LoadedVersion) -> None:
+        """Send a model's traffic elsewhere now, against its route. What that makes needless goes when the round under way is over."""
+        loaded = {**self.serving.loaded, (version.model, version.version): version}
+        routes, epoch, generation = {**self.serving.routes, route.model: route}, self.serving.epoch, self.serving.generation
+        self._let_go(self.serving.install(routes, loaded, epoch, generation), loaded)
+        self._reached.append(replicas.Reached(epoch, generation, clock.now(), (route.model,)))
+        if self._tidying is None or self._tidying.done():
+            self._tidying = asyncio.create_task(self.again())
+
+    async def again(self) -> None:
+        """Serve what the registry wanted last, with the holds as they are now."""
+        async with self._lock:
+            if self.applied is not None:
+                await self._apply(self.applied, remember=False)
+
+    def _let_go(self, unneeded: list[LoadedVersion], loaded: Collection[Key]) -> None:
         for old in unneeded:
+            self.caretaker.leaving(old, replaced=(old.model, old.version) in loaded)
             task = asyncio.create_task(self._drain(old))
             self._drains.add(task)
             task.add_done_callback(self._drains.discard)
-        if remember and not errors:
-            self._last = state
-            try:
-                await self._in_thread(lambda: laststate.write(self.state_file, state), self._loader)
-            except OSError as error:
-                log.error("the last state could not be kept in %s: %s", self.state_file, error)
 
     def _servable(self, route: Route, loaded: dict[Key, LoadedVersion], errors: dict[Key, str]) -> Route:
         """The route as far as it can be served: without a candidate that does not load, and never with a stable that does not
@@ -316,13 +423,24 @@ class Reconciler:
             shadow=route.shadow and candidate is not None,
             slow_threshold_seconds=route.slow_threshold_seconds,
             watch=route.watch,
+            shadow_share=route.shadow_share,
+            promotion=route.promotion,
         )
 
-    def _load(self, version: Wanted) -> LoadedVersion:
+    def load(self, version: Wanted) -> LoadedVersion:
+        slot = self.caretaker.begin(version)
+        try:
+            return self._load_marked(version, slot)
+        except Exception as error:
+            self.caretaker.failed(version, slot, str(error))
+            raise
+
+    def _load_marked(self, version: Wanted, slot: Slot) -> LoadedVersion:
         started = self._monotonic()
         files = [store.StoredFile.from_dict(file) for file in version.files]
-        path = store.materialise(self.artifacts, files, self.cache)
+        path = store.materialise(self.backstop.kept.store, files, self.cache)
         signature = None if version.signature is None else Signature.from_dict(version.signature)
+        self.caretaker.loading(version, slot)
         runtime = load_runtime(path, version.format, signature=signature, threads=self.settings.server.threads)
         loaded = LoadedVersion(
             version.model,
@@ -332,7 +450,9 @@ class Reconciler:
             rows_independent=version.rows_independent,
             max_batch=self.settings.performance.batch_size,
             queue_size=self.settings.performance.queue_size,
+            mark=slot.mark,
         )
+        self.caretaker.keep(loaded, slot)
         log.info("loaded %s %s in %.3f s", version.model, version.version, self._monotonic() - started)
         return loaded
 
@@ -355,6 +475,7 @@ class Reconciler:
                 self.settings.server.drain_seconds,
             )
         version.close()
+        self.caretaker.gone(version)
 
     def _supersede(self, routes: dict[str, Route]) -> None:
         now = self._monotonic()
@@ -378,7 +499,7 @@ class Reconciler:
         fresh = [row for row in counts if self._reported.get(_count_key(row)) != row]
         state = (serving.epoch, serving.generation, tuple(sorted(self.errors.items())))
         due = self._monotonic() - self._reported_at >= _HEARTBEAT_SECONDS
-        if not (fresh or due or state != self._reported_state):
+        if not (fresh or due or self._reached or state != self._reported_state):
             return
         what = replicas.Report(
             id=serving.replica_id,
@@ -390,8 +511,13 @@ class Reconciler:
             serving=self._serving(),
             started_at=self.started_at,
             counts=tuple(fresh),
+            reached=tuple(self._reached),
         )
         await self._in_thread(lambda: replicas.report(self.database, what))
+        await self._tell_errors()
+        for told in what.reached:
+            with contextlib.suppress(ValueError):  # pushed out by newer ones meanwhile
+                self._reached.remove(told)
         self._reported_at, self._reported_state = self._monotonic(), state
         self._reported = {_count_key(row): row for row in counts}
         now = self._monotonic()
@@ -400,9 +526,39 @@ class Reconciler:
                 serving.forget_counts(model, [generation])
                 del self._superseded[model, generation]
 
+    async def _send_feedback(self) -> None:
+        """Give the registry the verdicts that clients posted. They wait here until it has them; an id that it has counts once."""
+        inbox = self.serving.feedback
+        for _ in range(_FEEDBACK_BATCHES):
+            batch = inbox.peek(_FEEDBACK_BATCH)
+            if not batch:
+                return
+            observer = f"replica:{self.serving.replica_id}"
+            environment = self.serving.environment
+            written = await self._in_thread(
+                partial(feedback.record, self.database, environment, batch, observer=observer)
+            )
+            inbox.done(len(batch), written.outcome())
+
+    async def _tell_errors(self) -> None:
+        """What could not be loaded goes on record, once for each version and reason."""
+        self._told_errors &= set(self.errors.items())
+        for key, error in self.errors.items():
+            if (key, error) in self._told_errors:
+                continue
+            environment, observer = self.serving.environment, f"replica:{self.serving.replica_id}"
+            await self._in_thread(
+                partial(unfit.note_unloadable, self.database, environment, *key, observer=observer, error=error)
+            )
+            self._told_errors.add((key, error))
+
     async def _in_thread(self, work: Callable[[], T], thread: ThreadPoolExecutor | None = None) -> T:
         return await asyncio.get_running_loop().run_in_executor(thread or self._thread, work)
 
 
 def _count_key(row: dict[str, Any]) -> tuple[str, str, int]:
     return (row["model"], row["version"], row["generation"])
+
+
+def _by_key(state: LastState) -> dict[Key, Wanted]:
+    return {(version.model, version.version): version for version in state.versions}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from registry.errors import NotFoundError
 
@@ -20,6 +21,10 @@ class Route:
     shadow: bool = False
     slow_threshold_seconds: float | None = None
     watch: bool = False
+    shadow_share: float = 1.0
+    """Share of the stable version's requests that the candidate sees copies of, where `shadow` is on."""
+    promotion: str | None = None
+    """Whose route it is: another promotion draws other keys."""
 
 
 def choose(route: Route, random: Callable[[], float]) -> str:
@@ -33,3 +38,17 @@ def choose(route: Route, random: Callable[[], float]) -> str:
             f"model '{route.model}' has no version in traffic; promote one, or name a version in the path"
         )
     return route.stable
+
+
+def mark_of(route: Route, key: bytes) -> int:
+    """64 bits of a client's key (header X-Route-Key), the same on every server while one promotion lasts.
+
+    Keyed by the model and the promotion: the next one draws other keys, so that the same users are not always the first.
+    """
+    salt = f"{route.model}/{route.promotion or route.candidate or route.stable}/".encode()
+    return int.from_bytes(blake2b(salt + key, digest_size=8).digest(), "big")
+
+
+def position_of(mark: int) -> float:
+    """Where a key stands, in [0, 1): below the weight it gets the candidate. As the weight grows, who had it keeps it."""
+    return (mark >> 11) / (1 << 53)

@@ -1,7 +1,11 @@
-"""What computes a model: ONNX Runtime or TorchScript behind one protocol. Queues and batches are the engine's."""
+"""What computes a model: ONNX Runtime, TorchScript or torch.export behind one protocol. Queues and batches are the engine's."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from registry import coreml, exported
 from registry.errors import RefusedError, UsageError
 from registry.signature import Signature, TensorSpec
 
@@ -56,7 +61,7 @@ class Runtime(Protocol):
 
 
 def load_runtime(path: Path, format: str, *, signature: Signature | None, threads: int = 1) -> Runtime:
-    """Load `path` ("onnx" or "torchscript"); `signature` is needed where the file has none. Raises RefusedError."""
+    """Load `path` ("onnx", "torchscript" or "pt2"); `signature` is needed where the file has none. Raises RefusedError."""
     if format == "onnx":
         return OnnxRuntime(path, threads=threads)
     if format == "torchscript":
@@ -65,7 +70,11 @@ def load_runtime(path: Path, format: str, *, signature: Signature | None, thread
                 f"{path.name}: a TorchScript file does not say what goes in and out; give it a signature"
             )
         return TorchScriptRuntime(path, signature, threads=threads)
-    raise RefusedError(f"{path.name}: format '{format}' is not known; known are onnx and torchscript")
+    if format == "pt2":
+        return ExportedRuntime(path, threads=threads)
+    if format == "coreml":
+        raise RefusedError(coreml.WHERE_IT_RUNS)
+    raise RefusedError(f"{path.name}: format '{format}' is not known; known are onnx, torchscript, pt2 and coreml")
 
 
 class OnnxRuntime:
@@ -109,8 +118,54 @@ class OnnxRuntime:
         self._session = None
 
 
-class TorchScriptRuntime:
-    """TorchScript on the CPU. Inputs go in by position, in the signature's order; outputs come out so, or by name."""
+class _TorchRuntime:
+    """A module of torch on the CPU."""
+
+    platform = "pytorch"
+    signature: Signature
+
+    def __init__(self, module: Any, *, threads: int, memory_bytes: int) -> None:
+        import torch
+
+        self._torch: Any = torch
+        self._module: Any = module
+        self._threads = threads
+        self._thread: int | None = None
+        self.memory_bytes = memory_bytes
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None) -> dict[str, NDArray[Any]]:
+        torch = self._torch
+        if self._thread != threading.get_ident():  # OpenMP keeps the number of threads for each calling thread
+            torch.set_num_threads(self._threads)
+            self._thread = threading.get_ident()
+        with torch.inference_mode():
+            # A model may write into its inputs, and those of a request are read-only views of its body.
+            answer = self._call([torch.from_numpy(np.array(inputs[spec.name])) for spec in self.signature.inputs])
+        named = self._named(answer)
+        names = [spec.name for spec in self.signature.outputs] if outputs is None else outputs
+        return {name: np.ascontiguousarray(named[name].detach().cpu().numpy()) for name in names}
+
+    def _call(self, tensors: list[Any]) -> Any:
+        return self._module(*tensors)
+
+    def _named(self, answer: Any) -> dict[str, Any]:
+        names = [spec.name for spec in self.signature.outputs]
+        if isinstance(answer, dict):
+            missing = [name for name in names if name not in answer]
+            if missing:
+                raise ValueError(f"the model's answer lacks {_listed(missing)}; it has {_listed(answer)}")
+            return answer
+        values = list(answer) if isinstance(answer, (tuple, list)) else [answer]
+        if len(values) != len(names):
+            raise ValueError(f"the model answered {len(values)} tensors, its signature has {len(names)}")
+        return dict(zip(names, values, strict=True))
+
+    def close(self) -> None:
+        self._module = None
+
+
+class TorchScriptRuntime(_TorchRuntime):
+    """TorchScript. Inputs go in by position, in the signature's order; outputs come out so, or by name."""
 
     platform = "pytorch_libtorch"
 
@@ -127,40 +182,39 @@ class TorchScriptRuntime:
             except (RuntimeError, ValueError, OSError) as error:
                 raise RefusedError(f"{path.name}: TorchScript cannot load it: {first_line(error)}") from error
             grown = resident_bytes() - before
-        self._torch: Any = torch
-        self._module: Any = module
-        self._threads = threads
-        self._thread: int | None = None
+        super().__init__(module, threads=threads, memory_bytes=max(grown, _weights_bytes(path)))
         self.signature = signature
-        self.memory_bytes = max(grown, _weights_bytes(path))
 
-    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None) -> dict[str, NDArray[Any]]:
-        torch = self._torch
-        if self._thread != threading.get_ident():  # OpenMP keeps the number of threads for each calling thread
-            torch.set_num_threads(self._threads)
-            self._thread = threading.get_ident()
-        with torch.inference_mode():
-            # A model may write into its inputs, and those of a request are read-only views of its body.
-            tensors = [torch.from_numpy(np.array(inputs[spec.name])) for spec in self.signature.inputs]
-            answer = self._module(*tensors)
-        named = self._named(answer)
-        names = [spec.name for spec in self.signature.outputs] if outputs is None else outputs
-        return {name: np.ascontiguousarray(named[name].detach().cpu().numpy()) for name in names}
 
-    def _named(self, answer: Any) -> dict[str, Any]:
-        names = [spec.name for spec in self.signature.outputs]
-        if isinstance(answer, dict):
-            missing = [name for name in names if name not in answer]
-            if missing:
-                raise ValueError(f"the model's answer lacks {_listed(missing)}; it has {_listed(answer)}")
-            return answer
-        values = list(answer) if isinstance(answer, (tuple, list)) else [answer]
-        if len(values) != len(names):
-            raise ValueError(f"the model answered {len(values)} tensors, its signature has {len(names)}")
-        return dict(zip(names, values, strict=True))
+class ExportedRuntime(_TorchRuntime):
+    """A torch.export program. The file is checked again, and torch gets a copy of what was checked, without pickles."""
 
-    def close(self) -> None:
-        self._module = None
+    platform = "pytorch_export"
+
+    def __init__(self, path: Path, *, threads: int = 1) -> None:
+        import torch.export
+
+        with _loading, tempfile.TemporaryDirectory(prefix="modelkeep-pt2-") as folder:
+            clean = Path(folder) / "model.pt2"
+            self._program = exported.rewritten(path, clean, max_bytes=sys.maxsize)
+            # Its reader brings a compiler along, which is no memory of this model.
+            with contextlib.suppress(ImportError):
+                importlib.import_module("torch.export.pt2_archive._package")
+            before = resident_bytes()
+            try:
+                module = torch.export.load(str(clean)).module()
+            except Exception as error:  # what its deserialiser raises has no base of its own
+                raise RefusedError(f"{path.name}: torch.export cannot load it: {first_line(error)}") from error
+            grown = resident_bytes() - before
+        super().__init__(module, threads=threads, memory_bytes=max(grown, _weights_bytes(path)))
+        self.signature = self._program.signature
+
+    def _call(self, tensors: list[Any]) -> Any:
+        by_name = self.signature.inputs[self._program.positional :]
+        return self._module(
+            *tensors[: self._program.positional],
+            **{spec.name: tensor for spec, tensor in zip(by_name, tensors[self._program.positional :], strict=True)},
+        )
 
 
 def resident_bytes() -> int:

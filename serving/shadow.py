@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,19 +58,40 @@ def offer(
     return True
 
 
-def compare(expected: Arrays, got: Arrays) -> tuple[bool, bool]:
-    """(disagrees, differs): another top class on the last axis of the first output; a value beyond tolerance anywhere.
+class Comparison(NamedTuple):
+    """How two answers to one request stand to each other; the three ways to agree of the policy's `agreement`."""
 
-    Where the first output has no classes (a last axis of fewer than two, or no floats) the two are the same.
-    """
+    disagrees: bool
+    """Another top class on the last axis of the first output ("top")."""
+    differs: bool
+    """A value beyond tolerance somewhere ("tolerance")."""
+    inexact: bool
+    """Not equal to the bit ("exact")."""
+
+
+AGREES = Comparison(False, False, False)
+
+
+def compare(expected: Arrays, got: Arrays) -> Comparison:
+    """Where the first output has no classes (a last axis of fewer than two, or no floats), `disagrees` is `differs`."""
+    if all(name in got and _same(want, got[name]) for name, want in expected.items()):
+        return AGREES
     differs = any(name not in got or not _close(want, got[name]) for name, want in expected.items())
     first = next(iter(expected), None)
     if first is None or first not in got:
-        return differs, differs
+        return Comparison(differs, differs, True)
     want, have = expected[first], got[first]
     if want.shape != have.shape or want.dtype.kind != "f" or want.ndim == 0 or want.shape[-1] < 2 or want.size == 0:
-        return differs, differs
-    return bool((want.argmax(axis=-1) != have.argmax(axis=-1)).any()), differs
+        return Comparison(differs, differs, True)
+    return Comparison(bool((want.argmax(axis=-1) != have.argmax(axis=-1)).any()), differs, True)
+
+
+def _same(want: NDArray[Any], have: NDArray[Any]) -> bool:
+    if want.shape != have.shape or want.dtype != have.dtype:
+        return False
+    if want.dtype.kind == "O":
+        return bool(np.array_equal(want, have))
+    return want.tobytes() == have.tobytes()
 
 
 def _close(want: NDArray[Any], have: NDArray[Any]) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 
 from registry.errors import NotFoundError, UnavailableError
 from serving.engine import LoadedVersion
-from serving.routing import Route, choose
+from serving.feedback import Inbox, Remembered
+from serving.routing import Route, choose, mark_of, position_of
 from serving.telemetry import VersionTelemetry, WatchCounts
 
 _TELEMETRY_KEPT = 64
@@ -37,6 +38,14 @@ class Serving:
         """Whether those who connected while no server was there are being worked off: they wait for their turn."""
         self.unrouted_codes: dict[int, int] = {}
         """Answers by status of requests that never reached a version."""
+        self.auth_failures: dict[str, int] = {}
+        """Requests that the guard refused, by reason."""
+        self.health: dict[tuple[str, str], dict[str, Any]] = {}
+        """What was last found of the health of each loaded version; see serving.health."""
+        self.feedback = Inbox()
+        """Verdicts on answers, on their way to the registry."""
+        self.remembered = Remembered()
+        """Who answered the requests that came with an id of their own, while their route is watched."""
         self._telemetry: dict[tuple[str, str], VersionTelemetry] = {}
         self._watch: dict[tuple[str, str], dict[int, WatchCounts]] = {}
 
@@ -72,17 +81,24 @@ class Serving:
             del self._telemetry[key]
         return removed
 
-    def admit(self, model: str, version: str | None) -> tuple[LoadedVersion, Route | None]:
-        """The version that answers, held for the caller (who must release it), and the route if that was what chose.
+    def admit(
+        self, model: str, version: str | None, key: bytes | None = None
+    ) -> tuple[LoadedVersion, Route | None, int | None]:
+        """The version that answers, held for the caller (who must release it), the route if that was what chose, and the mark
+        of the client's key, by which every server chooses the same.
 
         Raises NotFoundError for a model or version that is not here, UnavailableError for one that should be.
         """
-        route = None
+        route = mark = None
         if version is None:
             route = self.routes.get(model)
             if route is None:
                 raise NotFoundError(self._unknown(model))
-            name = choose(route, self.random)
+            if key is None:
+                name = choose(route, self.random)
+            else:
+                mark = mark_of(route, key)
+                name = choose(route, lambda: position_of(mark))
             loaded = self.loaded.get((model, name))
             if loaded is None and name == route.candidate and route.stable is not None:
                 loaded = self.loaded.get((model, route.stable))
@@ -93,7 +109,7 @@ class Serving:
             if loaded is None:
                 raise NotFoundError(self._unknown(model, version))
         loaded.acquire()
-        return loaded, route
+        return loaded, route, mark
 
     def versions(self, model: str, version: str | None = None) -> list[LoadedVersion]:
         """The loaded versions of a model, or the one that is named. Raises NotFoundError where there are none."""

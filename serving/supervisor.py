@@ -68,11 +68,20 @@ def who_listens(port: int) -> str | None:
 
 
 def check_exposure(settings: Settings, host: str) -> None:
-    """This release has no API keys yet: refuse to listen where others can reach it, unless told that something in front guards it."""
-    if host not in LOOPBACK and not settings.security.allow_unauthenticated:
-        raise SettingsError(
-            f"server.host = {host!r} is reachable from other machines and this release has no API keys: listen on 127.0.0.1 behind a "
-            "proxy that authenticates, or accept the risk with MODELKEEP_SECURITY__ALLOW_UNAUTHENTICATED=true"
+    """Say in the log what it means to listen where others can reach it."""
+    if host in LOOPBACK:
+        return
+    if settings.security.allow_unauthenticated:
+        log.warning(
+            "server.host = %r is reachable from other machines, and security.allow_unauthenticated asks nobody for a key: let "
+            "something in front authenticate",
+            host,
+        )
+    else:
+        log.warning(
+            "server.host = %r is reachable from other machines: requests need an API key (modelkeep keys create NAME --role ROLE). They "
+            "are not encrypted: put a proxy with TLS in front where the network is not yours",
+            host,
         )
 
 
@@ -83,7 +92,7 @@ class Supervisor:
         check_exposure(settings, host)
         self.listener = listen(host, port)
         self.host, self.port = host, int(self.listener.getsockname()[1])
-        self.address = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self.address = settings.server.address or f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         self.folder = settings.home / "serving" / f"{settings.environment}-{self.port}"
         self.grace_seconds = settings.server.drain_seconds + 5
         self._child: subprocess.Popen[bytes] | None = None

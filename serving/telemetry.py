@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import Any
 
+from serving.clusters import Clusters
+
 
 def _bounds() -> tuple[float, ...]:
     """Log-spaced, about 5 % a step, through every 1, 2 and 5 so that the coarse buckets of /metrics fall on bounds."""
@@ -36,11 +38,13 @@ class WatchCounts:
     `requests` are answered requests, good or bad; `errors` those that the version failed; `slow` those above the
     route's threshold. The shadow_* counts are of copies: `shadow_requests` computed, `shadow_errors` failed,
     `shadow_slow` above the threshold, `shadow_disagreements` where the top class differs from the stable's (where there
-    are no classes: a value beyond tolerance), `shadow_differences` with a value beyond tolerance, `shadow_dropped` not
-    computed because there was live work to do.
+    are no classes: a value beyond tolerance), `shadow_differences` with a value beyond tolerance, `shadow_inexact` not
+    equal to the bit, `shadow_dropped` not computed because there was live work to do. The clusters say which of the bad
+    requests have one cause.
     """
 
     __slots__ = (
+        "error_clusters",
         "errors",
         "latency",
         "latency_seconds_total",
@@ -49,9 +53,11 @@ class WatchCounts:
         "shadow_disagreements",
         "shadow_dropped",
         "shadow_errors",
+        "shadow_inexact",
         "shadow_requests",
         "shadow_slow",
         "slow",
+        "slow_clusters",
     )
 
     def __init__(self) -> None:
@@ -63,32 +69,64 @@ class WatchCounts:
         self.shadow_slow = 0
         self.shadow_disagreements = 0
         self.shadow_differences = 0
+        self.shadow_inexact = 0
         self.shadow_dropped = 0
         self.latency_seconds_total = 0.0
         self.latency = [0] * _BUCKETS
+        self.error_clusters = Clusters()
+        self.slow_clusters = Clusters()
 
-    def record(self, latency_seconds: float, *, error: bool, slow: bool) -> None:
+    def record(
+        self, latency_seconds: float, *, error: bool, slow: bool, batch: int = 0, key: int | None = None
+    ) -> None:
+        """Count an answered request, of an executed batch (0: none that is known) and of a client's key."""
         self.requests += 1
         self.latency[bisect_left(LATENCY_BOUNDS_SECONDS, latency_seconds)] += 1
         self.latency_seconds_total += latency_seconds
         if error:
-            self.errors += 1
+            self.record_error(batch, key)
         if slow:
             self.slow += 1
+            self.slow_clusters.add(batch, key)
 
-    def record_copy(self, *, error: bool, slow: bool, disagrees: bool, differs: bool) -> None:
+    def record_error(self, batch: int, key: int | None) -> None:
+        """Count the error of a request that is counted already, or is being counted."""
+        self.errors += 1
+        self.error_clusters.add(batch, key)
+
+    def record_copy(self, *, error: bool, slow: bool, disagrees: bool, differs: bool, inexact: bool) -> None:
         self.shadow_requests += 1
         self.shadow_errors += error
         self.shadow_slow += slow
         self.shadow_disagreements += disagrees
         self.shadow_differences += differs
+        self.shadow_inexact += inexact
+
+    def summary(self) -> dict[str, Any]:
+        """What a person asks first: requests, errors, mean latency, and the bound in seconds that 95 % were within.
+
+        Absent is what nothing was measured of; `p95_seconds` is None as well where it lies beyond the last bound.
+        """
+        if not self.requests:
+            return {"requests": 0, "errors": 0, "mean_seconds": None, "p95_seconds": None}
+        wanted, seen, p95 = 0.95 * self.requests, 0, None
+        for bound, count in zip(LATENCY_BOUNDS_SECONDS, self.latency, strict=False):
+            seen += count
+            if seen >= wanted:
+                p95 = bound
+                break
+        mean = round(self.latency_seconds_total / self.requests, 9)
+        return {"requests": self.requests, "errors": self.errors, "mean_seconds": mean, "p95_seconds": p95}
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able. `latency` is sparse, {upper bound in seconds as text: count}, the last bound being "inf"."""
-        counts: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__ if name != "latency"}
+        counts: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
         counts["latency_seconds_total"] = round(self.latency_seconds_total, 6)
         counts["latency"] = {_NAMES[k]: count for k, count in enumerate(self.latency) if count}
-        return counts
+        return {**counts, **self.error_clusters.as_dict("error"), **self.slow_clusters.as_dict("slow")}
+
+
+_PLAIN = tuple(name for name in WatchCounts.__slots__ if name not in ("latency", "error_clusters", "slow_clusters"))
 
 
 class VersionTelemetry:

@@ -7,17 +7,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 from registry.policy import PromotionPolicy
+from tasks.evalues import (
+    binomial_tail,
+    log_e_of_windows,
+    log_e_one_sample,
+    log_e_two_sample,
+    p0,
+    upper_rate_bound,
+)
+from tasks.figures import Evidence, Judgement, StreamCounts, Verdict, Window
+
+__all__ = [
+    "Evidence",
+    "Judgement",
+    "StreamCounts",
+    "Verdict",
+    "Window",
+    "disagreement",
+    "judge",
+    "judge_shadow",
+    "judge_soak",
+]
 
 STREAMS: tuple[str, ...] = ("error", "slow")
 """The streams of bad requests that are judged. Each pays for the others: the threshold is `evidence` x their number."""
-
-BOUND_CONFIDENCE = 0.99
-"""Confidence of the upper bound on the stable version's frozen rate, for when it has no traffic to compare with."""
 
 NEGLIGIBLE_RATE = 0.001
 """A rate of bad requests below this holds nobody up: it is the error budget of the default objective, 99.9 %."""
@@ -41,239 +57,23 @@ STALLED_SHARE = 0.25
 BAD_SLICE_LEVEL = 0.05
 """A slice is bad where so many bad requests in it have at most this probability at the rate that the margin allows."""
 
+OPTIONAL = frozenset({"feedback", "quality"})
+"""Streams that exist only where somebody posts verdicts or a scorer is installed. A stage that has none is not held up."""
+
+VERDICTS_LEAST = 20
+"""A stream in OPTIONAL is judged from this many verdicts on each side."""
+
+AGREEMENT_COPIES_LEAST = 20
+"""From this many copies on, the end of a shadow stage may refuse a candidate for disagreeing."""
+
+AGREEMENT_LEVEL = 0.01
+"""At the end of the shadow: the probability of so many disagreements at the agreement that is asked for."""
+
+SUDDEN_EVENTS = 5.0
+"""A sudden failure is of at least so many events: one failed batch, or one user who always fails, is none."""
+
 SUDDEN_RATIO = 2.0
 """A sudden failure is the candidate's where its share of bad requests is at least this many times the stable version's."""
-
-Verdict = Literal["continue", "advance", "withdraw"]
-
-
-@dataclass(frozen=True, slots=True)
-class StreamCounts:
-    """Requests that a version answered and how many of them were bad in one stream (cumulative within a window)."""
-
-    requests: int = 0
-    bad: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.bad <= self.requests:
-            raise ValueError(f"{self.bad} bad of {self.requests} requests: counts must satisfy 0 <= bad <= requests")
-
-    @property
-    def rate(self) -> float | None:
-        return self.bad / self.requests if self.requests else None
-
-    def __add__(self, other: StreamCounts) -> StreamCounts:
-        return StreamCounts(self.requests + other.requests, self.bad + other.bad)
-
-    def __sub__(self, earlier: StreamCounts) -> StreamCounts:
-        return StreamCounts(self.requests - earlier.requests, self.bad - earlier.bad)
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Counts under constant weights. A stage is one window, or several where weights or generations changed within it.
-
-    `weight` is the share that the route gives the candidate; the test itself uses the share that it really had.
-    """
-
-    stage: str
-    weight: float
-    candidate: Mapping[str, StreamCounts] = field(default_factory=dict)
-    stable: Mapping[str, StreamCounts] = field(default_factory=dict)
-    slices: Sequence[Mapping[str, StreamCounts]] = ()
-    """At weight 1: what the candidate gained in each slice of at least SLICE_SECONDS, for the streams in TIMED."""
-
-    def since(self, earlier: Window) -> Window:
-        """What this window gained after `earlier`, a look at the same window: a stage cut into two windows."""
-        return Window(
-            self.stage,
-            self.weight,
-            {s: n - earlier.candidate.get(s, StreamCounts()) for s, n in self.candidate.items()},
-            {s: n - earlier.stable.get(s, StreamCounts()) for s, n in self.stable.items()},
-        )
-
-    @property
-    def candidate_requests(self) -> int:
-        return max((counts.requests for counts in self.candidate.values()), default=0)
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """One stream's figures in the current stage, and its e-value over all windows so far."""
-
-    stream: str
-    candidate: StreamCounts
-    stable: StreamCounts
-    rate_candidate: float | None
-    rate_stable: float | None
-    compared_with: Literal["stable", "frozen", "nothing"]
-    log_e: float
-    threshold: float
-    windows: int
-    margin: float
-    tail_probability: float | None
-
-    @property
-    def e_value(self) -> float:
-        return math.exp(min(self.log_e, 700.0))
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "e_value": self.e_value}
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """What to do now, why in one sentence, and the figures behind it."""
-
-    verdict: Verdict
-    reason: str
-    evidence: list[Evidence]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "verdict": self.verdict,
-            "reason": self.reason,
-            "evidence": [item.as_dict() for item in self.evidence],
-        }
-
-
-# --- the beta distribution, in logarithms -----------------------------------------------------------------------------
-
-
-def log_beta(a: float, b: float) -> float:
-    """Natural logarithm of the beta function B(a, b)."""
-    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-
-
-def log_beta_tails(x: float, a: float, b: float) -> tuple[float, float]:
-    """(ln I_x(a, b), ln(1 - I_x(a, b))) of the regularised incomplete beta function, both to full relative precision.
-
-    The smaller tail comes from the continued fraction DLMF 8.17.22, evaluated by Lentz's method as modified by Thompson
-    and Barnett; the other is its complement, which loses nothing because it is not small.
-    """
-    if not (a > 0 and b > 0 and 0 <= x <= 1):
-        raise ValueError(f"I_x(a, b) needs a, b > 0 and 0 <= x <= 1, not x={x}, a={a}, b={b}")
-    if x == 0:
-        return -math.inf, 0.0
-    if x == 1:
-        return 0.0, -math.inf
-    front = a * math.log(x) + b * math.log1p(-x) - log_beta(a, b)
-    if x <= (a + 1) / (a + b + 2):
-        small = min(front - math.log(a) + math.log(_continued_fraction(x, a, b)), 0.0)
-        return small, _log_complement(small)
-    small = min(front - math.log(b) + math.log(_continued_fraction(1 - x, b, a)), 0.0)
-    return _log_complement(small), small
-
-
-def _log_complement(log_p: float) -> float:
-    if log_p >= 0:
-        return -math.inf
-    return math.log(-math.expm1(log_p)) if log_p > -math.log(2) else math.log1p(-math.exp(log_p))
-
-
-def _continued_fraction(x: float, a: float, b: float) -> float:
-    tiny = 1e-300
-    c, d = 1.0, 1 - (a + b) * x / (a + 1)
-    d = 1 / (d if abs(d) > tiny else tiny)
-    value = d
-    # Near the mean it takes about sqrt(max(a, b)) steps, elsewhere a few dozen.
-    for m in range(1, 1000 + int(10 * math.sqrt(max(a, b)))):
-        for numerator in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1 + numerator * d
-            d = 1 / (d if abs(d) > tiny else tiny)
-            c = 1 + numerator / c
-            c = c if abs(c) > tiny else tiny
-            value *= c * d
-        if abs(c * d - 1) < 1e-15:
-            return value
-    raise ArithmeticError(f"the continued fraction of I_x(a, b) does not converge at x={x}, a={a}, b={b}")
-
-
-def binomial_tail(bad: int, total: int, p: float) -> float:
-    """P(X >= bad) for X binomial(total, p)."""
-    if bad <= 0:
-        return 1.0
-    return math.exp(log_beta_tails(p, bad, total - bad + 1)[0])
-
-
-@lru_cache(maxsize=256)
-def upper_rate_bound(bad: int, total: int, confidence: float = BOUND_CONFIDENCE) -> float:
-    """One-sided upper confidence bound on a rate (Clopper and Pearson 1934): exact, never too low; 1 without data."""
-    if total <= 0 or bad >= total:
-        return 1.0
-    target = math.log(1 - confidence)
-    low, high = bad / total, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if log_beta_tails(middle, bad + 1, total - bad)[1] > target:  # P(X <= bad) still above 1 - confidence
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-# --- e-values ---------------------------------------------------------------------------------------------------------
-
-
-def p0(weight: float, margin: float) -> float:
-    """The most probable that a bad event is the candidate's, while its rate is at most (1 + margin) x the stable's.
-
-    `weight` is the candidate's realised share of the requests in the window.
-    """
-    favoured = weight * (1 + margin)
-    return favoured / (favoured + 1 - weight)
-
-
-def _log_e(candidate_events: int, other_events: int, null: float) -> float:
-    """ln of the mixture likelihood ratio against p <= null, mixed over Beta(1, (1 - null) / null) cut to p > null."""
-    if not 0 < null < 1 or candidate_events + other_events == 0:
-        return 0.0
-    a, b = 1.0, (1 - null) / null
-    after_a, after_b = a + candidate_events, b + other_events
-    return (
-        log_beta(after_a, after_b)
-        + log_beta_tails(null, after_a, after_b)[1]
-        - log_beta(a, b)
-        - log_beta_tails(null, a, b)[1]
-        - candidate_events * math.log(null)
-        - other_events * math.log1p(-null)
-    )
-
-
-def log_e_two_sample(candidate_bad: int, stable_bad: int, weight: float, margin: float) -> float:
-    """ln e of one window for "the candidate's rate of bad requests is at most (1 + margin) x the stable's".
-
-    `weight` is the realised share. Where only one of the two had requests there is nothing to compare: 0 (e = 1).
-    """
-    return _log_e(candidate_bad, stable_bad, p0(weight, margin))
-
-
-def log_e_one_sample(bad: int, good: int, p0: float) -> float:
-    """ln e of one window for "the candidate's rate of bad requests is at most p0"; 0 (e = 1) where p0 is 1 or more."""
-    return _log_e(bad, good, p0)
-
-
-def log_e_of_windows(logs: Sequence[float]) -> float:
-    """ln e over successive windows: the products of their e-values, mixed over the window from which trouble may date.
-
-    A plain product would charge a candidate that turns bad late with all the good windows before; so product k leaves
-    out the windows before k, and has the weight 1 / (k (k + 1)). These sum to 1, with what is left on the constant 1
-    (windows that are still to come), so the mixture is an e-value at every look, like the product, and is
-    never below 1 / (number of windows + 1).
-    """
-    n = len(logs)
-    terms, product = [-math.log(n + 1)], 0.0
-    for k in range(n, 0, -1):
-        product += logs[k - 1]
-        terms.append(product - math.log(k * (k + 1)))
-    top = max(terms)
-    return top + math.log(sum(math.exp(term - top) for term in terms))
-
-
-# --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
 def judge(
@@ -284,6 +84,7 @@ def judge(
     stage_seconds: float,
     recent: Window | None = None,
     streams: Sequence[str] = STREAMS,
+    not_judged: Mapping[str, str] | None = None,
 ) -> Judgement:
     """Judge a canary stage; the last window is the current one and its `stage` the current stage.
 
@@ -294,15 +95,16 @@ def judge(
         stage_seconds: how long the current stage has lasted.
         recent: what the current window gained lately (`Window.since`), so that a sudden failure shows in a long window.
         streams: which streams to judge.
+        not_judged: streams that cannot be judged, with the reason; it is put on record with the decision.
 
     Returns: "withdraw" on evidence or a sudden failure; "advance" once the stage lasted, was busy enough, and no stream
     stands above the margin; else "continue", with the reason that holds it.
     """
-    current = _current(windows)
+    current, unjudged = _current(windows), dict(not_judged or {})
     evidence = _weigh(windows, frozen, policy, streams)
     bad_news = _found_bad(evidence, current, recent, policy)
     if bad_news:
-        return Judgement("withdraw", bad_news, evidence)
+        return Judgement("withdraw", bad_news, evidence, unjudged)
     requests = sum(w.candidate_requests for w in windows if w.stage == current.stage)
     if stage_seconds < policy.dwell_seconds:
         return Judgement(
@@ -310,6 +112,7 @@ def judge(
             f"{current.stage}: {stage_seconds:.0f} s of at least {policy.dwell_seconds:.0f} s, "
             f"{requests} requests; {_summary(evidence)}.",
             evidence,
+            unjudged,
         )
     if requests < policy.minimum_requests:
         return Judgement(
@@ -317,14 +120,17 @@ def judge(
             f"{current.stage}: the candidate has answered {requests} requests of at least {policy.minimum_requests}; "
             f"{_summary(evidence)}.",
             evidence,
+            unjudged,
         )
     doubts = [doubt for item in evidence if (doubt := _doubt(item))]
     if doubts:
-        return Judgement("continue", f"{current.stage}: {'; '.join(doubts)}.", evidence)
+        return Judgement("continue", f"{current.stage}: {'; '.join(doubts)}.", evidence, unjudged)
     return Judgement(
         "advance",
-        f"{current.stage} passed with {requests} requests in {stage_seconds:.0f} s: {_summary(evidence)}.",
+        f"{current.stage} passed with {requests} requests in {stage_seconds:.0f} s: {_summary(evidence)}. {_highest(evidence)}"
+        + _unjudged(unjudged),
         evidence,
+        unjudged,
     )
 
 
@@ -334,26 +140,63 @@ def judge_shadow(
     *,
     stage_seconds: float,
     streams: Sequence[str] = STREAMS,
+    agreement: StreamCounts | None = None,
+    not_judged: Mapping[str, str] | None = None,
 ) -> Judgement:
     """Judge the shadow stage: the candidate's copies against the stable's own requests, by their realised shares.
 
     Nobody is hurt by a shadow, so few copies delay nothing; they are named in the reason. With `shadow_gate` off it
-    reports and never withdraws.
+    reports and never withdraws. `agreement` holds the compared copies, bad where the two answers do not agree by the
+    policy's `agreement`; it is held against the candidate where the policy has `shadow_agreement`.
     """
     current = _current(windows)
+    unjudged = dict(not_judged or {})
     evidence = _weigh(windows, {}, policy, streams)
     bad_news = _found_bad(evidence, current, None, policy)
     if bad_news and policy.shadow_gate:
-        return Judgement("withdraw", bad_news, evidence)
+        return Judgement("withdraw", bad_news, evidence, unjudged)
+    over = stage_seconds >= policy.shadow_seconds
+    if agreement is not None and policy.shadow_agreement is not None:
+        refuted = disagreement(agreement, policy.shadow_agreement, policy.evidence, final=over)
+        if refuted:
+            return Judgement("withdraw", f"{current.stage}: {refuted}", evidence, unjudged)
+        if over and agreement.requests < AGREEMENT_COPIES_LEAST:
+            unjudged["agreement"] = (
+                f"{agreement.requests} copies were compared, at least {AGREEMENT_COPIES_LEAST} are needed"
+            )
     requests = sum(w.candidate_requests for w in windows if w.stage == current.stage)
     few = f", fewer than the {policy.shadow_requests} wanted" if requests < policy.shadow_requests else ""
     ungated = f" Reported only, the shadow gate is off: {bad_news}" if bad_news else ""
-    verdict: Verdict = "continue" if stage_seconds < policy.shadow_seconds else "advance"
+    verdict: Verdict = "advance" if over else "continue"
     return Judgement(
         verdict,
-        f"{current.stage}: {requests} copies in {stage_seconds:.0f} s{few}; {_summary(evidence)}.{ungated}",
+        f"{current.stage}: {requests} copies in {stage_seconds:.0f} s{few}; {_summary(evidence)}.{ungated}"
+        + _unjudged(unjudged),
         evidence,
+        unjudged,
     )
+
+
+def disagreement(compared: StreamCounts, required: float, evidence: float, *, final: bool) -> str | None:
+    """Why the answers agree less often than `required` (a share), None where that is not shown.
+
+    At any look by the one-sample e-value against a share of 1 - `required` of disagreements; with `final`, which is one look
+    only, also by the exact binomial test at AGREEMENT_LEVEL, from AGREEMENT_COPIES_LEAST copies on. Three copies never do.
+    What is asked beyond 1 - NEGLIGIBLE_RATE is judged as that.
+    """
+    allowed = max(1 - required, NEGLIGIBLE_RATE)
+    e = log_e_one_sample(compared.bad, compared.requests - compared.bad, allowed)
+    enough = final and compared.requests >= AGREEMENT_COPIES_LEAST
+    tail = binomial_tail(compared.bad, compared.requests, allowed) if enough else 1.0
+    if e < math.log(evidence) and tail > AGREEMENT_LEVEL:
+        return None
+    share = 1 - compared.bad / compared.requests
+    how = (
+        f"on evidence of {_number(math.exp(min(e, 700.0)))} against a threshold of {evidence:g}"
+        if e >= math.log(evidence)
+        else f"and as few have a probability of {tail:.2g} where {required:.1%} agree"
+    )
+    return f"the answers agree in {share:.1%} of {compared.requests} copies, {required:.1%} are asked for, {how}."
 
 
 def judge_soak(
@@ -364,20 +207,22 @@ def judge_soak(
     stage_seconds: float,
     recent: Window | None = None,
     streams: Sequence[str] = STREAMS,
+    not_judged: Mapping[str, str] | None = None,
 ) -> Judgement:
     """Judge the soak: the promoted version against the frozen rates of the one before; "advance" means it is over.
 
     `windows` may go on from the canary's or hold the soak's alone. Without traffic it ends by time, and says so.
     """
-    current = _current(windows)
+    current, unjudged = _current(windows), dict(not_judged or {})
     evidence = _weigh(windows, frozen, policy, streams)
     bad_news = _found_bad(evidence, current, recent, policy)
     if bad_news:
-        return Judgement("withdraw", bad_news, evidence)
+        return Judgement("withdraw", bad_news, evidence, unjudged)
     requests = sum(w.candidate_requests for w in windows if w.stage == current.stage)
     seen = f"{requests} requests in {stage_seconds:.0f} s" if requests else f"no requests in {stage_seconds:.0f} s"
     verdict: Verdict = "continue" if stage_seconds < policy.soak_seconds else "advance"
-    return Judgement(verdict, f"{current.stage}: {seen}; {_summary(evidence)}.", evidence)
+    reason = f"{current.stage}: {seen}; {_summary(evidence)}. {_highest(evidence)}" + _unjudged(unjudged)
+    return Judgement(verdict, reason, evidence, unjudged)
 
 
 def _current(windows: Sequence[Window]) -> Window:
@@ -395,8 +240,10 @@ def _weigh(
 def _evidence(
     stream: str, windows: Sequence[Window], frozen: StreamCounts, policy: PromotionPolicy, streams: int
 ) -> Evidence:
-    ceiling = min((1 + policy.margin) * upper_rate_bound(frozen.bad, frozen.requests), 1.0)
+    known = frozen.independence  # a rate that is known from few clusters is known less well
+    ceiling = min((1 + policy.margin) * upper_rate_bound(known * frozen.bad, known * frozen.requests), 1.0)
     none = StreamCounts()
+    worth = _worth(stream, windows, frozen)
     logs = []
     for window in windows:
         candidate, stable = window.candidate.get(stream, none), window.stable.get(stream, none)
@@ -404,10 +251,10 @@ def _evidence(
             bad, good = _bad_slices(window, stream, ceiling)
             logs.append(log_e_one_sample(bad, good, STALLED_SHARE))
         elif window.weight >= 1:
-            logs.append(log_e_one_sample(candidate.bad, candidate.requests - candidate.bad, ceiling))
+            logs.append(log_e_one_sample(worth * candidate.bad, worth * (candidate.requests - candidate.bad), ceiling))
         elif candidate.requests and stable.requests:
             share = candidate.requests / (candidate.requests + stable.requests)
-            logs.append(log_e_two_sample(candidate.bad, stable.bad, share, policy.margin))
+            logs.append(log_e_two_sample(worth * candidate.bad, worth * stable.bad, share, policy.margin))
         else:
             logs.append(0.0)
     stage = [w for w in windows if w.stage == windows[-1].stage]
@@ -421,12 +268,12 @@ def _evidence(
             bad, good = sum(s[0] for s in slices), sum(s[1] for s in slices)
             tail = binomial_tail(bad, bad + good, STALLED_SHARE) if bad > STALLED_SHARE * (bad + good) else 1.0
         elif frozen.requests and candidate.requests:
-            tail = binomial_tail(candidate.bad, candidate.requests, ceiling)
+            tail = binomial_tail(worth * candidate.bad, worth * candidate.requests, ceiling)
     else:
         stable, compared_with = sum((w.stable.get(stream, none) for w in stage), none), "stable"
         if stable.requests and candidate.requests:
             share = candidate.requests / (candidate.requests + stable.requests)
-            tail = binomial_tail(candidate.bad, candidate.bad + stable.bad, p0(share, policy.margin))
+            tail = binomial_tail(worth * candidate.bad, worth * (candidate.bad + stable.bad), p0(share, policy.margin))
     return Evidence(
         stream=stream,
         candidate=candidate,
@@ -439,13 +286,28 @@ def _evidence(
         windows=len(windows),
         margin=policy.margin,
         tail_probability=tail,
+        epoch=windows[-1].epoch,
+        generations=tuple(dict.fromkeys(w.generation for w in stage if w.generation is not None)),
     )
+
+
+def _worth(stream: str, windows: Sequence[Window], frozen: StreamCounts) -> float:
+    """What one bad request is worth as evidence, by the version whose bad requests are the more clustered so far.
+
+    One factor for both versions, so that the share of bad requests is what is compared, whoever's batches are the larger.
+    """
+    none = StreamCounts()
+    candidate = sum((w.candidate.get(stream, none) for w in windows), none)
+    stable = sum((w.stable.get(stream, none) for w in windows), none)
+    return min(candidate.independence, stable.independence, frozen.independence)
 
 
 def _bad_slices(window: Window, stream: str, ceiling: float) -> tuple[int, int]:
     """(bad, good) time slices of a window of weight 1; slices without requests say nothing."""
     counts = [piece[stream] for piece in window.slices if stream in piece and piece[stream].requests]
-    bad = sum(binomial_tail(c.bad, c.requests, ceiling) <= BAD_SLICE_LEVEL for c in counts)
+    bad = sum(
+        binomial_tail(c.independence * c.bad, c.independence * c.requests, ceiling) <= BAD_SLICE_LEVEL for c in counts
+    )
     return bad, len(counts) - bad
 
 
@@ -456,7 +318,7 @@ def _found_bad(
         if item.log_e >= math.log(item.threshold):
             return (
                 f"{current.stage}: {_figures(item)}, more than {1 + item.margin:g} times as many, "
-                f"on evidence of {_number(item.e_value)} against a threshold of {item.threshold:g}."
+                f"on evidence of {_number(item.e_value)} against a threshold of {item.threshold:g}{_where(item)}."
             )
     for window in (current, recent) if recent else (current,):
         for item in evidence:
@@ -466,6 +328,8 @@ def _found_bad(
             stable = window.stable.get(item.stream, StreamCounts())
             if candidate.requests < policy.sudden_requests or candidate.bad < policy.sudden_share * candidate.requests:
                 continue
+            if candidate.events < min(SUDDEN_EVENTS, policy.sudden_share * policy.sudden_requests):
+                continue  # one batch or one user
             # What hits both alike, say a stalled machine, is not the candidate's doing.
             share = candidate.bad / candidate.requests
             if stable.requests and share < SUDDEN_RATIO * stable.bad / stable.requests:
@@ -481,6 +345,8 @@ def _found_bad(
 def _doubt(item: Evidence) -> str | None:
     """Why this stream holds the stage up, or None."""
     if item.rate_candidate is None or item.rate_stable is None:
+        if item.stream in OPTIONAL:
+            return None
         return f"{_label(item.stream)}: nothing to compare with yet"
     if item.e_value >= SUSPICION:
         return f"{_figures(item)}: evidence of {_number(item.e_value)}, not enough to withdraw, too much to go on"
@@ -496,6 +362,29 @@ def _summary(evidence: Sequence[Evidence]) -> str:
     return "; ".join(_figures(item) for item in evidence)
 
 
+def _highest(evidence: Sequence[Evidence]) -> str:
+    """The strongest evidence against the candidate, and what it is measured by."""
+    if not evidence:
+        return ""
+    item = max(evidence, key=lambda item: item.log_e)
+    return (
+        f"The highest e-value is {_number(item.e_value)} ({_label(item.stream)}) of the {item.threshold:g} that withdraw, "
+        f"with a margin of {item.margin:.0%}{_where(item)}."
+    )
+
+
+def _where(item: Evidence) -> str:
+    """The window, in words."""
+    if not item.generations:
+        return ""
+    numbers = ", ".join(str(generation) for generation in item.generations)
+    return f", in generation{'s' if len(item.generations) > 1 else ''} {numbers} of epoch {item.epoch}"
+
+
+def _unjudged(streams: Mapping[str, str]) -> str:
+    return "".join(f" Not judged: {_label(stream)}, {why}." for stream, why in streams.items())
+
+
 def _figures(item: Evidence) -> str:
     whom = "the stable's frozen" if item.compared_with == "frozen" else "the stable's"
     against = f"{whom} {_share(item.stable)}" if item.stable.requests else "nothing to compare with"
@@ -503,11 +392,19 @@ def _figures(item: Evidence) -> str:
 
 
 def _label(stream: str) -> str:
-    return {"error": "errors", "slow": "slow answers"}.get(stream, stream)
+    return {
+        "error": "errors",
+        "slow": "slow answers",
+        "feedback": "bad verdicts",
+        "quality": "answers of low quality",
+    }.get(stream, stream)
 
 
 def _share(counts: StreamCounts) -> str:
-    return f"{counts.bad}/{counts.requests} ({counts.rate:.1%})" if counts.rate is not None else "0/0"
+    if counts.rate is None:
+        return "0/0"
+    alone = f", worth {counts.events:.3g} events" if counts.clustered else ""
+    return f"{counts.bad}/{counts.requests} ({counts.rate:.1%}{alone})"
 
 
 def _number(value: float) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from registry import replicas
+from registry import feedback, replicas
 from registry.database import Database
 from registry.promotions import Operation
 from tasks import judgement
@@ -19,39 +19,6 @@ BASELINE_SLICES = 5
 _SLICE_LEAST_REQUESTS = 20
 
 
-class Sliced:
-    """Cuts a window of weight 1 into time slices, look by look."""
-
-    def __init__(self) -> None:
-        self._slices: list[Mapping[str, StreamCounts]] = []
-        self._at, self._before = 0.0, Window("", 1.0)
-
-    def look(self, window: Window, elapsed: float) -> Window:
-        if window.weight < 1:
-            return window
-        if elapsed - self._at >= judgement.SLICE_SECONDS:
-            self._slices.append(window.since(self._before).candidate)
-            self._at, self._before = elapsed, window
-        return replace(window, slices=tuple(self._slices))
-
-
-class Parts:
-    """Cuts the soak into windows of a dwell, so that a version that turns bad late is not covered by its good time before."""
-
-    def __init__(self, dwell_seconds: float) -> None:
-        self._length = max(dwell_seconds, 10 * judgement.SLICE_SECONDS)
-        self._done: list[Window] = []
-        self._at, self._total, self._sliced = 0.0, Window("soak", 1.0), Sliced()
-
-    def look(self, total: Window, elapsed: float) -> list[Window]:
-        current = self._sliced.look(total.since(self._total), elapsed - self._at)
-        if elapsed - self._at < self._length:
-            return [*self._done, current]
-        self._done.append(current)
-        self._at, self._total, self._sliced = elapsed, total, Sliced()
-        return list(self._done)
-
-
 def recent(earlier: list[tuple[float, Window]], current: Window, elapsed: float, span: float = 30.0) -> Window | None:
     """What the current window gained in the last `span` seconds, so that a sudden failure shows in a long stage."""
     earlier.append((elapsed, current))
@@ -60,53 +27,135 @@ def recent(earlier: list[tuple[float, Window]], current: Window, elapsed: float,
     return current.since(earlier[0][1]) if elapsed - earlier[0][0] >= span / 2 else None
 
 
-def judged_streams(operation: Operation) -> tuple[str, ...]:
-    """Without a frozen p95 there is no "slow"; the record of the baseline says why."""
-    return judgement.STREAMS if operation.progress.get("slow_threshold_seconds") else ("error",)
+def judged_streams(
+    operation: Operation, windows: Sequence[Window] = (), frozen: Mapping[str, StreamCounts] | None = None
+) -> tuple[str, ...]:
+    """The streams that there is something to judge by. `not_judged` says why the others are not among them."""
+    gaps = not_judged(operation, windows, frozen)
+    return tuple(stream for stream in (*judgement.STREAMS, *sorted(judgement.OPTIONAL)) if stream not in gaps)
 
 
-def counts(database: Database, operation: Operation, window: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def not_judged(
+    operation: Operation, windows: Sequence[Window] = (), frozen: Mapping[str, StreamCounts] | None = None
+) -> dict[str, str]:
+    """The streams that cannot be judged, and why.
+
+    Without a frozen p95 there is no "slow". "feedback" and "quality" need verdicts on both sides: of the candidate, and of the
+    stable version beside it or, where it has no traffic any more, from before (`frozen`).
+    """
+    gaps = {}
+    if not operation.progress.get("slow_threshold_seconds"):
+        gaps["slow"] = "there is no frozen p95"
+    none, least = StreamCounts(), judgement.VERDICTS_LEAST
+    for stream in sorted(judgement.OPTIONAL):
+        candidate = sum((w.candidate.get(stream, none) for w in windows), none).requests
+        stable = sum((w.stable.get(stream, none) for w in windows), none).requests
+        stable = max(stable, (frozen or {}).get(stream, none).requests)
+        if candidate < least or stable < least:
+            what = "verdicts" if stream == "feedback" else "scored answers"
+            gaps[stream] = (
+                f"{candidate} {what} on the candidate and {stable} on the stable version, at least {least} each are needed"
+                if candidate or stable
+                else f"there are no {what}"
+            )
+    return gaps
+
+
+def counts(database: Database, operation: Operation, window: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     with database.read() as session:
         return replicas.counts(session, operation.model, window["epoch"], window["generation"])
 
 
 def summed(rows: list[dict[str, Any]], total: str, bad: dict[str, str]) -> dict[str, StreamCounts]:
     requests = sum(int(row[total]) for row in rows)
-    return {stream: StreamCounts(requests, sum(int(row[name]) for row in rows)) for stream, name in bad.items()}
+    return {
+        stream: StreamCounts(requests, sum(int(row[name]) for row in rows), _clustered(rows, stream, total))
+        for stream, name in bad.items()
+    }
 
 
 def live(rows: list[dict[str, Any]]) -> dict[str, StreamCounts]:
-    return summed(rows, "requests", {"error": "errors", "slow": "slow"})
+    """The streams that servers count. "quality" is there where a scorer has counted: none is part of this release."""
+    found = summed(rows, "requests", {"error": "errors", "slow": "slow"})
+    scored = sum(int(row.get("quality_requests", 0)) for row in rows)
+    if scored:
+        found["quality"] = StreamCounts(scored, sum(int(row.get("quality_bad", 0)) for row in rows))
+    return found
+
+
+def _clustered(rows: list[dict[str, Any]], stream: str, total: str) -> int:
+    """The sum of size x size - size over the clusters of bad requests: by batch or by key, whichever says more.
+
+    A key that failed on several servers, or before and after a restart, is one cluster. Servers of the release before report
+    none of this. Copies are computed one by one.
+    """
+    if total != "requests":
+        return 0
+    batched = sum(int(row.get(f"{stream}_batched", 0)) for row in rows)
+    keyed = sum(int(row.get(f"{stream}_keyed", 0)) for row in rows)
+    sizes: dict[str, int] = {}
+    for row in rows:
+        for key, size in row.get(f"{stream}_keys", {}).items():
+            keyed += 2 * sizes.get(key, 0) * int(size)
+            sizes[key] = sizes.get(key, 0) + int(size)
+    return max(batched, keyed)
+
+
+def _observed(database: Database, operation: Operation, window: Mapping[str, Any]) -> Window:
+    """A window with what servers counted and clients said of both versions in it."""
+    epoch, generation = str(window["epoch"]), int(window["generation"])
+    with database.read() as session:
+        found = replicas.counts(session, operation.model, epoch, generation)
+        verdicts = feedback.counts(session, operation.model, epoch, generation)
+
+    def streams(version: str | None) -> dict[str, StreamCounts]:
+        counted = live(found.get(version or "", []))
+        if version in verdicts:
+            counted["feedback"] = StreamCounts(*verdicts[version])
+        return counted
+
+    return Window(
+        window["stage"],
+        window["weight"],
+        candidate=streams(operation.version),
+        stable=streams(operation.stable),
+        epoch=epoch,
+        generation=generation,
+    )
 
 
 def canary_windows(database: Database, operation: Operation) -> list[Window]:
-    windows = []
-    for window in operation.progress.get("windows", []):
-        if window["stage"] in ("baseline", "shadow"):
-            continue
-        found = counts(database, operation, window)
-        windows.append(
-            Window(
-                window["stage"],
-                window["weight"],
-                candidate=live(found.get(operation.version, [])),
-                stable=live(found.get(operation.stable or "", [])),
-            )
-        )
-    return windows
+    return [
+        _observed(database, operation, window)
+        for window in operation.progress.get("windows", [])
+        if window["stage"] not in ("baseline", "shadow")
+    ]
 
 
 def soak_window(database: Database, operation: Operation) -> Window:
-    window = operation.progress["soak"]
-    found = counts(database, operation, window)
-    return Window(window["stage"], 1.0, candidate=live(found.get(operation.version, [])))
+    return replace(_observed(database, operation, operation.progress["soak"]), weight=1.0, stable={})
 
 
 def shadow_window(database: Database, operation: Operation) -> Window:
-    found = counts(database, operation, window_of(operation, "shadow"))
+    window = window_of(operation, "shadow")
+    found = counts(database, operation, window)
     bad = {"error": "shadow_errors", "slow": "shadow_slow"}
     copies = summed(found.get(operation.version, []), "shadow_requests", bad)
-    return Window("shadow", 0.0, candidate=copies, stable=live(found.get(operation.stable or "", [])))
+    stable = live(found.get(operation.stable or "", []))
+    return Window("shadow", 0.0, copies, stable, epoch=window["epoch"], generation=window["generation"])
+
+
+AGREEMENTS = {"top": "shadow_disagreements", "tolerance": "shadow_differences", "exact": "shadow_inexact"}
+"""The count of copies that do not agree, by the policy's kind of agreement."""
+
+
+def agreement(database: Database, operation: Operation, kind: str) -> StreamCounts:
+    """The compared copies, bad where the two answers do not agree in this way."""
+    rows = counts(database, operation, window_of(operation, "shadow")).get(operation.version, [])
+    name = AGREEMENTS[kind]
+    told = [row for row in rows if name in row]  # a server of the release before does not tell all three
+    compared = sum(int(row["shadow_requests"]) - int(row["shadow_errors"]) for row in told)
+    return StreamCounts(compared, sum(int(row[name]) for row in told))
 
 
 def frozen_counts(database: Database, operation: Operation, windows: list[Window]) -> dict[str, StreamCounts]:
@@ -115,12 +164,13 @@ def frozen_counts(database: Database, operation: Operation, windows: list[Window
     none = StreamCounts()
     shared = [window for window in windows if window.weight < 1]
     if shared:
-        return {stream: sum((w.stable.get(stream, none) for w in shared), none) for stream in judgement.STREAMS}
-    rows = counts(database, operation, window_of(operation, "baseline")).get(operation.stable or "", [])
+        names = dict.fromkeys([*judgement.STREAMS, *(stream for window in shared for stream in window.stable)])
+        return {stream: sum((w.stable.get(stream, none) for w in shared), none) for stream in names}
+    found = _observed(database, operation, window_of(operation, "baseline"))
+    rows = baseline_rows(database, operation)
     threshold = operation.progress.get("slow_threshold_seconds") or float("inf")
     slow = sum(int(n) for row in rows for bound, n in row["latency"].items() if float(bound) > threshold)
-    error = live(rows)["error"]
-    return {"error": error, "slow": StreamCounts(error.requests, slow)}
+    return {**found.stable, "slow": StreamCounts(found.stable["error"].requests, slow)}
 
 
 def window_of(operation: Operation, stage: str) -> dict[str, Any]:

@@ -1,65 +1,22 @@
-"""The steps of a promotion: validate, shadow, canary, promote, soak. Plain functions; flows.promote puts them in order."""
+"""The steps of a promotion up to all of the traffic: validate, shadow, canary, promote. flows.promote puts them in order; then tasks.soak."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from registry import promotions, states, store, versions
 from registry.database import Database
 from registry.policy import PromotionPolicy
-from registry.promotions import STAGING, Operation
+from registry.promotions import STAGING
 from registry.routes import Desired
-from registry.schema import Version
+from registry.schema import Promotion, Version
 from tasks import judgement, observation, probe, servers, validation
 from tasks.judgement import Judgement, Window
-from tasks.lease import Keeper
+from tasks.promoting import Ended, Promoting, Stint
+from tasks.slices import Sliced
 
 FOLLOW_SECONDS = 60.0
-
-
-class Ended(Exception):
-    """The promotion is over and on record. `outcome` is what registry.promotions knows: promoted, rejected, withdrawn, held."""
-
-    def __init__(self, outcome: promotions.Outcome, reason: str) -> None:
-        super().__init__(reason)
-        self.outcome, self.reason = outcome, reason
-
-
-class Promoting:
-    """What the steps need of the world: the registry, the artifacts, a clock, and where the progress is told."""
-
-    def __init__(
-        self,
-        database: Database,
-        artifacts: store.ArtifactStore,
-        cache: Path,
-        operation: Operation,
-        keeper: Keeper,
-        *,
-        poll_seconds: float = 1.0,
-        tell: Callable[[str], None] = print,
-        sleep: Callable[[float], None] = time.sleep,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.database, self.artifacts, self.cache = database, artifacts, cache
-        self.operation, self.keeper = operation, keeper
-        self.poll_seconds, self.tell, self.sleep, self.monotonic = poll_seconds, tell, sleep, monotonic
-
-    @property
-    def policy(self) -> PromotionPolicy:
-        return self.operation.policy
-
-    @property
-    def name(self) -> str:
-        return f"{self.operation.model} {self.operation.version}"
-
-    def end(self, outcome: promotions.Outcome, title: str, detail: str, figures: dict[str, Any] | None = None) -> Ended:
-        promotions.end(self.database, self.operation, outcome, title=title, detail=detail, figures=figures)
-        self.tell(f"{title}: {detail}")
-        return Ended(outcome, f"{title}: {detail}")
 
 
 def validate(work: Promoting) -> validation.ValidationReport:
@@ -67,7 +24,7 @@ def validate(work: Promoting) -> validation.ValidationReport:
 
     Raises Ended("rejected") where a check fails and nobody forced the promotion.
     """
-    operation, database = work.operation, work.database
+    operation, database, started = work.operation, work.database, work.monotonic()
     report = measure(
         database, work.artifacts, work.cache, model=operation.model, version=operation.version, stable=operation.stable,
         environment=operation.environment, policy=work.policy,
@@ -86,6 +43,7 @@ def validate(work: Promoting) -> validation.ValidationReport:
         rows_independent=report.rows_independent,
         title=title[:255],
         detail=report.summary,
+        seconds=round(work.monotonic() - started, 3),
     )
     work.tell(f"{title}: {report.summary}")
     if not passed:
@@ -148,11 +106,14 @@ def baseline(work: Promoting) -> None:
             stage="baseline",
             weight=0.0,
         )
-    started, looks = work.monotonic(), list[list[dict[str, Any]]]()
-    while (elapsed := work.monotonic() - started) < policy.baseline_seconds:
-        _pause(work)
-        if elapsed >= (len(looks) + 1) * policy.baseline_seconds / observation.BASELINE_SLICES:
+    stint, looks = Stint(work.monotonic), list[list[dict[str, Any]]]()
+    while True:
+        work.hear(stint)
+        if work.paused is None and (stint.judged >= policy.baseline_seconds or stint.advanced is not None):
+            break
+        if stint.total >= (len(looks) + 1) * policy.baseline_seconds / observation.BASELINE_SLICES:
             looks.append(observation.baseline_rows(work.database, work.operation))
+        work.rest()
     work.sleep(2 * work.poll_seconds)  # the servers' last reports
     rows = observation.baseline_rows(work.database, work.operation)
     requests = sum(int(row["requests"]) for row in rows)
@@ -171,6 +132,7 @@ def baseline(work: Promoting) -> None:
         detail,
         {"requests": requests, "stable_p95_seconds": p95, "slow_threshold_seconds": threshold},
         progress={"slow_threshold_seconds": threshold},
+        taken=stint.advanced.number if stint.advanced else None,
     )
     work.tell(detail)
 
@@ -191,6 +153,7 @@ def shadow(work: Promoting) -> None:
                 stable=operation.stable,
                 candidate=operation.version,
                 shadow=True,
+                shadow_share=policy.shadow_share,
                 watch=True,
                 slow_threshold_seconds=operation.progress.get("slow_threshold_seconds"),
             ),
@@ -201,28 +164,31 @@ def shadow(work: Promoting) -> None:
             stage="shadow",
             weight=0.0,
         )
-    started = work.monotonic()
+    stint = Stint(work.monotonic)
     while True:
+        work.hear(stint)
         verdict = judgement.judge_shadow(
             [observation.shadow_window(work.database, work.operation)],
             policy,
-            stage_seconds=work.monotonic() - started,
+            stage_seconds=stint.judged,
             streams=observation.judged_streams(work.operation),
+            agreement=observation.agreement(work.database, work.operation, policy.agreement),
         )
         if verdict.verdict == "withdraw":
             raise _withdrawn(work, verdict)
-        if verdict.verdict == "advance":
+        if _passed(work, stint, verdict):
             break
-        _pause(work)
-    copies = observation.counts(work.database, work.operation, observation.window_of(operation, "shadow")).get(
-        operation.version, []
-    )
-    seen = sum(int(row["shadow_requests"]) for row in copies)
-    disagreed = sum(int(row["shadow_disagreements"]) for row in copies)
+        work.rest()
+    agreed = {kind: observation.agreement(work.database, operation, kind) for kind in observation.AGREEMENTS}
+    seen, disagreed = agreed["top"].requests, agreed["top"].bad
     detail = verdict.reason + (f" Same top answer in {1 - disagreed / seen:.1%} of {seen} copies." if seen else "")
-    figures = {**verdict.as_dict(), "copies": seen, "disagreements": disagreed}
-    promotions.note(work.database, operation, "shadow", "shadow passed", detail, figures)
-    work.tell(detail)
+    figures = {
+        **verdict.as_dict(),
+        "copies": seen,
+        "disagreements": disagreed,
+        "agreement": {kind: 1 - found.bad / found.requests for kind, found in agreed.items() if found.requests},
+    }
+    _note_passed(work, stint, "shadow", "shadow passed", detail, figures)
 
 
 def canary(work: Promoting) -> None:
@@ -239,39 +205,36 @@ def promote(work: Promoting) -> None:
     _promote(work, f"every stage up to {work.policy.stages[-1]:.0%} is passed", watch=work.policy.soak_seconds > 0)
 
 
-def soak(work: Promoting) -> Ended:
-    """Watch the new stable version; take it back where it turns out bad. Returns how the promotion ended."""
-    started, policy, parts = work.monotonic(), work.policy, observation.Parts(work.policy.dwell_seconds)
-    verdict = None
-    while policy.soak_seconds > 0:
-        elapsed = work.monotonic() - started
-        windows = [
-            *observation.canary_windows(work.database, work.operation),
-            *parts.look(observation.soak_window(work.database, work.operation), elapsed),
-        ]
-        verdict = judgement.judge_soak(
-            windows,
-            observation.frozen_counts(work.database, work.operation, windows),
-            policy,
-            stage_seconds=elapsed,
-            streams=observation.judged_streams(work.operation),
-        )
-        if verdict.verdict == "withdraw":
-            return _withdrawn(work, verdict)
-        if verdict.verdict == "advance":
-            break
-        _pause(work)
-    return work.end(
-        "promoted",
-        f"{work.name} is the stable version",
-        verdict.reason if verdict else "no soak was asked for",
-        verdict.as_dict() if verdict else None,
-    )
+def promoted_by(database: Database, flow_run_id: str | None) -> tuple[str, Ended] | None:
+    """The promotion that a flow run has brought to its good end already: it was killed before it could say so.
+
+    Any other end may be tried again by the same run.
+    """
+    with database.read() as session:
+        row = promotions.of_run(session, flow_run_id) if flow_run_id else None
+        if row is None or row.state != "promoted":
+            return None
+        return row.id, Ended("promoted", f"{row.reason}; this run had done it before it was started again")
+
+
+def ended_meanwhile(database: Database, identity: str) -> Ended | None:
+    """How a promotion ended that this process no longer holds; None where it is still under way in other hands."""
+    with database.read() as session:
+        row = session.get(Promotion, identity)
+        if row is None or row.state in promotions.ACTIVE:  # gone: the registry went back in time
+            return None
+        return Ended(cast(promotions.Outcome, row.state), f"{row.reason}; it was ended by another process")
 
 
 def failed(work: Promoting, error: BaseException) -> Ended:
-    """Close a promotion that an error ended: the candidate is taken out, the record says what happened."""
+    """Close a promotion that an error ended: the candidate is taken out, the record says what happened.
+
+    In the soak the version is stable, and an error of this process says nothing against it: the watch is left to the next carrier.
+    """
     why = f"{type(error).__name__}: {error}" if str(error) else f"interrupted ({type(error).__name__})"
+    if work.operation.progress.get("promoted"):
+        promotions.let_go(work.database, work.operation, why)
+        return Ended("failed", f"{why}; the soak of {work.name} goes on without this process")
     return work.end("failed", f"the promotion of {work.name} failed", why)
 
 
@@ -375,28 +338,31 @@ def _stage(work: Promoting, share: float) -> None:
             weight=share,
             moves=production if not any(name.startswith("canary") for name in opened) else [],
         )
-    started = work.monotonic()
+    if share == 1:
+        work.has_all_traffic()
+    stint = Stint(work.monotonic)
     earlier: list[tuple[float, Window]] = []
-    sliced = observation.Sliced()
+    sliced = Sliced()
     while True:
+        work.hear(stint)
         windows = observation.canary_windows(work.database, work.operation)
-        elapsed = work.monotonic() - started
-        windows[-1] = sliced.look(windows[-1], elapsed)
+        windows[-1] = sliced.look(windows[-1], stint.total)
+        frozen = observation.frozen_counts(work.database, work.operation, windows)
         verdict = judgement.judge(
             windows,
-            observation.frozen_counts(work.database, work.operation, windows),
+            frozen,
             policy,
-            stage_seconds=elapsed,
-            recent=observation.recent(earlier, windows[-1], elapsed),
-            streams=observation.judged_streams(work.operation),
+            stage_seconds=stint.judged,
+            recent=observation.recent(earlier, windows[-1], stint.total),
+            streams=observation.judged_streams(work.operation, windows, frozen),
+            not_judged=observation.not_judged(work.operation, windows, frozen),
         )
         if verdict.verdict == "withdraw":
             raise _withdrawn(work, verdict)
-        if verdict.verdict == "advance":
-            promotions.note(work.database, operation, "canary", f"{stage} passed", verdict.reason, verdict.as_dict())
-            work.tell(verdict.reason)
+        if _passed(work, stint, verdict):
+            _note_passed(work, stint, "canary", f"{stage} passed", verdict.reason, verdict.as_dict())
             return
-        if elapsed >= policy.deadline_seconds:
+        if work.paused is None and stint.judged >= policy.deadline_seconds:
             raise work.end(
                 "held",
                 f"{work.name} is held at {share:.0%}",
@@ -404,7 +370,22 @@ def _stage(work: Promoting, share: float) -> None:
                 "or force it with --force --reason TEXT.",
                 verdict.as_dict(),
             )
-        _pause(work)
+        work.rest()
+
+
+def _passed(work: Promoting, stint: Stint, verdict: Judgement) -> bool:
+    """By the figures, or by the word of a person; not while it is paused."""
+    return work.paused is None and (verdict.verdict == "advance" or stint.advanced is not None)
+
+
+def _note_passed(work: Promoting, stint: Stint, step: str, title: str, detail: str, figures: dict[str, Any]) -> None:
+    given = stint.advanced
+    if given is not None:
+        detail = f"Passed at the word of {given}. {detail}"
+    promotions.note(
+        work.database, work.operation, step, title, detail, figures, taken=given.number if given else None
+    )  # fmt: skip
+    work.tell(detail)
 
 
 def _promote(work: Promoting, why: str, *, watch: bool) -> None:
@@ -415,12 +396,8 @@ def _promote(work: Promoting, why: str, *, watch: bool) -> None:
     )
     work.tell(f"{title}: {why}")
     _followed(work, operation.progress["soak"]["epoch"], generation)
+    work.has_all_traffic()
 
 
 def _withdrawn(work: Promoting, verdict: Judgement) -> Ended:
     return work.end("withdrawn", f"{work.name} is withdrawn", verdict.reason, verdict.as_dict())
-
-
-def _pause(work: Promoting) -> None:
-    work.sleep(min(work.poll_seconds, 1.0))
-    work.keeper.check()

@@ -11,6 +11,8 @@ _VERDICTS = {
     "held": "No decision: there was not enough to judge by. The stable version stays.",
     "failed": "An error ended it; the stable version stays.",
     "running": "It is under way.",
+    "awaiting": "It waits for an approval before it takes any traffic.",
+    "soaking": "It is the stable version, and still watched.",
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from registry.policy import PromotionPolicy
 from registry.signature import Signature, TensorSpec
-from tasks.judgement import binomial_tail
+from tasks.evalues import binomial_tail
 from tasks.probe import Figures, ProbeResult
 
 SIGNIFICANCE = 0.01

@@ -7,8 +7,18 @@ from typing import Annotated, Any
 import typer
 
 from modelkeep import output
-from modelkeep.commands.common import Context, Json, Reason, Where, opened
+from modelkeep.commands.common import Context, Json, Reason, Where, known, opened
 from registry.errors import ModelkeepError, UsageError
+
+Identity = Annotated[str, typer.Argument(metavar="ID", help="As in `modelkeep promotions`.")]
+OfModel = Annotated[str | None, typer.Option("--model", help="Of this model only.")]
+InState = Annotated[
+    str | None,
+    typer.Option(
+        "--state",
+        help="active, or one of running, awaiting, soaking, promoted, rejected, withdrawn, held, failed.",
+    ),
+]
 
 promotions_app = typer.Typer(help="Promotions, and what each decided.", invoke_without_command=True)
 
@@ -22,6 +32,10 @@ def promote(
         bool, typer.Option("--force", help="All of the traffic whatever the validation says. Needs --reason.")
     ] = False,
     reason: Reason = None,
+    approval: Annotated[
+        bool,
+        typer.Option("--approval", help="Ask a person before it takes any traffic, also where the policy does not."),
+    ] = False,
     no_canary: Annotated[bool, typer.Option("--no-canary", help="The same as --strategy blue-green.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -43,6 +57,7 @@ def promote(
             "strategy": strategy,
             "force": force,
             "reason": reason,
+            "approval": approval,
         }
         code, identity, message = _run_promotion(context, request)
         if identity is None:
@@ -84,33 +99,110 @@ def _run_promotion(context: Context, request: dict[str, Any]) -> tuple[int, str 
 
 
 @promotions_app.callback()
-def promotions_list(context: typer.Context, as_json: Json = False) -> None:
+def promotions_list(
+    context: typer.Context, model: OfModel = None, state: InState = None, as_json: Json = False
+) -> None:
     """List promotions, the newest first."""
     if context.invoked_subcommand is None:
-        _list_promotions(as_json)
+        _list_promotions(model, state, as_json)
 
 
 @promotions_app.command("list")
-def promotions_list_command(as_json: Json = False) -> None:
+def promotions_list_command(model: OfModel = None, state: InState = None, as_json: Json = False) -> None:
     """List promotions, the newest first."""
-    _list_promotions(as_json)
+    _list_promotions(model, state, as_json)
 
 
-def _list_promotions(as_json: bool) -> None:
-    from registry import promotions
+def _list_promotions(model: str | None, state: str | None, as_json: bool) -> None:
+    from registry import stories
 
+    known_states = {"active": stories.ACTIVE, **{name: (name,) for name in (*stories.ACTIVE, *stories.ENDED)}}
+    if state is not None and state not in known_states:
+        raise UsageError(f"--state {state!r}: one of {', '.join(known_states)} is")
     with opened() as registry, registry.database.read() as session:
-        output.promotions(promotions.listed(session), as_json=as_json)
+        if model is not None:
+            known(session, model)
+        rows = stories.listed(session, model=model, states=known_states[state] if state else ())
+        output.promotions(rows, as_json=as_json)
 
 
 @promotions_app.command("show")
-def promotions_show(identity: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = False) -> None:
-    """What one promotion decided, step by step."""
-    from registry import promotions
+def promotions_show(identity: Identity, as_json: Json = False) -> None:
+    """What one promotion decided, step by step, on which evidence, and what it waits for."""
+    from registry import accounts
+    from tasks import approval
 
     with opened() as registry, registry.database.read() as session:
-        row, steps = promotions.describe(promotions.get(session, identity)), promotions.story(session, identity)
+        found = accounts.of(session, identity)
     if as_json:
-        output.document({**row, "story": steps})
+        output.document(found)
+        return
+    output.promotion(found, found["story"])
+    output.account(found)
+    if found["approval"] is not None and found["state"] == "awaiting":
+        output.say(approval.in_words(found["approval"]))
+
+
+@promotions_app.command("pause")
+def promotions_pause(identity: Identity, reason: Reason = None, as_json: Json = False) -> None:
+    """Stay at this stage: shares and time stand still, and a bad version is still taken back."""
+    with opened() as context:
+        _tell(context, identity, "pause", reason, as_json)
+
+
+@promotions_app.command("resume")
+def promotions_resume(identity: Identity, reason: Reason = None, as_json: Json = False) -> None:
+    """Go on after a pause; or, here in this process, with a promotion that is approved and that nobody went on with."""
+    from modelkeep.commands.approve import carry_on
+
+    with opened() as context:
+        request = carry_on(context, identity)
+        if request is None:
+            _tell(context, identity, "resume", reason, as_json)
+            return
+        code, found, message = _run_promotion(context, request)
+        _show_ended(context, code, found, message, as_json)
+    raise typer.Exit(code)
+
+
+@promotions_app.command("advance")
+def promotions_advance(identity: Identity, reason: Reason = None, as_json: Json = False) -> None:
+    """Pass the present stage now, unless the evidence says that the version is bad."""
+    with opened() as context:
+        _tell(context, identity, "advance", reason, as_json)
+
+
+@promotions_app.command("stop")
+def promotions_stop(identity: Identity, reason: Reason = None, as_json: Json = False) -> None:
+    """End it at once: the candidate is taken out; in the soak the promoted version stays and is no longer watched."""
+    with opened() as context:
+        _tell(context, identity, "stop", reason, as_json)
+
+
+def _tell(context: Context, identity: str, command: str, reason: str | None, as_json: bool) -> None:
+    from registry import commands, keys
+    from tasks import servers
+
+    who = keys.of_command(context.database, context.settings)
+    told = commands.give(context.database, identity, command=command, who=who, reason=reason or "")
+    if told["taken"]:
+        living = servers.alive(context.database, told["environment"], timeout_seconds=1.0)
+        servers.nudge(list(living.values()))
+    if as_json:
+        output.document(told)
     else:
-        output.promotion(row, steps)
+        output.say(f"promotion {told['promotion']}, {told['command']}: {told['message']}")
+
+
+def _show_ended(context: Context, code: int, identity: str | None, message: str, as_json: bool) -> None:
+    from registry import accounts
+
+    if identity is None:
+        output.problem(message)
+        raise typer.Exit(code)
+    with context.database.read() as session:
+        found = accounts.of(session, identity)
+    if as_json:
+        output.document(found)
+    else:
+        output.promotion(found, found["story"])

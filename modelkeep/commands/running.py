@@ -26,7 +26,7 @@ def status(as_json: Json = False) -> None:
             routes, _ = replicas.desired(session, environment)
             rows = replicas.listed(session, environment)
             running = [
-                p for p in promotions.listed(session, environment=environment) if p["state"] == promotions.RUNNING
+                p for p in promotions.listed(session, environment=environment) if p["state"] in promotions.ACTIVE
             ]
         living = servers.alive(context.database, environment)
     yesterday = clock.text(clock.now() - dt.timedelta(days=1))  # who has been silent for longer is history
@@ -62,6 +62,7 @@ def serve(
     port: Annotated[int | None, typer.Option("--port", help="Default: server.port of the settings.")] = None,
 ) -> None:
     """The inference server alone: a parent that holds the socket and a child that serves."""
+    from modelkeep.side import Side, watchman
     from serving.supervisor import Supervisor
 
     settings = load_settings()
@@ -70,7 +71,12 @@ def serve(
         settings, host=host or settings.server.host, port=settings.server.port if port is None else port
     )
     output.say(f"serving {settings.environment} at {supervisor.address}", to_stderr=True)
-    raise typer.Exit(supervisor.run())
+    side = Side(watchman())
+    try:
+        code = supervisor.run()
+    finally:
+        side.stop()
+    raise typer.Exit(code)
 
 
 def up() -> None:

@@ -533,7 +533,7 @@ def _kill_flow(story: Story, version: str) -> None:
     os.killpg(flow.pid, signal.SIGKILL)
     flow.wait()
     story.told.add("kill", f"SIGKILL to the flow (process {flow.pid})", "nobody tells the registry", version=version)
-    story.wait_for("the withdrawal of the orphan", lambda: story.outcome_of(version)["state"] != promotions.RUNNING)
+    story.wait_for("the withdrawal of the orphan", lambda: story.outcome_of(version)["state"] not in promotions.ACTIVE)
     row = story.outcome_of(version)
     after = time.monotonic() - before
     story.versions[version].update(outcome=row["state"], reason=_last_detail(story, row["id"]), promotion=row["id"])

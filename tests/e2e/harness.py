@@ -218,7 +218,8 @@ class Box:
     def database(self) -> Database:
         """The registry, as the tests look at it."""
         if self._database is None:
-            database = Database(f"sqlite:///{self.home}/registry.db", anchors=self.home / "audit.anchors")
+            url = self.extra.get("MODELKEEP_DATABASE_URL", f"sqlite:///{self.home}/registry.db")
+            database = Database(url, anchors=self.home / "audit.anchors")
             with _MIGRATING:  # Alembic keeps its context in globals: one at a time in a process
                 database.prepare()
             self._database = database

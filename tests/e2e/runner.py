@@ -14,12 +14,14 @@ from registry.database import Database
 from registry.errors import FencedError, LockedError
 from registry.settings import load_settings
 from registry.store import open_store
-from tasks import lease, promotion, servers
-from tasks.promotion import Ended, Promoting
+from tasks import lease, promotion, servers, soak
+from tasks.promoting import Ended, Promoting
 from tests.e2e.harness import mark_validated
 
 
 def steps(work: Promoting) -> Ended:
+    if work.operation.progress.get("promoted"):
+        return soak.soak(work)
     if "validated" not in work.operation.progress:
         promotion.validate(work)
     if work.operation.stable is None:
@@ -30,7 +32,7 @@ def steps(work: Promoting) -> Ended:
     promotion.shadow(work)
     promotion.canary(work)
     promotion.promote(work)
-    return promotion.soak(work)
+    return soak.soak(work)
 
 
 def main() -> int:
@@ -69,8 +71,11 @@ def main() -> int:
         except Ended as early:
             ended = early
         except FencedError as error:
-            print(f"fenced off: {error}", flush=True)
-            return 4
+            found = promotion.ended_meanwhile(database, operation.id)
+            if found is None:
+                print(f"fenced off: {error}", flush=True)
+                return 4
+            ended = found
         except BaseException as error:
             promotion.failed(work, error)
             raise

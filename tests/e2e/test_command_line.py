@@ -87,7 +87,7 @@ def test_a_file_that_is_no_model_is_refused_and_nothing_is_stored(
     text = problem(found.modelkeep("register", str(path), "--name", "refused", "--json"), code)
     assert said in text.lower(), text
     assert sorted(found.home.joinpath("artifacts").rglob("*")) == before
-    assert "refused" not in {row["model"] for row in document(found.modelkeep("models", "--json"))}
+    assert "refused" not in {row["model"] for row in document(found.modelkeep("models", "--json"))["versions"]}
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "", "a b", "../../etc"])
@@ -96,13 +96,50 @@ def test_a_name_that_is_not_allowed_is_bad_usage(found: Box, name: str) -> None:
 
 
 def test_models_lists_every_version_with_its_digest_and_place(found: Box) -> None:
-    rows = document(found.modelkeep("models", "--json"))
-    row = next(row for row in rows if (row["model"], row["version"]) == (MODEL, "1"))
+    listed = document(found.modelkeep("models", "--json"))
+    assert (listed["total"], listed["next"]) == (len(listed["versions"]), None)
+    row = next(row for row in listed["versions"] if (row["model"], row["version"]) == (MODEL, "1"))
     assert re.fullmatch(r"[0-9a-f]{64}", row["digest"])
     assert (row["state"], row["environments"]) == ("validated", {"production": "stable"})
-    assert document(found.modelkeep("models", "show", MODEL, "--json"))[0]["model"] == MODEL
+    shown = document(found.modelkeep("models", "show", MODEL, "--json"))
+    assert (shown["model"], shown["routes"]["production"]["stable"]) == (MODEL, "1")
+    assert shown["total"] == len(shown["versions"])
     assert "nothing-here" in problem(found.modelkeep("models", "show", "nothing-here", "--json"), 1)
     assert MODEL in found.modelkeep("models").stdout
+
+
+def test_one_version_is_shown_with_its_figures_and_how_it_came_there(found: Box) -> None:
+    full = document(found.modelkeep("models", "show", MODEL, "1", "--json"))
+    assert full["lineage"]["promotions"][0]["state"] == "promoted"
+    assert full["lineage"]["stable"][0]["until"] is None
+    assert full["benchmark"] is None
+    said = found.modelkeep("models", "show", MODEL, "1").stdout
+    assert "last benchmark: not measured" in said and "stable in production from" in said
+
+
+def test_the_history_and_a_moment_of_it_name_who_and_why(found: Box) -> None:
+    history = document(found.modelkeep("models", "history", MODEL, "--json"))
+    assert history["total"] == len(history["changes"])
+    first = history["changes"][-1]
+    assert (first["kind"], first["stable"], bool(first["promotion"]), bool(first["who"])) == ("first", "1", True, True)
+    moment = document(found.modelkeep("models", "at", first["since"], "--json"))
+    assert moment["models"][0]["answers"] == {"1": 1.0}
+    assert document(found.modelkeep("models", "at", "2001-01-01", "--json"))["models"] == []
+    assert "version 1" in found.modelkeep("models", "at", "now", "--model", MODEL).stdout
+
+
+def test_a_folder_is_discovered_and_what_is_wrong_is_listed(found: Box, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    (folder / "seen").mkdir(parents=True)
+    build(folder / "seen" / "1.onnx", seed=31)
+    (folder / "bad.onnx").write_bytes(b"no model at all")
+    told = document(found.modelkeep("models", "discover", str(folder), "--interval", "0.2", "--json"), 3)
+    assert [(row["model"], row["version"]) for row in told["registered"]] == [("seen", "1")]
+    assert [row["path"] for row in told["wrong"]] == ["bad.onnx"]
+    (folder / "bad.onnx").unlink()
+    again = document(found.modelkeep("models", "discover", str(folder), "--interval", "0.2", "--json"))
+    assert ([row["version"] for row in again["known"]], again["registered"]) == (["1"], [])
+    problem(found.modelkeep("models", "discover", str(tmp_path / "nowhere")), 2)
 
 
 # status, promotions, audit
@@ -144,6 +181,11 @@ def test_audit_verifies_lists_and_exports(found: Box) -> None:
     exported = found.modelkeep("audit", "export")
     lines = [json.loads(line) for line in exported.stdout.splitlines()]
     assert [line["seq"] for line in lines] == list(range(1, verdict["events"] + 1))
+    rest = found.modelkeep("audit", "export", "--after", "4").stdout.splitlines()
+    assert json.loads(rest[0])["seq"] == 5 and len(rest) == len(lines) - 4
+    about = document(found.modelkeep("audit", "list", "--subject", MODEL, "--since", "2d", "--json"))
+    assert {event["subject"].partition(":")[0] for event in about} >= {"version", "route", "promotion"}
+    assert document(found.modelkeep("audit", "list", "--action", "no.such", "--json")) == []
 
 
 def test_a_changed_event_is_found_and_named_with_exit_code_1(tmp_path: Path) -> None:
@@ -199,6 +241,11 @@ def test_what_another_run_holds_ends_with_exit_code_4(tmp_path: Path) -> None:
         ("rollback", MODEL, "--strategy", "hope"),
         ("status", "--no-such-option"),
         ("audit", "list", "--limit", "none"),
+        ("audit", "list", "--since", "03:12"),
+        ("models", "at", "10/11/2025"),
+        ("models", "--state", "new"),
+        ("models", "archive", MODEL, "1"),
+        ("models", "tag", MODEL, "1", "novalue"),
         ("register", "x.onnx", "--name", "x", "--tag", "novalue"),
     ],
     ids=" ".join,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.promotions import RUNNING
+from registry.promotions import ACTIVE
 from tests.e2e.harness import ROOT, Box, box, go, kill, lost_in, parallel, wait_for
 
 TARGETS = ("child", "flow", "both")
@@ -61,7 +61,7 @@ def one_kill(found: Box, version: str, target: str, delay_seconds: float, runner
         windows.append(kill(found.child_pid()))
     row = wait_for(
         f"the end of the promotion of {version} ({target} killed in {step})",
-        lambda: (found_row := found.promotion(version)) and found_row["state"] != RUNNING and found_row,
+        lambda: (found_row := found.promotion(version)) and found_row["state"] not in ACTIVE and found_row,
     )
     if target == "child":
         assert runner.wait(timeout=20) in (0, 1), found.log(f"promote-{version}").read_text()

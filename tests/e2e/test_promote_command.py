@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from registry.promotions import RUNNING
+from registry.promotions import ACTIVE
 from tests.e2e.harness import MODEL, Box, box, kill, wait_for, write_golden
 from tests.prefect_server import environment, prefect_server
 
@@ -55,7 +55,7 @@ def test_a_killed_command_leaves_the_stable_version_and_an_end_on_record(found: 
     wait_for("a canary to kill in", lambda: found.weighs("3") or command.poll() is not None, seconds=90)
     assert command.poll() is None, found.log("promote").read_text()
     kill(command.pid)
-    wait_for("the end of the orphan", lambda: (row := found.promotion("3")) and row["state"] != RUNNING)
+    wait_for("the end of the orphan", lambda: (row := found.promotion("3")) and row["state"] not in ACTIVE)
     row = found.promotion("3")
     assert row is not None and (row["state"], row["reason"]) == ("withdrawn", "Lease expired")
     assert (found.stable(), found.held_leases(), found.audit_faults()) == (stable, [], [])

@@ -262,17 +262,26 @@ def test_the_guide_has_every_field_of_the_policy_with_its_default() -> None:
         assert rows.get(name) == wanted, name
 
 
-def test_the_api_page_has_every_endpoint_of_the_server() -> None:
+def test_the_api_page_has_every_endpoint_of_the_server(tmp_path: Path) -> None:
+    from registry.connect import open_database
+    from registry.store import open_store
+    from serving import child
     from serving.api import create_app
+    from serving.reconcile import Reconciler
     from serving.state import Serving
 
-    async def nudge() -> dict[str, Any]:
-        return {}
-
-    serving = Serving(environment="production", replica_id="replica", boot_id="boot")
-    app = create_app(serving, settings=Settings(), nudge=nudge, info=dict)
+    settings = Settings(home=tmp_path)
+    made = Reconciler(
+        Serving(environment="production", replica_id="replica", boot_id="boot"),
+        settings,
+        open_database(settings),
+        open_store(settings.artifacts),
+        state_folder=tmp_path,
+        address="http://127.0.0.1:8000",
+    )
+    app = create_app(made.serving, settings=settings, nudge=made.nudge, info=made.info, routers=child.routers(made))
     served = {
         (method.upper(), path) for path, methods in app.pages.openapi()["paths"].items() for method in methods
     } | {("GET", "/docs")}
-    written = set(re.findall(r"^\| (GET|POST) \| `([^`]+)`", text_of("docs/API.md"), flags=re.MULTILINE))
+    written = set(re.findall(r"^\| (GET|POST|DELETE) \| `([^`]+)`", text_of("docs/API.md"), flags=re.MULTILINE))
     assert {row for row in written if not row[1].startswith("/v2")} == served

@@ -49,6 +49,7 @@ MAY_LOAD_AT_TOP: dict[str, set[str]] = {
     "flows": {"prefect"},
     "blocks": {"prefect"},
     "deployments": {"prefect"},
+    "registry/ddl.py": {"alembic"},
     "registry/migrate.py": {"alembic"},
     "registry/migrations": {"alembic"},
 }

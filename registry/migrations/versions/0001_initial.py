@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
+from registry import ddl
 from registry.schema import UtcDateTime
 
 revision = "0001"
@@ -15,7 +16,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    op.create_table(
+    ddl.create_table(
         "audit",
         sa.Column("seq", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("at", sa.String(length=32), nullable=False),
@@ -30,23 +31,23 @@ def upgrade() -> None:
         sa.Column("hash", sa.String(length=64), nullable=False),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_audit")),
     )
-    op.create_index(op.f("ix_audit_at"), "audit", ["at"], unique=False)
-    op.create_index(op.f("ix_audit_subject"), "audit", ["subject"], unique=False)
-    op.create_table(
+    ddl.create_index("audit", ["at"])
+    ddl.create_index("audit", ["subject"])
+    ddl.create_table(
         "audit_head",
         sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("seq", sa.Integer(), nullable=False),
         sa.Column("hash", sa.String(length=64), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_audit_head")),
     )
-    op.create_table(
+    ddl.create_table(
         "environments",
         sa.Column("name", sa.String(length=128), nullable=False),
         sa.Column("epoch", sa.String(length=32), nullable=False),
         sa.Column("generation", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_environments")),
     )
-    op.create_table(
+    ddl.create_table(
         "leases",
         sa.Column("subject", sa.String(length=320), nullable=False),
         sa.Column("environment", sa.String(length=128), nullable=False),
@@ -54,21 +55,21 @@ def upgrade() -> None:
         sa.Column("token", sa.String(length=64), nullable=False),
         sa.Column("counter", sa.Integer(), nullable=False),
         sa.Column("heartbeat", sa.Integer(), nullable=False),
-        sa.Column("ttl_seconds", sa.Float(), nullable=False),
+        sa.Column("ttl_seconds", ddl.FLOAT, nullable=False),
         sa.Column("holder", sa.String(length=512), nullable=False),
         sa.Column("promotion", sa.String(length=32), nullable=True),
         sa.Column("since", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("subject", name=op.f("pk_leases")),
     )
-    op.create_index(op.f("ix_leases_environment"), "leases", ["environment"], unique=False)
-    op.create_table(
+    ddl.create_index("leases", ["environment"])
+    ddl.create_table(
         "models",
         sa.Column("name", sa.String(length=128), nullable=False),
         sa.Column("description", sa.Text(), nullable=False),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_models")),
     )
-    op.create_table(
+    ddl.create_table(
         "placements",
         sa.Column("model", sa.String(length=128), nullable=False),
         sa.Column("version", sa.String(length=128), nullable=False),
@@ -77,7 +78,7 @@ def upgrade() -> None:
         sa.Column("since", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("model", "version", "environment", name=op.f("pk_placements")),
     )
-    op.create_table(
+    ddl.create_table(
         "promotion_steps",
         sa.Column("promotion", sa.String(length=32), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
@@ -88,7 +89,7 @@ def upgrade() -> None:
         sa.Column("figures", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("promotion", "number", name=op.f("pk_promotion_steps")),
     )
-    op.create_table(
+    ddl.create_table(
         "promotions",
         sa.Column("id", sa.String(length=32), nullable=False),
         sa.Column("environment", sa.String(length=128), nullable=False),
@@ -107,14 +108,9 @@ def upgrade() -> None:
         sa.Column("finished_at", UtcDateTime(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_promotions")),
     )
-    op.create_index(
-        op.f("ix_promotions_environment_model_created_at"),
-        "promotions",
-        ["environment", "model", "created_at"],
-        unique=False,
-    )
-    op.create_index(op.f("ix_promotions_flow_run_id"), "promotions", ["flow_run_id"], unique=False)
-    op.create_table(
+    ddl.create_index("promotions", ["environment", "model", "created_at"])
+    ddl.create_index("promotions", ["flow_run_id"])
+    ddl.create_table(
         "replica_counts",
         sa.Column("replica", sa.String(length=64), nullable=False),
         sa.Column("boot_id", sa.String(length=32), nullable=False),
@@ -127,13 +123,8 @@ def upgrade() -> None:
             "replica", "boot_id", "epoch", "generation", "model", "version", name=op.f("pk_replica_counts")
         ),
     )
-    op.create_index(
-        op.f("ix_replica_counts_model_epoch_generation"),
-        "replica_counts",
-        ["model", "epoch", "generation"],
-        unique=False,
-    )
-    op.create_table(
+    ddl.create_index("replica_counts", ["model", "epoch", "generation"])
+    ddl.create_table(
         "replicas",
         sa.Column("id", sa.String(length=64), nullable=False),
         sa.Column("environment", sa.String(length=128), nullable=False),
@@ -148,8 +139,8 @@ def upgrade() -> None:
         sa.Column("reported_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_replicas")),
     )
-    op.create_index(op.f("ix_replicas_environment"), "replicas", ["environment"], unique=False)
-    op.create_table(
+    ddl.create_index("replicas", ["environment"])
+    ddl.create_table(
         "route_changes",
         sa.Column("environment", sa.String(length=128), nullable=False),
         sa.Column("generation", sa.Integer(), nullable=False),
@@ -158,29 +149,29 @@ def upgrade() -> None:
         sa.Column("kind", sa.String(length=16), nullable=False),
         sa.Column("stable", sa.String(length=128), nullable=True),
         sa.Column("candidate", sa.String(length=128), nullable=True),
-        sa.Column("weight", sa.Float(), nullable=False),
+        sa.Column("weight", ddl.FLOAT, nullable=False),
         sa.Column("shadow", sa.Boolean(), nullable=False),
         sa.Column("at", UtcDateTime(), nullable=False),
         sa.Column("actor", sa.String(length=128), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("environment", "generation", "epoch", name=op.f("pk_route_changes")),
     )
-    op.create_index(op.f("ix_route_changes_model"), "route_changes", ["model"], unique=False)
-    op.create_table(
+    ddl.create_index("route_changes", ["model"])
+    ddl.create_table(
         "routes",
         sa.Column("environment", sa.String(length=128), nullable=False),
         sa.Column("model", sa.String(length=128), nullable=False),
         sa.Column("stable", sa.String(length=128), nullable=True),
         sa.Column("candidate", sa.String(length=128), nullable=True),
-        sa.Column("weight", sa.Float(), nullable=False),
+        sa.Column("weight", ddl.FLOAT, nullable=False),
         sa.Column("shadow", sa.Boolean(), nullable=False),
         sa.Column("watch", sa.Boolean(), nullable=False),
-        sa.Column("slow_threshold_seconds", sa.Float(), nullable=True),
+        sa.Column("slow_threshold_seconds", ddl.FLOAT, nullable=True),
         sa.Column("generation", sa.Integer(), nullable=False),
         sa.Column("promotion", sa.String(length=32), nullable=True),
         sa.PrimaryKeyConstraint("environment", "model", name=op.f("pk_routes")),
     )
-    op.create_table(
+    ddl.create_table(
         "versions",
         sa.Column("model", sa.String(length=128), nullable=False),
         sa.Column("version", sa.String(length=128), nullable=False),
@@ -200,31 +191,26 @@ def upgrade() -> None:
         sa.Column("created_by", sa.String(length=128), nullable=False),
         sa.PrimaryKeyConstraint("model", "version", name=op.f("pk_versions")),
     )
-    op.create_index(op.f("ix_versions_model_ordinal"), "versions", ["model", "ordinal"], unique=True)
+    ddl.create_index("versions", ["model", "ordinal"], unique=True)
     genesis = hashlib.sha256(b"modelkeep audit chain, version 1").hexdigest()
-    op.execute(sa.text("INSERT INTO audit_head (id, seq, hash) VALUES (1, 0, :hash)").bindparams(hash=genesis))
+    connection = op.get_bind()
+    if connection.execute(sa.text("SELECT count(*) FROM audit_head")).scalar() == 0:
+        op.execute(sa.text("INSERT INTO audit_head (id, seq, hash) VALUES (1, 0, :hash)").bindparams(hash=genesis))
 
 
 def downgrade() -> None:
-    op.drop_index(op.f("ix_versions_model_ordinal"), table_name="versions")
-    op.drop_table("versions")
-    op.drop_table("routes")
-    op.drop_index(op.f("ix_route_changes_model"), table_name="route_changes")
-    op.drop_table("route_changes")
-    op.drop_index(op.f("ix_replicas_environment"), table_name="replicas")
-    op.drop_table("replicas")
-    op.drop_index(op.f("ix_replica_counts_model_epoch_generation"), table_name="replica_counts")
-    op.drop_table("replica_counts")
-    op.drop_index(op.f("ix_promotions_flow_run_id"), table_name="promotions")
-    op.drop_index(op.f("ix_promotions_environment_model_created_at"), table_name="promotions")
-    op.drop_table("promotions")
-    op.drop_table("promotion_steps")
-    op.drop_table("placements")
-    op.drop_table("models")
-    op.drop_index(op.f("ix_leases_environment"), table_name="leases")
-    op.drop_table("leases")
-    op.drop_table("environments")
-    op.drop_table("audit_head")
-    op.drop_index(op.f("ix_audit_subject"), table_name="audit")
-    op.drop_index(op.f("ix_audit_at"), table_name="audit")
-    op.drop_table("audit")
+    ddl.drop_tables(
+        "versions",
+        "routes",
+        "route_changes",
+        "replicas",
+        "replica_counts",
+        "promotions",
+        "promotion_steps",
+        "placements",
+        "models",
+        "leases",
+        "environments",
+        "audit_head",
+        "audit",
+    )

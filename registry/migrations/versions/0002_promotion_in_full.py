@@ -5,10 +5,23 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from registry import ddl
 from registry.schema import UtcDateTime
 
 revision = "0002"
 down_revision = "0001"
+
+
+OLDER = (
+    "audit", "audit_head", "environments", "leases", "models", "placements", "promotion_steps", "promotions", "replica_counts",
+    "replicas", "route_changes", "routes", "versions",
+)  # fmt: skip
+FLOATS = (
+    ("leases", "ttl_seconds", False),
+    ("route_changes", "weight", False),
+    ("routes", "weight", False),
+    ("routes", "slow_threshold_seconds", True),
+)
 
 
 def _columns() -> list[tuple[str, sa.Column[object]]]:
@@ -16,6 +29,9 @@ def _columns() -> list[tuple[str, sa.Column[object]]]:
         ("models", sa.Column("kind", sa.String(16), nullable=True)),
         ("versions", sa.Column("benchmark", sa.JSON(), nullable=True)),
         ("versions", sa.Column("deleted_at", UtcDateTime(), nullable=True)),
+        ("routes", sa.Column("shadow_share", ddl.FLOAT, nullable=True)),
+        ("route_changes", sa.Column("promotion", sa.String(32), nullable=True)),
+        ("route_changes", sa.Column("flow_run_id", sa.String(64), nullable=True)),
         ("promotions", sa.Column("asked", sa.JSON(), nullable=True)),
         ("promotions", sa.Column("approve_by", UtcDateTime(), nullable=True)),
     ]
@@ -23,8 +39,8 @@ def _columns() -> list[tuple[str, sa.Column[object]]]:
 
 def upgrade() -> None:
     for table, column in _columns():
-        op.add_column(table, column)
-    op.create_table(
+        ddl.add_column(table, column)
+    ddl.create_table(
         "promotion_commands",
         sa.Column("promotion", sa.String(32), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
@@ -35,7 +51,7 @@ def upgrade() -> None:
         sa.Column("taken_at", UtcDateTime(), nullable=True),
         sa.PrimaryKeyConstraint("promotion", "number", name=op.f("pk_promotion_commands")),
     )
-    op.create_table(
+    ddl.create_table(
         "approvals",
         sa.Column("promotion", sa.String(32), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
@@ -51,7 +67,7 @@ def upgrade() -> None:
         sa.Column("at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("promotion", "number", name=op.f("pk_approvals")),
     )
-    op.create_table(
+    ddl.create_table(
         "api_keys",
         sa.Column("id", sa.String(32), nullable=False),
         sa.Column("name", sa.String(128), nullable=False),
@@ -64,13 +80,13 @@ def upgrade() -> None:
         sa.Column("revoked_by", sa.String(128), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_api_keys")),
     )
-    op.create_table(
+    ddl.create_table(
         "counters",
         sa.Column("name", sa.String(32), nullable=False),
         sa.Column("value", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_counters")),
     )
-    op.create_table(
+    ddl.create_table(
         "rollback_points",
         sa.Column("id", sa.String(32), nullable=False),
         sa.Column("environment", sa.String(128), nullable=False),
@@ -86,12 +102,8 @@ def upgrade() -> None:
         sa.Column("gone_at", UtcDateTime(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_rollback_points")),
     )
-    op.create_index(
-        op.f("ix_rollback_points_environment_model_created_at"),
-        "rollback_points",
-        ["environment", "model", "created_at"],
-    )
-    op.create_table(
+    ddl.create_index("rollback_points", ["environment", "model", "created_at"])
+    ddl.create_table(
         "reaches",
         sa.Column("environment", sa.String(128), nullable=False),
         sa.Column("epoch", sa.String(32), nullable=False),
@@ -99,9 +111,13 @@ def upgrade() -> None:
         sa.Column("replica", sa.String(64), nullable=False),
         sa.Column("boot_id", sa.String(32), nullable=False),
         sa.Column("at", UtcDateTime(), nullable=False),
+        sa.Column("behind", sa.JSON(), nullable=True),
+        sa.Column("until", UtcDateTime(), nullable=True),
         sa.PrimaryKeyConstraint("environment", "epoch", "generation", "replica", "boot_id", name=op.f("pk_reaches")),
     )
-    op.create_table(
+    ddl.create_index("reaches", ["environment", "replica", "at"])
+    ddl.create_index("versions", ["created_at"])
+    ddl.create_table(
         "feedback",
         sa.Column("request_id", sa.String(160), nullable=False),
         sa.Column("model", sa.String(128), nullable=False),
@@ -109,16 +125,20 @@ def upgrade() -> None:
         sa.Column("epoch", sa.String(32), nullable=False),
         sa.Column("generation", sa.Integer(), nullable=False),
         sa.Column("verdict", sa.String(8), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=True),
         sa.Column("key_id", sa.String(32), nullable=True),
         sa.Column("at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("request_id", name=op.f("pk_feedback")),
     )
-    op.create_index(op.f("ix_feedback_model_epoch_generation"), "feedback", ["model", "epoch", "generation"])
+    ddl.create_index("feedback", ["model", "epoch", "generation"])
+    # What revision 0001 of an early 0.1 made on a server: names compared without case, floats of seven digits.
+    ddl.compare_by_bytes(*OLDER)
+    for table, name, nullable in FLOATS:
+        ddl.keep_all_digits(table, name, nullable=nullable)
 
 
 def downgrade() -> None:
-    for table in ("feedback", "reaches", "rollback_points", "counters", "api_keys", "approvals", "promotion_commands"):
-        op.drop_table(table)
-    for table, column in reversed(_columns()):
-        with op.batch_alter_table(table) as batch:
-            batch.drop_column(column.name)
+    ddl.drop_tables("feedback", "reaches", "rollback_points", "counters", "api_keys", "approvals", "promotion_commands")
+    ddl.drop_index("versions", ["created_at"])
+    for table in dict.fromkeys(owner for owner, _ in _columns()):
+        ddl.drop_columns(table, *(column.name for owner, column in _columns() if owner == table))

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from registry import leases
+from registry import leases, promotions
 from registry.policy import PromotionPolicy
 from tasks import lease
 from tests.e2e.harness import LEASE_SECONDS, MODEL, Box, box, build, wait_for, write_golden
@@ -47,6 +47,11 @@ def roll_back(model: str, **request: Any) -> Any:
     return rollback_model(RollbackModel(model=model, **request), return_state=True)
 
 
+def recorded(world: Box) -> list[dict[str, Any]]:
+    with world.database.read() as session:
+        return promotions.listed(session, model=MODEL)
+
+
 def page(api: str, key: str) -> str:
     """The newest artifact of a key, as the UI would show it."""
     query = {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC", "limit": 1}
@@ -78,6 +83,24 @@ def test_a_better_version_ends_promoted_and_a_rollback_takes_it_back(world: Box,
     assert world.stable() == "1"
     assert "digits is back from 2 to 1 in production; 1 server(s) answer by it" in page(prefect_api, "rollback-digits")
     assert world.infer().headers["x-model-version"] == "1"
+
+
+def test_a_gradual_rollback_moves_the_traffic_by_steps_and_is_on_record_among_the_promotions(
+    world: Box, prefect_api: str
+) -> None:
+    state = roll_back(MODEL, to="2", strategy="gradual", reason="slowly")
+    assert (state.name, run_state(prefect_api, state)) == ("RolledBack", ("COMPLETED", "RolledBack")), state.message
+    row = next(row for row in recorded(world) if row["strategy"] == "rollback")
+    with world.database.read() as session:
+        titles = [step["title"] for step in promotions.story(session, row["id"])]
+    assert titles == ["25% of the requests go back to 2", "50% of the requests go back to 2", "Rolled back by steps"]
+    found = state.data.result
+    assert (found["to"], found["behind"], len(found["seconds"])) == ("2", {}, 1)
+    assert world.infer().headers["x-model-version"] == "2"
+    refused = roll_back(MODEL, to="2", strategy="gradual")
+    assert refused.name == "Refused", refused.message
+    assert roll_back(MODEL).name == "RolledBack" and world.stable() == "1"
+    assert world.held_leases() == []
 
 
 def test_a_worse_version_ends_rejected_with_the_figures_of_both(world: Box, prefect_api: str) -> None:

@@ -1,4 +1,4 @@
-"""Small and read-only file systems to run out of."""
+"""Empty databases of the kind that --registry-database names, and small and read-only file systems to run out of."""
 
 from __future__ import annotations
 
@@ -9,7 +9,50 @@ from pathlib import Path
 
 import pytest
 
+from registry.database import Database
+from tests.registry_servers import Server
+from tests.unit.registry import kit
+
 Mount = Callable[[str], Path]
+
+
+@pytest.fixture
+def blank(tmp_path: Path, registry_server: Server | None) -> Iterator[Callable[[], Database]]:
+    """`blank()` is a database without any tables, another one at each call."""
+    made: list[Database] = []
+
+    def make() -> Database:
+        folder = tmp_path / f"blank{len(made)}"
+        folder.mkdir()
+        url = f"sqlite:///{folder / 'registry.db'}" if registry_server is None else registry_server.create()
+        made.append(Database(url, anchors=folder / "audit.anchors"))
+        return made[-1]
+
+    yield make
+    for database in made:
+        database.dispose()
+
+
+@pytest.fixture(scope="session")
+def _shared(
+    tmp_path_factory: pytest.TempPathFactory, registry_server: Server | None
+) -> Iterator[tuple[Database, Path]]:
+    folder, template = tmp_path_factory.mktemp("shared"), tmp_path_factory.mktemp("template")
+    kit.prepared(template).dispose()
+    if registry_server is None:
+        database = kit.prepared(folder, template / "registry.db")
+    else:
+        database = Database(registry_server.create(), anchors=folder / "audit.anchors")
+        database.prepare()
+    yield database, template / "registry.db"
+    database.dispose()
+
+
+@pytest.fixture
+def database(_shared: tuple[Database, Path]) -> Database:
+    """An empty registry."""
+    kit.reset(*_shared)
+    return _shared[0]
 
 
 @pytest.fixture

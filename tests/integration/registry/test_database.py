@@ -1,4 +1,4 @@
-"""The registry's database with real processes and disks: at once, killed, full, read-only, newer, gone. Never half written."""
+"""SQLite's file with real processes and disks: killed, full, read-only, gone. Never half written. What holds on every database: test_at_once."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 from sqlalchemy import func, inspect, select, text
 
-from registry import audit, clock, migrate, routes
+from registry import audit, clock, migrate
 from registry.database import Database
-from registry.errors import ConflictError, StorageError, UnavailableError, UsageError
-from registry.routes import Desired
-from registry.schema import REVISION, AuditEvent, AuditHead, Base, Environment, Model, RouteChange
+from registry.errors import StorageError, UnavailableError
+from registry.schema import REVISION, AuditEvent, Model
 from registry.store import DirectoryStore
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -67,51 +64,6 @@ def add_models(database: Database, *names: str, padding: str = "") -> None:
 
 
 # At once
-
-
-def change_routes(folder: str, count: int, start: object) -> None:
-    start.wait()  # type: ignore[attr-defined]
-    database = opened(Path(folder))
-    for number in range(count):
-        with database.write(actor=str(os.getpid())) as transaction:
-            routes.change(transaction, "production", "digits", Desired(stable=str(number)), kind="promote", reason="")
-    database.dispose()
-
-
-def run_at_once(target: Callable[..., None], *arguments: object, count: int) -> None:
-    start = SPAWN.Barrier(count)
-    processes = [SPAWN.Process(target=target, args=(*arguments, start)) for _ in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * count
-
-
-def test_processes_that_write_at_once_lose_no_update(database: Database, tmp_path: Path) -> None:
-    run_at_once(change_routes, str(tmp_path), 15, count=3)
-    with database.read() as session:
-        assert session.get_one(Environment, "production").generation == 45
-        generations = session.scalars(select(RouteChange.generation).order_by(RouteChange.generation)).all()
-    assert list(generations) == list(range(1, 46))
-    assert whole(database).events == 46
-
-
-def prepare(folder: str, start: object) -> None:
-    start.wait()  # type: ignore[attr-defined]
-    database = opened(Path(folder))
-    database.prepare()
-    assert database.revision() == REVISION
-    database.dispose()
-
-
-def test_processes_that_prepare_an_empty_database_at_once_make_it_once(tmp_path: Path) -> None:
-    run_at_once(prepare, str(tmp_path / "home"), count=3)
-    database = opened(tmp_path / "home")
-    with database.read() as session:
-        assert session.scalars(select(AuditHead.seq)).all() == [0]
-        assert session.execute(text("SELECT count(*) FROM alembic_version")).scalar() == 1
-    assert whole(database).events == 0
 
 
 def test_connections_that_open_a_new_file_at_once_are_not_turned_away(tmp_path: Path) -> None:
@@ -171,13 +123,6 @@ def test_a_lock_that_is_never_given_back_is_an_error_and_not_a_wait_for_ever(
     add_models(impatient, "a")
     impatient.dispose()
     assert models(database) == 1
-
-
-def test_two_that_make_the_same_row_are_told_so(database: Database) -> None:
-    add_models(database, "a")
-    with pytest.raises(ConflictError, match=r"changed the same row .* repeat the command"):
-        add_models(database, "b", "a")
-    assert (models(database), whole(database).events) == (1, 1)
 
 
 # Killed
@@ -275,41 +220,6 @@ database.prepare()
 
 
 # Migrations
-
-
-def test_the_migrations_make_the_tables_that_the_code_has(database: Database) -> None:
-    assert database.revision() == REVISION == migrate.known()[0]
-    with database.engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
-        assert compare_metadata(context, Base.metadata) == []
-
-
-def test_migrations_go_down_to_nothing_and_up_again(database: Database) -> None:
-    add_models(database, "a")
-    migrate.downgrade(database, "base")
-    with database.engine.connect() as connection:
-        assert inspect(connection).get_table_names() == ["alembic_version"]
-    assert database.revision() is None
-    database.prepare()
-    assert (database.revision(), models(database)) == (REVISION, 0)
-    with database.read() as session:
-        assert session.get_one(AuditHead, 1).hash == audit.GENESIS
-
-
-def test_preparing_again_changes_nothing(database: Database) -> None:
-    add_models(database, "a")
-    database.prepare()
-    migrate.upgrade(database)
-    assert models(database) == 1
-
-
-def test_a_database_that_is_newer_than_this_code_is_refused_and_left_alone(database: Database) -> None:
-    with database.engine.begin() as connection:
-        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(UsageError, match=r"schema revision 9999, .*does not know: upgrade modelkeep") as error:
-        database.prepare()
-    assert str(database.url.database) in str(error.value)
-    assert database.revision() == "9999"
 
 
 def test_a_folder_with_a_percent_sign_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from registry.database import Database
 from registry.store import DirectoryStore
+from tests.registry_servers import Server
 from tests.unit.registry import kit
 
 
@@ -21,16 +22,23 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Database]:
+def engine(
+    tmp_path_factory: pytest.TempPathFactory, template: Path, registry_server: Server | None
+) -> Iterator[Database]:
     """One engine for all tests, since what costs is that each compiles every statement anew."""
-    opened = kit.prepared(tmp_path_factory.mktemp("registry"), template)
+    folder = tmp_path_factory.mktemp("registry")
+    if registry_server is None:
+        opened = kit.prepared(folder, template)
+    else:
+        opened = Database(registry_server.create(), anchors=folder / "audit.anchors")
+        opened.prepare()
     yield opened
     opened.dispose()
 
 
 @pytest.fixture
 def database(engine: Database, template: Path) -> Database:
-    """An empty registry."""
+    """An empty registry, on the database that --registry-database names."""
     kit.reset(engine, template)
     return engine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import event, func, select
+from sqlalchemy import Table, event, func, select
 
 from registry import audit, clock, promotions, routes
 from registry.database import Database
 from registry.policy import PromotionPolicy
 from registry.promotions import Operation
 from registry.routes import Desired
-from registry.schema import AuditEvent, Model, Placement, Route, Version
+from registry.schema import AuditEvent, Base, Model, Placement, Route, Version
 
 ENVIRONMENT = "production"
 MODEL = "digits"
@@ -107,13 +108,45 @@ def stable_by(database: Database, *versions: str) -> None:
         end(database, operation, "promoted")
 
 
+def new_epoch(database: Database) -> str:
+    """What a restore does to an environment: another epoch, the rows as they were."""
+    with database.write(actor="test") as transaction:
+        row = routes.lock_environment(transaction, ENVIRONMENT)
+        row.epoch = routes.new_epoch()
+        transaction.record("environment.restored", f"environment:{ENVIRONMENT}", after={"epoch": row.epoch})
+        return row.epoch
+
+
 def reset(database: Database, template: Path) -> None:
-    """The registry's file is that of a template, and there are no anchors."""
+    """The registry is that of a template (an SQLite file), and there are no anchors."""
+    if not database.sqlite:
+        assert database.anchors is not None
+        shutil.rmtree(database.anchors.parent)
+        database.anchors.parent.mkdir()
+        with database.engine.begin() as connection:
+            for table in reversed(Base.metadata.sorted_tables):
+                connection.execute(table.delete())
+            for table, rows in _rows(template):
+                connection.execute(table.insert(), rows)
+        return
     database.dispose()  # who holds a connection holds the file of before
     folder = Path(str(database.url.database)).parent
     shutil.rmtree(folder)
     folder.mkdir()
     shutil.copyfile(template, folder / "registry.db")
+
+
+@functools.cache
+def _rows(template: Path) -> list[tuple[Table, list[dict[str, Any]]]]:
+    """What a template holds, table by table."""
+    source = Database(f"sqlite:///{template}")
+    with source.read() as session:
+        found = [
+            (table, [dict(row) for row in session.execute(table.select()).mappings()])
+            for table in Base.metadata.sorted_tables
+        ]
+    source.dispose()
+    return [(table, rows) for table, rows in found if rows]
 
 
 def route(database: Database, model: str = MODEL, environment: str = ENVIRONMENT) -> Route:

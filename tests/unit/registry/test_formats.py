@@ -253,7 +253,7 @@ def test_what_is_not_there_is_refused_in_words(tmp_path: Path) -> None:
 def test_a_directory_must_hold_exactly_one_model(tmp_path: Path) -> None:
     folder = tmp_path / "d"
     folder.mkdir()
-    (folder / "MLmodel").write_text("flavors: {}", encoding="utf-8")
+    (folder / "README.md").write_text("hello", encoding="utf-8")
     assert "directory without a model" in refusal(folder)
     path = save(linear(), folder / "a.onnx")
     assert inspect(folder, max_bytes=GIB).path == path
@@ -531,7 +531,7 @@ shape = [-1, 10]
     told = parse_model_toml(path)
     assert told.signature is not None
     assert told.signature.inputs == (TensorSpec("x", "FP32", (-1, 1, 8, 8)),)
-    assert told.metadata == {
+    assert told.facts == {
         "description": "digits",
         "author": "ann",
         "tags": ["cnn", "small"],

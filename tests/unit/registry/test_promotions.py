@@ -93,7 +93,7 @@ def settled(database: Database, stable: str | None) -> None:
     assert "testing" not in places(database, "staging").values()
     assert lease(database).state == leases.RELEASED
     with database.read() as session:
-        assert session.scalars(select(Promotion).where(Promotion.state == promotions.RUNNING)).all() == []
+        assert session.scalars(select(Promotion).where(Promotion.state.in_(promotions.ACTIVE))).all() == []
         changes = session.scalars(select(RouteChange).order_by(RouteChange.generation)).all()
     told = [action for action in actions(database) if action.startswith("route.")]
     assert told == [f"route.{change.kind}" for change in changes], "every change of a route has its event"
@@ -370,13 +370,93 @@ def test_a_dead_run_loses_its_candidate(three: Database, at: str) -> None:
     assert state_of_world(three) == before
 
 
-def test_a_dead_run_in_the_soak_keeps_what_it_had_promoted(three: Database) -> None:
-    operation = kit.begin(three, "2")
-    kit.canary(three, operation)
-    kit.promote(three, operation)
+def soaking(database: Database, version: str = "2", *, run: str | None = None) -> Operation:
+    operation = kit.begin(database, version, flow_run_id=run)
+    kit.canary(database, operation)
+    kit.promote(database, operation)
+    return operation
+
+
+def test_a_dead_run_in_the_soak_keeps_what_it_had_promoted_under_watch(three: Database) -> None:
+    operation = soaking(three)
+    assert record(three, operation.id).state == promotions.SOAKING
     assert expire(three) == operation.id
+    found = route(three)
+    assert (found.stable, found.watch, found.promotion) == ("2", True, operation.id)
+    assert (record(three, operation.id).state, lease(three).state) == (promotions.SOAKING, leases.RELEASED)
+    with three.read() as session:
+        assert promotions.orphans(session) == [operation.id]
+    again = promotions.carry_on(three, operation.id, ttl_seconds=30.0)
+    with three.read() as session:
+        assert promotions.orphans(session) == []
+    with pytest.raises(FencedError):
+        kit.end(three, operation, "promoted")
+    kit.end(three, again, "promoted")
     settled(three, "2")
-    assert record(three, operation.id).state == "promoted"
+    assert "promotion.carried-on" in actions(three)
+
+
+def test_an_orphaned_soak_ends_when_the_next_promotion_begins(three: Database) -> None:
+    operation = soaking(three)
+    expire(three)
+    after = kit.begin(three, "3")
+    assert after.stable == "2"
+    ended = record(three, operation.id)
+    assert (ended.state, ended.reason) == ("promoted", "Soak superseded")
+    kit.end(three, after, "withdrawn")
+    settled(three, "2")
+
+
+@pytest.mark.parametrize("emergency", [False, True])
+def test_a_rollback_in_an_orphaned_soak_withdraws_what_it_watched(three: Database, emergency: bool) -> None:
+    operation = soaking(three)
+    expire(three)
+    result = roll_back(three, emergency=emergency)
+    assert (result["to"], result["withdrawn"]) == ("1", "2")
+    assert record(three, operation.id).state == "withdrawn"
+    settled(three, "1")
+
+
+def test_the_same_command_again_goes_on_with_the_orphaned_soak(three: Database) -> None:
+    operation = soaking(three)
+    with pytest.raises(LockedError, match="promotion of digits 2"):
+        kit.begin(three, "2")
+    expire(three)
+    again = kit.begin(three, "2", flow_run_id="run-2")
+    assert (again.id, again.resumed, again.progress["promoted"]) == (operation.id, True, True)
+    with three.read() as session:
+        assert promotions.of_run(session, "run-2") is not None
+    kit.end(three, again, "promoted")
+    settled(three, "2")
+
+
+def test_whoever_asks_for_an_earlier_run_finds_the_promotion_that_another_carries(three: Database) -> None:
+    operation = soaking(three, run="run-1")
+    expire(three)
+    promotions.carry_on(three, operation.id, ttl_seconds=30.0, flow_run_id="run-2")
+    with three.read() as session:
+        found = [promotions.of_run(session, run) for run in ("run-1", "run-2", "run-3")]
+    assert [row.id if row else None for row in found] == [operation.id, operation.id, None]
+
+
+def test_only_its_own_run_takes_a_promotion_from_a_living_carrier(three: Database) -> None:
+    operation = kit.begin(three, "2", flow_run_id="run-1")
+    for run in (None, "run-2"):
+        with pytest.raises(LockedError):
+            promotions.carry_on(three, operation.id, ttl_seconds=30.0, flow_run_id=run)
+    again = promotions.carry_on(three, operation.id, ttl_seconds=30.0, flow_run_id="run-1")
+    assert again.held.token != operation.held.token
+    kit.end(three, again, "withdrawn")
+    with pytest.raises(ConflictError, match="has ended already"):
+        promotions.carry_on(three, operation.id, ttl_seconds=30.0, flow_run_id="run-1")
+    with pytest.raises(NotFoundError):
+        promotions.carry_on(three, "nothing", ttl_seconds=30.0)
+
+
+def test_only_a_soak_is_left_to_others(three: Database) -> None:
+    operation = kit.begin(three, "2")
+    with pytest.raises(ConflictError, match="only a soak"):
+        promotions.let_go(three, operation, "told to end")
 
 
 def test_a_run_that_moved_meanwhile_loses_nothing(three: Database) -> None:
@@ -577,7 +657,7 @@ def test_the_lease_is_checked_before_anything_else_of_a_write(three: Database) -
     operation = kit.begin(three, "2")
     with kit.statements(three) as statements:
         promotions.note(three, operation, "other", "noted", "")
-    assert statements[0] == "BEGIN IMMEDIATE"
+    assert statements[0] == "BEGIN IMMEDIATE" or "FROM audit_head" in statements[0], "writers go one at a time"
     assert "FROM environments" in statements[1]
     assert "FROM leases" in statements[2]
     writes = [statement.split()[0] for statement in statements].index("INSERT")

@@ -1,4 +1,4 @@
-"""Promotions, rollbacks, deaths and restarts in any order: what must be true is true after each step."""
+"""Promotions, soaks, approvals, commands, rollbacks, deaths, restarts and restores in any order: what must be true is true after each step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from sqlalchemy import select
 
-from registry import leases, promotions, rollbacks
+from registry import approvals, catalogue, commands, leases, promotions, rollbacks
+from registry.actor import Who
 from registry.database import Database
 from registry.errors import ModelkeepError
 from registry.promotions import Operation
-from registry.schema import AuditEvent, Lease, Promotion, Route, RouteChange, Version
+from registry.schema import AuditEvent, Environment, Lease, Promotion, PromotionCommand, Route, RouteChange, Version
 from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, MODEL
 
 VERSIONS = ("1", "2", "3")
+WHO = Who("os:test")
 OUTCOMES: tuple[promotions.Outcome, ...] = ("promoted", "rejected", "withdrawn", "held", "failed")
 
 
@@ -70,11 +72,79 @@ class Promotions(RuleBasedStateMachine):
     @rule(data=st.data(), step=st.sampled_from([kit.shadow, kit.weigh, kit.promote]))
     def go_on(self, data: st.DataObject, step: Callable[[Database, Operation], Any]) -> None:
         operation = self.choose(data)
-        kept = (operation.step, operation.progress)
+        kept, lives = (operation.step, operation.progress), self.lives(operation)
         before = self.commits()
         self.attempt(lambda: step(self.database, operation))
         if self.commits() == before:
             assert (operation.step, operation.progress) == kept
+        else:
+            assert lives, "a dead token wrote"
+
+    @precondition(lambda self: self.operations)
+    @rule(data=st.data(), run=st.sampled_from([None, "run-1", "run-2", "run-3"]))
+    def carry_on(self, data: st.DataObject, run: str | None) -> None:
+        """Whatever its state: mostly a soak whose lease is free."""
+        identity = self.choose(data).id
+        again = self.attempt(
+            lambda: promotions.carry_on(self.database, identity, ttl_seconds=30.0, flow_run_id=run, holder="carrier")
+        )
+        if again is not None:
+            self.operations.append(again)
+
+    @precondition(lambda self: self.operations)
+    @rule(data=st.data())
+    def let_go(self, data: st.DataObject) -> None:
+        operation = self.choose(data)
+        self.attempt(lambda: promotions.let_go(self.database, operation, "told to end"))
+
+    @precondition(lambda self: self.operations)
+    @rule(data=st.data(), command=st.sampled_from(commands.COMMANDS))
+    def tell(self, data: st.DataObject, command: str) -> None:
+        identity = self.choose(data).id
+        self.attempt(lambda: commands.give(self.database, identity, command=command, who=WHO, reason="because"))
+
+    @precondition(lambda self: self.operations)
+    @rule(data=st.data())
+    def take(self, data: st.DataObject) -> None:
+        """What a carrier does at each look, a dead one too."""
+        operation, lives = self.choose(data), False
+        with self.database.read() as session:
+            waiting = [one for one in commands.standing(session, operation.id).waiting if one.command != "advance"]
+        for given in waiting:
+            lives = self.lives(operation)
+            taken = self.attempt(lambda given=given: commands.take(self.database, operation, given))
+            assert lives or taken is None, "a dead carrier took a command"
+
+    @precondition(lambda self: self.operations)
+    @rule(data=st.data())
+    def ask(self, data: st.DataObject) -> None:
+        operation = self.choose(data)
+        if operation.step == "begin":
+            self.attempt(lambda: approvals.ask(self.database, operation, deadline_seconds=600.0))
+
+    @precondition(lambda self: self.operations)
+    @rule(data=st.data(), verdict=st.sampled_from(["approve", "reject"]))
+    def answer(self, data: st.DataObject, verdict: approvals.Verdict) -> None:
+        identity = self.choose(data).id
+        self.attempt(lambda: approvals.give(self.database, identity, verdict=verdict, who=WHO, note=""))
+
+    @precondition(lambda self: self.operations)
+    @rule(data=st.data())
+    def go_on_approved(self, data: st.DataObject) -> None:
+        identity = self.choose(data).id
+        again = self.attempt(lambda: approvals.carry_on(self.database, identity, ttl_seconds=30.0, flow_run_id="run-3"))
+        if again is not None:
+            self.operations.append(again)
+
+    @rule()
+    def restore(self) -> None:
+        """A registry that was restored has a new epoch: every token of before is dead."""
+        kit.new_epoch(self.database)
+
+    @rule(version=st.sampled_from(VERSIONS))
+    def archive(self, version: str) -> None:
+        """What is served, on its way there, or what a soak would go back to, is refused."""
+        self.attempt(lambda: catalogue.archive(self.database, MODEL, version, reason="old"))
 
     @precondition(lambda self: self.operations)
     @rule(data=st.data(), outcome=st.sampled_from(OUTCOMES))
@@ -117,6 +187,17 @@ class Promotions(RuleBasedStateMachine):
             )
         )
 
+    def lives(self, operation: Operation) -> bool:
+        """Whether an operation holds the lease, by the rows alone."""
+        with self.database.read() as session:
+            lease = session.get_one(Lease, operation.held.subject)
+            epoch = session.get_one(Environment, ENVIRONMENT).epoch
+        return (
+            lease.state != leases.RELEASED
+            and lease.token == operation.held.token
+            and lease.token.rpartition(".")[0] == epoch
+        )
+
     def choose(self, data: st.DataObject) -> Operation:
         """Mostly the newest: it is the one that may be alive."""
         newest = len(self.operations) - 1
@@ -127,7 +208,9 @@ class Promotions(RuleBasedStateMachine):
         with self.database.read() as session:
             route = session.get(Route, (ENVIRONMENT, MODEL))
             lease = session.get(Lease, leases.subject_of(ENVIRONMENT, MODEL))
-            running = session.scalars(select(Promotion).where(Promotion.state == promotions.RUNNING)).all()
+            active = session.scalars(select(Promotion).where(Promotion.state.in_(promotions.ACTIVE))).all()
+            archived = set(session.scalars(select(Version.version).where(Version.state == "archived")))
+            stops = session.scalars(select(PromotionCommand).where(PromotionCommand.command == "stop")).all()
             known = set(session.scalars(select(Version.version)))
             changes = session.scalars(select(RouteChange).order_by(RouteChange.generation)).all()
             events = session.scalars(select(AuditEvent.action).where(AuditEvent.action.startswith("route.")))
@@ -137,14 +220,30 @@ class Promotions(RuleBasedStateMachine):
         assert len(stable) <= 1, "never two stable versions"
         assert stable == ([route.stable] if route is not None and route.stable is not None else [])
         if route is not None:
-            assert {route.stable, route.candidate} - {None} <= known, "never a route to a version that is not there"
+            live = {route.stable, route.candidate} - {None}
+            assert live <= known, "never a route to a version that is not there"
+            assert not live & archived, "never a route to an archived version"
             assert route.candidate is None or route.candidate != route.stable
             if route.weight:
                 assert places[str(route.candidate)] == "candidate"
-            if not running:
+            if not active:
                 assert (route.candidate, route.watch, route.shadow, route.weight) == (None, False, False, 0.0)
         held = lease is not None and lease.state != leases.RELEASED
-        assert [promotion.id for promotion in running] == ([lease.promotion] if held and lease is not None else [])
+        assert len(active) <= 1, "never two promotions of a model under way"
+        if held and lease is not None:
+            assert [promotion.id for promotion in active] == [lease.promotion]
+            waits = lease.state == leases.AWAITING
+            assert not waits or active[0].state == promotions.AWAITING
+        else:
+            assert all(promotion.state == promotions.SOAKING for promotion in active), (
+                "only a soak goes on without a lease"
+            )
+        for promotion in active:
+            assert (promotion.state == promotions.SOAKING) == bool(promotion.progress.get("promoted"))
+        if active and active[0].state == promotions.SOAKING:
+            assert route is not None and (route.stable, route.promotion) == (active[0].version, active[0].id)
+        assert len({o.held.token for o in self.operations if self.lives(o)}) <= 1, "never two live carriers"
+        assert all(row.taken_at is not None for row in stops), "a stop never waits"
         assert told == [f"route.{change.kind}" for change in changes]
         assert [change.generation for change in changes] == list(range(1, len(changes) + 1))
 
@@ -161,5 +260,6 @@ def test_no_order_of_steps_brings_the_registry_out_of_step(template: Path) -> No
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)  # a second or so an example
 def test_thousands_of_orders_bring_it_out_of_step_neither(template: Path) -> None:
     run(template, max_examples=2000, stateful_step_count=50)

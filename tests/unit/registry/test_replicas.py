@@ -114,7 +114,7 @@ def test_a_pulse_is_one_query_with_the_generation_and_the_beats(database: Databa
     leases.beat(database, other.held)
     with kit.statements(database) as sent, database.read() as session:
         pulse = replicas.pulse(session, ENVIRONMENT)
-    assert [statement.split()[0] for statement in sent] == ["BEGIN", "SELECT"]
+    assert [statement.split()[0] for statement in sent] == ["BEGIN" if database.sqlite else "SET", "SELECT"]
     assert pulse is not None
     assert pulse.generation == 2
     assert {(beat.subject, beat.token, beat.heartbeat) for beat in pulse.beats} == {
@@ -144,3 +144,28 @@ def test_desired_is_the_routes_and_the_versions_that_they_name(database: Databas
         found, versions = replicas.desired(session, ENVIRONMENT)
     assert [(route.model, route.stable, route.candidate) for route in found] == [(MODEL, "1", "3")]
     assert {row.version for row in versions} == {"1", "3"}
+
+
+def test_a_report_that_got_no_answer_and_is_sent_again_counts_once(database: Database) -> None:
+    for _ in range(2):
+        report(database, counted("1", 25, errors=2))
+    assert counts(database)["1"] == [{"requests": 25, "errors": 2}]
+
+
+def test_a_late_report_of_an_old_boot_changes_its_own_row_only(database: Database) -> None:
+    report(database, counted("1", 25))
+    report(database, counted("1", 4), boot_id="b2")
+    report(database, counted("1", 27), boot_id="b1")
+    assert sorted(row["requests"] for row in counts(database)["1"]) == [4, 27]
+
+
+def test_three_replicas_with_restarts_add_up_to_what_was_answered(database: Database) -> None:
+    answered = 0
+    for replica in ("r1", "r2", "r3"):
+        for boot in ("a", "b"):
+            for requests in (10, 30, 70):  # cumulative: what counts is the last
+                report(database, counted("1", requests), counted("2", requests // 10), id=replica, boot_id=boot)
+            answered += 70
+    found = counts(database)
+    assert sum(row["requests"] for row in found["1"]) == answered
+    assert sum(row["requests"] for row in found["2"]) == answered // 10

@@ -55,6 +55,7 @@ def test_a_change_sets_the_route_raises_the_generation_and_is_on_record(database
     found = route(database)
     assert routes.as_dict(found) == {
         "stable": "1", "candidate": "2", "weight": 0.25, "shadow": False, "watch": True, "slow_threshold_seconds": 0.5,
+        "shadow_share": None,
         "generation": 2, "promotion": "p1",
     }  # fmt: skip
     assert actions(database) == ["environment.created", "route.first", "route.canary"]

@@ -410,3 +410,13 @@ def test_a_server_that_polls_too_seldom_for_its_leases_is_refused_with_both_valu
     assert "poll_seconds = 1 (default)" in message
     assert "lease_seconds = 2 (environment MODELKEEP_LEASE_SECONDS)" in message
     assert load(tmp_path, MODELKEEP_LEASE_SECONDS="2", MODELKEEP_POLL_SECONDS="0.5").poll_seconds == 0.5
+
+
+def test_one_way_to_ask_for_keys_and_one_place_for_ours(tmp_path: Path) -> None:
+    both = {"MODELKEEP_SECURITY__REQUIRE_KEYS": "true", "MODELKEEP_SECURITY__ALLOW_UNAUTHENTICATED": "true"}
+    assert "keys are asked for or they are not" in refusal(tmp_path, **both)
+    said = refusal(tmp_path, MODELKEEP_API_KEY="mk_geheim", MODELKEEP_API_KEY_FILE="key")
+    assert "leave one of them out" in said
+    assert "geheim" not in said
+    settings = load(tmp_path, "", MODELKEEP_API_KEY_FILE="key")
+    assert settings.api_key_file == settings.home / "key"

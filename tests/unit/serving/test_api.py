@@ -33,12 +33,12 @@ def test_an_answer_names_the_version_and_the_request() -> None:
         assert document["outputs"][0]["data"] == [2, 4]
         assert set(document["parameters"]) == {"queue_seconds", "model_seconds"}
         assert first.headers["x-model-version"] == "7"
-        assert first.headers["x-request-id"] == "box-1-abcdef-1"
-        assert second.headers["x-request-id"] == "box-1-abcdef-2"
+        assert first.headers["x-request-id"] == "box-1.abcdef.1.7.1"
+        assert second.headers["x-request-id"] == "box-1.abcdef.1.7.2"
         given = await server.post(INFER, request(), {"X-Request-ID": "mine"})
         assert given.headers["x-request-id"] == "mine"
         unfit = await server.post(INFER, request(), {"X-Request-ID": "x" * 129})
-        assert unfit.headers["x-request-id"] == "box-1-abcdef-3"
+        assert unfit.headers["x-request-id"] == "box-1.abcdef.1.7.4"
         close(version)
 
     asyncio.run(scenario())
@@ -360,7 +360,12 @@ def test_the_pages_beside_inference() -> None:
         version = load()
         server = serve(version, nudge=nudge, info=lambda: {"replica": "box-1"})
         assert (await server.get("/")).json()["models"] == ["m"]
-        assert (await server.get("/health")).json() == {"live": True, "ready": True, "in_flight": 0}
+        assert (await server.get("/health")).json() == {
+            "live": True,
+            "ready": True,
+            "in_flight": 0,
+            "boot_id": "abcdef0123456789",
+        }
         assert (await server.get("/api/v2/model-info")).json() == {"replica": "box-1"}
         assert (await server.get("/api/v2/model-health")).json()["models"][0]["version"] == "1"
         assert (await server.post("/api/v2/update-models", None)).json() == {"generation": 9}
@@ -383,5 +388,36 @@ def test_errors_of_the_composition_keep_their_status() -> None:
         server = serve(nudge=nudge)
         answer = await server.post("/api/v2/update-models", None)
         assert (answer.status, answer.error) == (503, "the registry does not answer")
+
+    asyncio.run(scenario())
+
+
+def test_only_the_share_of_the_shadow_is_copied() -> None:
+    async def scenario() -> None:
+        stable, candidate = load(version="1"), load(version="2")
+        route = Route("m", 1, "1", "2", 0.0, shadow=True, watch=True, shadow_share=0.25)
+        drawn = iter([0.1, 0.25, 0.9, 0.24])
+        server = serve(stable, candidate, route=route, random=lambda: next(drawn))
+        for _ in range(4):
+            assert (await server.infer()).headers["x-model-version"] == "1"
+            await until(lambda: not candidate.shadow_queue_length)
+        counts = candidate.counts_for(route)
+        await until(lambda: counts.shadow_requests + counts.shadow_dropped == 2)
+        close(stable, candidate)
+
+    asyncio.run(scenario())
+
+
+def test_what_is_counted_of_clusters_and_verdicts_is_in_the_metrics() -> None:
+    async def scenario() -> None:
+        version = load(PythonRuntime(fail), "3")
+        server = serve(version, route=Route("m", 1, "3", watch=True))
+        await server.infer()
+        text = (await server.get("/metrics")).body.decode()
+        assert 'modelkeep_bad_events_total{model="m",stream="error",version="3"} 1.0' in text
+        assert 'modelkeep_shadow_inexact_total{model="m",version="3"} 0.0' in text
+        assert 'modelkeep_feedback_total{result="accepted"} 0.0' in text
+        assert "modelkeep_feedback_waiting 0.0" in text
+        close(version)
 
     asyncio.run(scenario())

@@ -391,3 +391,26 @@ def test_a_thousand_requests_from_many_tasks_each_get_their_own_answer() -> None
         close(version)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (double, (0, 0, 0)),
+        (lambda inputs: {"y": inputs["x"] * np.float32(2 + 1e-6)}, (0, 0, 1)),
+        (lambda inputs: {"y": inputs["x"] * 3}, (0, 1, 1)),
+        (lambda inputs: {"y": inputs["x"][:, ::-1]}, (1, 1, 1)),
+    ],
+)
+def test_copies_are_compared_by_top_class_by_tolerance_and_to_the_bit(
+    function: Any, expected: tuple[int, int, int]
+) -> None:
+    async def scenario() -> None:
+        stable, candidate = load(), load(PythonRuntime(function), "2")
+        assert await shadow(candidate, stable)
+        counts = candidate.counts_for(SHADOWED)
+        await until(lambda: counts.shadow_requests)
+        assert (counts.shadow_disagreements, counts.shadow_differences, counts.shadow_inexact) == expected
+        close(stable, candidate)
+
+    asyncio.run(scenario())

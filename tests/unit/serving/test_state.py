@@ -64,7 +64,7 @@ def test_who_cannot_be_served_is_told_what_is_there() -> None:
 def test_a_candidate_that_is_not_loaded_leaves_its_share_to_the_stable_version() -> None:
     version = load(version="1")
     serving = serve(version, route=Route("m", 1, "1", "2", 1.0)).serving
-    admitted, route = serving.admit("m", None)
+    admitted, route, _ = serving.admit("m", None)
     assert admitted is version and route is not None
     close(version)
 
@@ -75,7 +75,7 @@ def test_an_installed_state_returns_what_is_no_longer_needed_and_its_requests_fi
         old, new = load(runtime, "1"), load(version="2")
         serving = serve(old).serving
         runtime.gate.clear()
-        held, _ = serving.admit("m", None)
+        held, _, _ = serving.admit("m", None)
         assert serving.install({"m": Route("m", 2, "2")}, {("m", "2"): new}, "epoch", 2) == [old]
         # Routed before the swap, queued after it.
         work = held.submit(row(1, 2), None)

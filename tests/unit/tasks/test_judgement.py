@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from benchmarks.judgement_simulation import CANDIDATES, run_canary
+from benchmarks.judgement_simulation import CANDIDATES, CORRELATED, MISCOUNTED, run_canary
 from registry.policy import PromotionPolicy
-from tasks.judgement import (
-    STREAMS,
-    Judgement,
-    StreamCounts,
-    Window,
+from tasks.evalues import (
     binomial_tail,
-    judge,
-    judge_shadow,
-    judge_soak,
     log_beta_tails,
     log_e_of_windows,
     log_e_one_sample,
     log_e_two_sample,
     p0,
     upper_rate_bound,
+)
+from tasks.judgement import (
+    STREAMS,
+    Judgement,
+    StreamCounts,
+    Window,
+    disagreement,
+    judge,
+    judge_shadow,
+    judge_soak,
 )
 
 POLICY = PromotionPolicy()
@@ -322,7 +327,156 @@ def test_a_judgement_can_be_written_as_json() -> None:
     assert json.loads(json.dumps(judged(window((300, 3, 15), (900, 9, 45))).as_dict(), allow_nan=False))
 
 
+# --- correlated failures
+
+
+def test_bad_requests_of_one_cluster_are_worth_one_event() -> None:
+    assert StreamCounts(100, 16, 16 * 15).events == pytest.approx(1)
+    assert StreamCounts(100, 16).events == 16
+    assert StreamCounts(100, 0).independence == 1
+    both = StreamCounts(100, 16, 16 * 15) + StreamCounts(100, 4)
+    assert both == StreamCounts(200, 20, 240)
+    assert both.events == pytest.approx(400 / 260)
+
+
+def test_what_came_after_a_cut_is_as_clustered_as_the_whole_and_never_less_than_nothing() -> None:
+    before, after = StreamCounts(100, 8, 56), StreamCounts(200, 12, 132)
+    assert after - before == StreamCounts(100, 4, 44)
+    assert after - after == StreamCounts(0, 0, 0)
+    with pytest.raises(ValueError, match="never negative"):
+        StreamCounts(4, 2, -1)
+
+
+def clustered(window: Window, candidate: int, stable: int = 0) -> Window:
+    """The window with the errors of each version in clusters of so many (0: each alone)."""
+
+    def grouped(counts: Mapping[str, StreamCounts], size: int) -> dict[str, StreamCounts]:
+        error = counts["error"]
+        return {**counts, "error": StreamCounts(error.requests, error.bad, error.bad * max(size - 1, 0))}
+
+    return Window(window.stage, window.weight, grouped(window.candidate, candidate), grouped(window.stable, stable))
+
+
+def test_one_failed_batch_is_no_evidence_and_twenty_are() -> None:
+    one = window((100, 16, 5), (1900, 10, 95), weight=0.05, stage="5 %")
+    assert judged(one, seconds=5).verdict == "withdraw"
+    assert judged(clustered(one, 16), seconds=5).verdict == "continue"
+    many = window((2000, 320, 100), (38_000, 400, 1900), weight=0.05, stage="5 %")
+    withdrawn = judged(clustered(many, 16))
+    assert withdrawn.verdict == "withdraw"
+    assert "320/2000 (16.0%, worth 20 events)" in withdrawn.reason
+    assert withdrawn.as_dict()["evidence"][0]["candidate"]["events"] == pytest.approx(20)
+
+
+def test_larger_batches_of_the_stable_version_do_not_make_the_candidate_look_worse() -> None:
+    # Both fail 5 % of their requests. Counted by batch alone, the stable version would have an eighth of its failures.
+    unlike = clustered(window((400, 20, 0), (3600, 180, 0), weight=0.1, stage="10 %"), 1, 8)
+    evidence = judged(unlike).evidence[0]
+    assert evidence.e_value < 1.5
+    assert log_e_two_sample(20, 180 / 8, 0.1, 0.25) > math.log(100)
+
+
+def test_one_failed_batch_or_one_user_is_no_sudden_failure() -> None:
+    alone = window((24, 16, 0), (200, 2, 10), weight=0.05, stage="5 %")
+    assert judged(alone, seconds=1).verdict == "withdraw"
+    assert judged(clustered(alone, 16), seconds=1).verdict == "continue"
+    batches = judged(clustered(window((48, 48, 0), (0, 0, 0), weight=0.05), 8), seconds=1)
+    assert batches.verdict == "withdraw" and "stopped at once" in batches.reason
+
+
+def test_at_full_weight_a_rate_known_from_few_clusters_is_known_less_well() -> None:
+    full = window((1000, 30, 50), (0, 0, 0), weight=1.0, stage="100 %")
+    frozen = {"error": StreamCounts(3000, 45), "slow": StreamCounts(3000, 150)}
+    few = {**frozen, "error": StreamCounts(3000, 45, 45 * 14)}
+    known = judge([full], frozen, POLICY, stage_seconds=1e6).evidence[0]
+    unsure = judge([full], few, POLICY, stage_seconds=1e6).evidence[0]
+    assert unsure.log_e < known.log_e
+
+
+# --- agreement of shadow copies
+
+
+def agreeing(copies: int, bad: int, required: float | None, seconds: float) -> Judgement:
+    policy = POLICY.model_copy(update={"shadow_agreement": required})
+    seen = [window((copies, 0, 0), (copies, 0, 0), weight=0.0, stage="shadow")]
+    return judge_shadow(seen, policy, stage_seconds=seconds, agreement=StreamCounts(copies, bad))
+
+
+@pytest.mark.parametrize("required", [0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("seconds", [1.0, 60.0])
+def test_three_copies_withdraw_nobody_for_disagreeing(required: float, seconds: float) -> None:
+    assert agreeing(3, 3, required, seconds).verdict != "withdraw"
+
+
+def test_a_candidate_that_disagrees_too_often_is_withdrawn_on_evidence_at_any_look() -> None:
+    judgement = agreeing(200, 30, 0.95, 1.0)
+    assert judgement.verdict == "withdraw"
+    assert "the answers agree in 85.0% of 200 copies, 95.0% are asked for" in judgement.reason
+    assert agreeing(200, 30, None, 60.0).verdict == "advance"
+    assert agreeing(200, 30, 0.8, 60.0).verdict == "advance"
+
+
+def test_at_the_end_of_the_shadow_the_exact_test_decides_and_before_it_does_not() -> None:
+    # 12 of 100 at 5 % allowed: a probability of 0.4 %, an e-value far below 100.
+    assert agreeing(100, 12, 0.95, 30.0).verdict == "continue"
+    end = agreeing(100, 12, 0.95, 60.0)
+    assert end.verdict == "withdraw" and "have a probability of" in end.reason
+    assert agreeing(100, 7, 0.95, 60.0).verdict == "advance"
+
+
+def test_too_few_compared_copies_are_said_to_be_no_judgement() -> None:
+    quiet = agreeing(3, 3, 0.9, 60.0)
+    assert quiet.verdict == "advance"
+    assert quiet.not_judged == {"agreement": "3 copies were compared, at least 20 are needed"}
+    assert "Not judged: agreement" in quiet.reason
+
+
+def test_a_candidate_that_agrees_as_often_as_asked_is_seldom_withdrawn_although_every_second_is_a_look() -> None:
+    random = np.random.default_rng(3)
+    withdrawn = 0
+    for _ in range(400):
+        bad = np.cumsum(random.random(300) < 0.05)
+        counts = [StreamCounts(n, int(bad[n - 1])) for n in range(5, 301, 5)]
+        withdrawn += any(disagreement(seen, 0.95, 100, final=seen.requests == 300) for seen in counts)
+    assert withdrawn <= 12  # at most 1 % by evidence and 1 % by the end's test
+
+
+# --- streams that need somebody to speak
+
+
+def test_a_stage_without_verdicts_is_not_held_up_by_a_stream_of_verdicts() -> None:
+    earlier = Window("5 %", 0.05, {"feedback": StreamCounts(50, 1)}, {"feedback": StreamCounts(500, 10)})
+    now = window((300, 3, 15), (900, 9, 45))
+    judgement = judge([earlier, now], {}, POLICY, stage_seconds=1e6, streams=(*STREAMS, "feedback"))
+    assert judgement.verdict == "advance"
+    assert {item.threshold for item in judgement.evidence} == {3 * POLICY.evidence}
+
+
+def test_a_decision_names_its_evidence() -> None:
+    seen = replace(window((300, 3, 15), (900, 9, 45)), epoch="e1", generation=7)
+    judgement = judge([seen], {}, POLICY, stage_seconds=1e6, not_judged={"feedback": "there are no verdicts"})
+    assert judgement.verdict == "advance"
+    assert "errors 3/300 (1.0%) against the stable's 9/900 (1.0%)" in judgement.reason
+    assert "of the 200 that withdraw, with a margin of 25%, in generation 7 of epoch e1." in judgement.reason
+    assert judgement.reason.endswith("Not judged: bad verdicts, there are no verdicts.")
+
+
 # --- error rates, by simulation with a fixed seed
+
+
+@pytest.mark.parametrize("name", [name for name in CORRELATED if name.startswith("as good")])
+def test_a_good_candidate_whose_failures_come_in_clusters_is_not_withdrawn(name: str) -> None:
+    candidate, clusters = CORRELATED[name]
+    random = np.random.default_rng(12)
+    ends = [run_canary(candidate, 50, POLICY, random, clusters=clusters, look_seconds=10).end for _ in range(20)]
+    assert ends.count("withdrawn") == 0
+
+
+def test_without_counting_clusters_once_they_would_be() -> None:
+    candidate, clusters = MISCOUNTED["as good, clusters of 16, each failure an event"]
+    random = np.random.default_rng(12)
+    ends = [run_canary(candidate, 50, POLICY, random, clusters=clusters, look_seconds=10).end for _ in range(8)]
+    assert ends.count("withdrawn") >= 5
 
 
 def test_a_good_candidate_is_withdrawn_far_less_than_once_in_a_hundred_although_every_look_may_stop() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tasks.judgement import StreamCounts, Window
-from tasks.observation import Parts, Sliced, calm_percentile, percentile
+from tasks.observation import calm_percentile, percentile
+from tasks.slices import Parts, Sliced
 
 
 def total(requests: int, slow: int, *, weight: float = 1.0) -> Window:

@@ -1,0 +1,207 @@
+"""What a server's poll and report, a promotion of record and a page of versions cost in a small and in a large registry.
+
+Prints one JSON document. Run by `make bench`, or `python -m benchmarks.registry_scale [--url URL] [--events N] [--runs N]`. A URL names a
+server's empty database (its tables are dropped before and after); without one it is SQLite in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import insert, update
+
+from registry import audit, catalogue, clock, leases, migrate, promotions, replicas, routes
+from registry.database import Database
+from registry.policy import PromotionPolicy
+from registry.routes import Desired
+from registry.schema import AuditEvent, AuditHead, Model, Version
+
+ENVIRONMENT = "production"
+SERVERS = 20
+BATCH = 5000
+
+
+def fill(database: Database, *, models: int, versions: int, events: int) -> None:
+    """A registry of that size, written past the registry's own functions: `versions` in all, every tenth of the first model."""
+    moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    names = [f"m{number:04}" for number in range(models)]
+    owners = [names[0] if number % 10 == 0 or models == 1 else names[number % models] for number in range(versions)]
+    ordinals: dict[str, int] = {}
+    rows = []
+    for owner in owners:
+        ordinals[owner] = ordinals.get(owner, 0) + 1
+        rows.append(
+            {
+                "model": owner, "version": str(ordinals[owner]), "ordinal": ordinals[owner], "state": "validated", "digest": "0" * 64,
+                "format": "onnx", "size_bytes": 1, "files": [], "signature": None, "facts": {}, "tags": {}, "golden_digest": None,
+                "rows_independent": True, "validation": None, "created_at": moment, "created_by": "bench", "benchmark": None,
+                "deleted_at": None,
+            }
+        )  # fmt: skip
+    with database.engine.begin() as connection:
+        connection.execute(
+            insert(Model), [{"name": name, "description": "", "kind": None, "created_at": moment} for name in names]
+        )
+        for start in range(0, len(rows), BATCH):
+            connection.execute(insert(Version), rows[start : start + BATCH])
+    chain(database, events)
+    with database.write(actor="bench") as transaction:
+        for name in names:
+            routes.change(transaction, ENVIRONMENT, name, Desired(stable="1"), kind="first", reason="")
+    for number in range(SERVERS):
+        report(database, number)
+
+
+def chain(database: Database, events: int) -> None:
+    head, at = audit.GENESIS, clock.text(clock.now())
+    for start in range(1, events + 1, BATCH):
+        rows = []
+        for seq in range(start, min(start + BATCH, events + 1)):
+            subject = f"model:production/m{seq % 1000:04}"
+            fields = {
+                "seq": seq, "at": at, "actor": "bench", "action": "thing.done", "subject": subject, "before": None,
+                "after": {"n": seq}, "flow_run_id": None, "reason": "",
+            }  # fmt: skip
+            text = audit.canonical(fields)
+            head = audit.link(head, text)
+            rows.append(
+                {
+                    "seq": seq,
+                    "at": at,
+                    "actor": "bench",
+                    "action": "thing.done",
+                    "subject": subject,
+                    "text": text,
+                    "hash": head,
+                }
+            )
+        with database.engine.begin() as connection:
+            connection.execute(insert(AuditEvent), rows)
+    with database.engine.begin() as connection:
+        connection.execute(update(AuditHead).values(seq=events, hash=head))
+
+
+def report(database: Database, number: int) -> None:
+    what = replicas.Report(
+        f"r{number}", ENVIRONMENT, "http://127.0.0.1:8000", "b1", "e", 1, {"models": {}}, clock.now()
+    )
+    replicas.report(database, what)
+
+
+def poll(database: Database) -> None:
+    with database.read() as session:
+        if replicas.pulse(session, ENVIRONMENT) is None:
+            raise SystemExit("the registry has no environment")
+
+
+def wanted(database: Database) -> None:
+    """What a server reads after a change."""
+    with database.read() as session:
+        replicas.desired(session, ENVIRONMENT)
+
+
+def page(database: Database) -> None:
+    with database.read() as session:
+        catalogue.page(session, catalogue.Wanted())
+
+
+def promotion(database: Database, version: str) -> None:
+    """One promotion of record, from its beginning to its end: six transactions and two heartbeats."""
+    model = "m0000"
+    operation = promotions.begin(
+        database, environment=ENVIRONMENT, model=model, version=version, policy=PromotionPolicy(), strategy="canary",
+        ttl_seconds=30.0, flow_run_id=None,
+    )  # fmt: skip
+    promotions.stage(
+        database, operation, Desired(stable=operation.stable, candidate=version, shadow=True, watch=True), step="shadow",
+        kind="shadow", title="copies", detail="", placements=[("staging", "testing")], window={"stage": "shadow", "weight": 0.0},
+    )  # fmt: skip
+    leases.beat(database, operation.held)
+    promotions.stage(
+        database, operation, Desired(stable=operation.stable, candidate=version, weight=0.05, watch=True), step="canary",
+        kind="canary", title="5%", detail="", placements=[("staging", "passed"), (ENVIRONMENT, "candidate")],
+        window={"stage": "canary at 5%", "weight": 0.05},
+    )  # fmt: skip
+    leases.beat(database, operation.held)
+    promotions.promote(
+        database, operation, title="promoted", detail="", watch=True, window={"stage": "soak", "weight": 1.0}
+    )
+    promotions.end(database, operation, "promoted", title="promoted", detail="")
+
+
+def median_ms(act: Callable[[], None], runs: int) -> float:
+    seconds = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        act()
+        seconds.append(time.perf_counter() - started)
+    return round(1000 * statistics.median(seconds), 3)
+
+
+def measure(database: Database, runs: int) -> dict[str, float]:
+    numbers = iter(range(2, 10_000))
+
+    def promote() -> None:
+        promotion(database, str(next(numbers)))
+
+    promote()  # what each statement costs once
+    return {
+        "poll_ms": median_ms(lambda: poll(database), 5 * runs),
+        "report_ms": median_ms(lambda: report(database, 0), 5 * runs),
+        "promotion_ms": median_ms(promote, min(runs, 8)),
+        "page_of_versions_ms": median_ms(lambda: page(database), runs),
+        "read_after_a_change_ms": median_ms(lambda: wanted(database), runs),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", help="an empty database of a server; default: SQLite in a temporary folder")
+    parser.add_argument("--events", type=int, default=1_000_000, help="audit events of the large registry")
+    parser.add_argument("--runs", type=int, default=40, help="measurements of each figure, at least")
+    arguments = parser.parse_args()
+    sizes = {
+        "small": {"models": 1, "versions": 10, "events": 100},
+        "many_versions": {"models": 1000, "versions": 10_000, "events": 100},
+        "many_versions_and_events": {"models": 1000, "versions": 10_000, "events": arguments.events},
+    }
+    figures: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(prefix="modelkeep-bench-") as folder:
+        for name, size in sizes.items():
+            database = Database(arguments.url or f"sqlite:///{Path(folder) / f'{name}.db'}", statement_seconds=600)
+            if arguments.url and database.revision() is not None:
+                raise SystemExit(f"{database.shown} is not empty: name an empty database")
+            database.prepare()
+            print(f"filling {name}: {size}", file=sys.stderr, flush=True)
+            fill(database, **size)
+            figures[name] = measure(database, arguments.runs)
+            if arguments.url:
+                migrate.downgrade(database, "base")
+            database.dispose()
+    small = figures["small"]
+    document: dict[str, Any] = {
+        "database": "sqlite" if arguments.url is None else arguments.url.split("+")[0],
+        "sizes": sizes,
+        "servers": SERVERS,
+        "figures": figures,
+        "ratio_to_small": {
+            name: {figure: round(value / small[figure], 2) for figure, value in found.items()}
+            for name, found in figures.items()
+            if name != "small"
+        },
+    }
+    print(json.dumps(document, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

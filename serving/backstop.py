@@ -1,0 +1,214 @@
+"""What this server can do without the registry: hold an earlier version, keep its files near, and bring the hold home when it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from registry import clock, points, rollbacks, store
+from registry.actor import Who
+from registry.database import Database
+from registry.errors import ModelkeepError, NotFoundError, RefusedError
+from registry.rollbacks import Hold
+from registry.schema import Version
+from serving.holds import Holds
+from serving.keeping import Kept
+from serving.laststate import LastState, Wanted
+from serving.routing import Route
+
+log = logging.getLogger("modelkeep.backstop")
+T = TypeVar("T")
+
+_AGAIN_SECONDS = 0.5
+_LOOK_SECONDS = 60.0
+"""How often the points are read again though no route has changed: they may have been let go, or a file was missing."""
+
+
+class Backstop:
+    """Owned by the reconciler. Changed on the event loop only."""
+
+    def __init__(
+        self,
+        database: Database,
+        artifacts: store.ArtifactStore,
+        *,
+        folder: Path,
+        environment: str,
+        replica_id: str,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.database, self.environment, self.replica_id = database, environment, replica_id
+        self.holds = Holds(folder / "holds.json")
+        self.kept = Kept(artifacts, folder / "artifacts", folder / "points.json")
+        self._monotonic = monotonic
+        # Neither a registry that hangs nor a large copy may stand before an emergency.
+        self._urgent = ThreadPoolExecutor(2, thread_name_prefix="hold")
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="keep")
+        self._task: asyncio.Task[None] | None = None
+        self._done: tuple[str, int] | None = None
+        self._looked = float("-inf")
+
+    def recall(self) -> None:
+        """What a process before this one held and kept."""
+        self.kept.recall()
+        self.holds.recall()
+        for hold in self.holds.by_model.values():
+            log.warning("%s is held on version %s since %s: %s", hold.model, hold.to, hold.at, hold.reason)
+
+    def over(self, state: LastState) -> LastState:
+        """The state as it is to be served: with the holds over it."""
+        return self.holds.over(state, self.kept.version)
+
+    async def write_back(self) -> bool:
+        """Bring the holds into the registry, which answers. Whether there was something to do."""
+        done = False
+        for hold in list(self.holds.by_model.values()):
+            write = partial(rollbacks.write_back, self.database, hold, replica=self.replica_id)
+            try:
+                outcome = await self._in(self._urgent, write)
+            except (RefusedError, NotFoundError) as error:
+                if self.holds.refused.get(hold.model) != str(error):
+                    log.error(
+                        "the hold of %s on %s stays, the registry does not take it: %s", hold.model, hold.to, error
+                    )
+                self.holds.refused[hold.model] = str(error)
+                continue
+            log.warning("the hold of %s on version %s is over: %s", hold.model, hold.to, outcome)
+            self.holds.drop(hold)
+            await self._save()
+            done = True
+        return done
+
+    def target(self, state: LastState, model: str, to: str | None) -> tuple[Route, str, Wanted]:
+        """The route to hold, the version to hold it on, and what it takes to load that.
+
+        Without a version: what is under way is taken out, else the stable version before this one. Raises NotFoundError, RefusedError.
+        """
+        route = next((route for route in state.routes if route.model == model), None)
+        if route is None or route.stable is None:
+            raise NotFoundError(f"{model} serves nothing on this server: there is nothing to roll back")
+        now = self.holds.of(route, state.epoch)
+        found: str | None = to
+        if found is None:
+            under_way = now is None and route.candidate is not None
+            found = route.stable if under_way else self.kept.below(model, now.to if now else route.stable)
+        if found is None:
+            raise NotFoundError(
+                f"this server knows no stable version of {model} before {route.stable}: name one with --to VERSION"
+            )
+        wanted = self.kept.version(model, found)
+        if wanted is None and found == route.stable:
+            wanted = next((w for w in state.versions if (w.model, w.version) == (model, found)), None)
+        if wanted is None or not (
+            found == route.stable or any(step.version == found for step in self.kept.steps.get(model, []))
+        ):
+            have = ", ".join(name for name in self.kept.names(model) if name != route.candidate)
+            raise RefusedError(
+                f"this server keeps no {model} {found} to go back to without the registry; it keeps {have or 'none'}: name one of them with --to"
+            )
+        return route, found, wanted
+
+    async def put(self, state: LastState, route: Route, to: str, *, who: Who, reason: str) -> tuple[Hold, str | None]:
+        """Hold a route, and keep the hold on the disk. Returns it, and why it could not be kept (a restart would forget it)."""
+        hold = Hold(
+            model=route.model,
+            environment=self.environment,
+            to=to,
+            before=route.stable,
+            epoch=state.epoch,
+            generation=route.generation,
+            actor=who.actor,
+            key_id=who.key_id,
+            claimed=who.claimed,
+            reason=reason,
+            at=clock.text(clock.now()),
+        )
+        self.holds.put(hold)
+        log.warning("%s is held on version %s by %s: %s", hold.model, hold.to, hold.actor, hold.reason)
+        return hold, await self._save()
+
+    async def release(self, model: str, *, who: Who, reason: str) -> Hold:
+        """Let go of a hold by hand. On record where the registry answers, else in the log only. Raises NotFoundError."""
+        hold = self.holds.by_model.get(model)
+        if hold is None:
+            raise NotFoundError(f"{model} is not held on this server")
+        self.holds.drop(hold)
+        await self._save()
+        log.warning("the hold of %s on version %s was released by %s: %s", hold.model, hold.to, who.actor, reason)
+        return hold
+
+    async def urgent(self, work: Callable[[], T]) -> T:
+        return await self._in(self._urgent, work)
+
+    def look(self, state: LastState, loaded: Callable[[], set[str]]) -> None:
+        """See in the background that what the points need is here, and that nothing else is. For after the routes are served.
+
+        `loaded` gives the digests of what is in memory.
+        """
+        fresh = (state.epoch, state.generation) != self._done
+        if self._task is not None or self._monotonic() - self._looked < (_AGAIN_SECONDS if fresh else _LOOK_SECONDS):
+            return
+        self._task = asyncio.create_task(self._look(state, loaded))
+
+    async def _look(self, state: LastState, loaded: Callable[[], set[str]]) -> None:
+        try:
+            steps, versions = await self._in(self._background, lambda: self._needed(state))
+            await self._in(self._background, lambda: self.kept.bring(steps, versions))
+            files = {str(file["digest"]) for wanted in (*versions, *state.versions) for file in wanted.files}
+            artifacts = {wanted.digest for wanted in (*versions, *state.versions)} | loaded()
+            dropped = await self._in(self._background, lambda: self.kept.clean(artifacts, files))
+            if dropped:
+                log.info("dropped %d artifacts that no route and no rollback point needs", len(dropped))
+            self._done = (state.epoch, state.generation)
+        except ModelkeepError as error:
+            log.error("the rollback points could not be looked at: %s", error)
+        except Exception:
+            log.exception("the rollback points could not be looked at")
+        finally:
+            self._looked, self._task = self._monotonic(), None
+
+    def _needed(self, state: LastState) -> tuple[dict[str, list[points.Step]], list[Wanted]]:
+        with self.database.read() as session:
+            steps = points.needed(session, self.environment)
+            names = {(model, step.version) for model, found in steps.items() for step in found if step.version}
+            known = {(wanted.model, wanted.version) for wanted in state.versions}
+            rows = points.versions_of(session, names - known)
+            return steps, [*state.versions, *(wanted_of(row) for row in rows)]
+
+    async def _save(self) -> str | None:
+        try:
+            await self._in(self._urgent, self.holds.save)
+        except OSError as error:
+            log.error("the holds could not be kept in %s, a restart would forget them: %s", self.holds.path, error)
+            return f"{self.holds.path} could not be written: {error.strerror or error}"
+        return None
+
+    async def stop(self) -> None:
+        for thread in (self._urgent, self._background):
+            thread.shutdown(wait=False, cancel_futures=True)
+        if self._task is not None:
+            self._task.cancel()
+
+    def info(self) -> dict[str, Any]:
+        """For model-info."""
+        return {
+            "holds": self.holds.as_list(),
+            "kept": [f"{model}/{version}" for model, version in sorted(self.kept.versions)],
+            "not_kept": {f"{model}/{version}": why for (model, version), why in sorted(self.kept.errors.items())},
+        }
+
+    @staticmethod
+    async def _in(thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(thread, work)
+
+
+def wanted_of(row: Version) -> Wanted:
+    return Wanted(
+        row.model, row.version, row.digest, row.format, tuple(row.files), row.signature, bool(row.rows_independent)
+    )

@@ -1,0 +1,117 @@
+"""The health of loaded versions, from their own figures of the last minute. What is done about it is serving.reconcile's."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from serving.engine import LoadedVersion
+
+Key = tuple[str, str]
+MEBIBYTE = 2**20
+
+
+class HealthStatus(StrEnum):
+    HEALTHY = "healthy"
+    DEGRADED = "degraded"
+    UNHEALTHY = "unhealthy"
+    UNKNOWN = "unknown"
+    """Too few requests to say."""
+
+
+class HealthLimits(Protocol):
+    """The section `health` of the settings."""
+
+    @property
+    def max_memory_mb(self) -> int: ...
+    @property
+    def response_seconds(self) -> float: ...
+    @property
+    def error_rate(self) -> float: ...
+    @property
+    def window_seconds(self) -> float: ...
+    @property
+    def minimum_requests(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HealthResult:
+    """`requests`, `error_rate` and `response_seconds` are those of the window; absent where nothing was asked."""
+
+    status: HealthStatus
+    reasons: tuple[str, ...]
+    requests: int
+    error_rate: float | None
+    response_seconds: float | None
+    memory_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "status": self.status.value,
+            "reasons": list(self.reasons),
+            "window_requests": self.requests,
+            "error_rate": self.error_rate,
+            "response_seconds": self.response_seconds,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    at: float
+    requests: int
+    errors: int
+    seconds: float
+
+
+class ModelHealth:
+    """Looks at the cumulative counts of every loaded version now and then, and judges what a sliding window gained."""
+
+    def __init__(self, limits: HealthLimits, monotonic: Callable[[], float]) -> None:
+        self._limits = limits
+        self._monotonic = monotonic
+        self._samples: dict[Key, deque[_Sample]] = {}
+
+    def look(self, loaded: Mapping[Key, LoadedVersion]) -> dict[Key, HealthResult]:
+        """Take a sample of each version, and judge all. Versions that are gone are forgotten."""
+        now = self._monotonic()
+        for key in self._samples.keys() - loaded.keys():
+            del self._samples[key]
+        for key, version in loaded.items():
+            total = version.telemetry.total
+            samples = self._samples.setdefault(key, deque())
+            if not samples or now - samples[-1].at >= self._limits.window_seconds / 30:
+                samples.append(_Sample(now, total.requests, total.errors, total.latency_seconds_total))
+            while len(samples) > 1 and now - samples[1].at >= self._limits.window_seconds:
+                samples.popleft()
+        return {key: self.judge(key, version) for key, version in loaded.items()}
+
+    def judge(self, key: Key, version: LoadedVersion) -> HealthResult:
+        """By the limits of the settings: memory and errors make a version unhealthy, slow answers degraded."""
+        limits, total = self._limits, version.telemetry.total
+        samples = self._samples.get(key)
+        oldest = samples[0] if samples else _Sample(0.0, total.requests, total.errors, total.latency_seconds_total)
+        requests, errors = total.requests - oldest.requests, total.errors - oldest.errors
+        rate = errors / requests if requests else None
+        mean = (total.latency_seconds_total - oldest.seconds) / requests if requests else None
+        memory = version.runtime.memory_bytes
+        reasons, status = [], HealthStatus.HEALTHY
+        enough = requests >= limits.minimum_requests
+        if mean is not None and enough and mean > limits.response_seconds:
+            status = HealthStatus.DEGRADED
+            reasons.append(f"answers take {mean:.2f} s on average, more than {limits.response_seconds:g} s")
+        if rate is not None and enough and rate > limits.error_rate:
+            status = HealthStatus.UNHEALTHY
+            reasons.append(f"{errors} of {requests} requests failed, more than {limits.error_rate:.1%}")
+        if memory is not None and memory > limits.max_memory_mb * MEBIBYTE:
+            status = HealthStatus.UNHEALTHY
+            reasons.append(f"takes {memory / MEBIBYTE:.0f} MB, more than {limits.max_memory_mb} MB")
+        if status is HealthStatus.HEALTHY and not enough:
+            status = HealthStatus.UNKNOWN
+        return HealthResult(status, tuple(reasons), requests, rate, mean, memory)
+
+    def begin_anew(self, key: Key) -> None:
+        """What was counted before no longer counts: the version was loaded again."""
+        self._samples.pop(key, None)

@@ -1,0 +1,159 @@
+"""The same requests through two versions, one after the other, in the process of the probe: for a candidate that no traffic can judge.
+
+Only one of the two is in memory at a time. It only measures: what the counts mean is decided in tasks/judgement.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from registry.errors import ModelkeepError, UsageError
+from serving.golden import Arrays, Golden, chosen_metric, feed, read_golden
+from serving.runtimes import first_line, load_runtime
+from serving.shadow import compare
+
+if TYPE_CHECKING:
+    from serving.probe import Job, ModelJob
+
+log = logging.getLogger("serving.replay")
+
+WARM_UP_CALLS = 10
+SLICES = 5
+"""The stable version's p95 is the median of those of so many parts, so that one stall of the machine does not move it."""
+
+
+def measure(job: Job, begin: Callable[[str], None]) -> dict[str, Any]:
+    """Run the golden inputs, `job.replay` of them at most, through both versions.
+
+    There are no captured requests in this release: golden inputs are all there is to replay. An input that there is no time for in the
+    candidate counts for neither. Raises UsageError without golden cases, or without a stable version.
+    """
+    started = time.monotonic()
+    if job.golden is None or job.stable is None:
+        raise UsageError("a replay needs golden inputs and a stable version to compare with")
+    begin("reading the golden cases")
+    golden = read_golden(job.golden)
+    chosen_metric(golden, job.metric, job.golden.name)
+    rows = min(job.replay, golden.cases)
+    document: dict[str, Any] = {"candidate": None, "stable": None, "golden": {"cases": golden.cases}, "inputs": "golden"}
+    begin("replaying through the stable version")
+    before = _run(job.stable, golden, rows, job, until=started + 0.4 * job.seconds)
+    if before.error is None:
+        begin("replaying through the candidate")
+        after = _run(job.candidate, golden, before.requests, job, until=started + 0.9 * job.seconds)
+        document["replay"] = _compared(before, after, golden, job)
+    else:
+        document["replay"] = {"problem": f"the stable version does not load: {before.error}"}
+    document["seconds"] = time.monotonic() - started
+    return document
+
+
+class _Run:
+    """What one version answered, and how long each answer took."""
+
+    def __init__(self) -> None:
+        self.answers: list[Arrays | None] = []
+        self.seconds: list[float] = []
+        self.first_error: str | None = None
+        self.error: str | None = None
+
+    @property
+    def requests(self) -> int:
+        return len(self.answers)
+
+
+def _run(model: ModelJob, golden: Golden, rows: int, job: Job, *, until: float) -> _Run:
+    found = _Run()
+    try:
+        runtime = load_runtime(model.path, model.format, signature=model.signature, threads=job.threads)
+    except Exception as error:  # whatever a loader throws at us is a figure: the model does not load
+        log.warning("does not load", exc_info=True)
+        found.error = _text(error)
+        return found
+    try:
+        for row in range(min(WARM_UP_CALLS, rows)):
+            _answer(runtime, golden, row)
+        for row in range(rows):
+            begun = time.perf_counter()
+            answer, problem = _answer(runtime, golden, row)
+            found.seconds.append(time.perf_counter() - begun)
+            found.answers.append(answer)
+            if problem is not None:
+                found.first_error = found.first_error or f"request {row}: {problem}"
+            if time.monotonic() > until:
+                break
+    finally:
+        runtime.close()
+        del runtime
+        gc.collect()
+    return found
+
+
+def _answer(runtime: Any, golden: Golden, row: int) -> tuple[Arrays | None, str | None]:
+    try:
+        answer: Arrays = runtime.run(feed(runtime.signature, golden.inputs, slice(row, row + 1)), None)
+    except Exception as error:  # a model may fail in any way it likes: that is what is counted
+        return None, _text(error)
+    return answer, None
+
+
+def _compared(before: _Run, after: _Run, golden: Golden, job: Job) -> dict[str, Any]:
+    if after.error is not None:
+        return {"problem": f"the candidate does not load: {after.error}"}
+    n = after.requests
+    p95 = _calm_p95([s for s, answer in zip(before.seconds, before.answers, strict=True) if answer is not None])
+    threshold = None if p95 is None else p95 * job.slow_factor
+    agreements = {"top": 0, "tolerance": 0, "exact": 0}
+    compared = 0
+    for old, new in zip(before.answers[:n], after.answers, strict=True):
+        if old is None or new is None:
+            continue  # counted as an error
+        compared += 1
+        found = compare(old, new)
+        agreements["top"] += found.disagrees
+        agreements["tolerance"] += found.differs
+        agreements["exact"] += found.inexact
+    return {
+        "problem": None,
+        "requests": n,
+        "of": golden.cases,
+        "captured": 0,
+        "stable_p95_seconds": p95,
+        "slow_threshold_seconds": threshold,
+        "candidate": _counts(after, n, threshold),
+        "stable": _counts(before, n, threshold),
+        "compared": compared,
+        "disagreements": agreements,
+    }
+
+
+def _counts(run: _Run, n: int, threshold: float | None) -> dict[str, Any]:
+    answered = [s for s, answer in zip(run.seconds[:n], run.answers[:n], strict=True) if answer is not None]
+    slow = None if threshold is None else sum(s > threshold for s in answered)
+    p50, p95 = (float(q) for q in np.quantile(answered, [0.5, 0.95])) if answered else (None, None)
+    return {
+        "errors": n - len(answered),
+        "slow": slow,
+        "first_error": run.first_error,
+        "p50_seconds": p50,
+        "p95_seconds": p95,
+    }
+
+
+def _calm_p95(seconds: list[float]) -> float | None:
+    """None where there are too few to tell."""
+    if len(seconds) < 20:
+        return None
+    parts = np.array_split(np.array(seconds), min(SLICES, len(seconds) // 20))
+    return float(np.median([np.quantile(part, 0.95) for part in parts]))
+
+
+def _text(error: BaseException) -> str:
+    text = first_line(error)
+    return text if isinstance(error, ModelkeepError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,146 @@
+"""A database server that dies, at rest and at the moment of a commit; and what it refuses. On the server of --registry-database."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import event, func, select, text
+
+from registry import clock
+from registry.database import Database
+from registry.errors import RefusedError, StorageError, UnavailableError
+from registry.schema import Model, PromotionStep
+from tests.integration.registry.test_at_once import add_models, count, url_of
+from tests.registry_servers import PROGRAMS, Server, starter
+from tests.unit.registry import kit
+
+pytestmark = pytest.mark.server
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def mortal(registry_server: Server | None, program: Callable[[str], Path]) -> Iterator[Server]:
+    """A server of this test's own."""
+    assert registry_server is not None
+    server = starter(registry_server.kind, program)
+    yield server
+    server.close()
+
+
+def test_a_server_that_dies_is_told_and_found_again_when_it_is_back(mortal: Server, tmp_path: Path) -> None:
+    database = Database(mortal.create(), anchors=tmp_path / "audit.anchors", answer_seconds=3)
+    database.prepare()
+    add_models(database, "before")
+    mortal.kill()
+    for attempt in (lambda: add_models(database, "a"), lambda: count(database, Model), database.revision):
+        with pytest.raises(UnavailableError, match="does not answer"):
+            attempt()
+    mortal.start()
+    add_models(database, "after")
+    assert (count(database, Model), kit.verdict(database).faults) == (2, [])
+
+    def die(*_: object) -> None:
+        mortal.kill()
+
+    event.listen(database.engine, "commit", die)
+    with pytest.raises(
+        UnavailableError, match="went away while a change was committed: it is on record as a whole or not at all"
+    ):
+        add_models(database, "a", "b")
+    event.remove(database.engine, "commit", die)
+    mortal.start()
+    assert count(database, Model) in (2, 4), "whole or not at all"
+    assert kit.verdict(database).holds
+    add_models(database, "c")
+    database.dispose()
+
+
+def test_a_server_goes_with_the_process_that_started_it(
+    registry_server: Server | None, program: Callable[[str], Path]
+) -> None:
+    assert registry_server is not None
+    code = """
+import os, sys
+from pathlib import Path
+from tests.registry_servers import Server
+server = Server(sys.argv[1], Path(sys.argv[2]))
+print(server.process.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, registry_server.kind, str(program(PROGRAMS[registry_server.kind]))],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    pid = int(done.stdout)
+    while Path(f"/proc/{pid}/stat").exists():  # the test's timeout is its patience
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+
+
+def test_a_wrong_password_and_a_missing_database_are_told(database: Database) -> None:
+    for url in (url_of(database).replace("hunter2", "wrong"), f"{url_of(database)}_gone"):
+        other = Database(url)
+        with pytest.raises(
+            UnavailableError, match=r"does not answer: .*(denied|failed|nknown database|does not exist)"
+        ) as error:
+            other.prepare()
+        assert "hunter2" not in str(error.value)
+        other.dispose()
+
+
+def test_a_database_without_tables_says_what_to_do(blank: Callable[[], Database]) -> None:
+    with pytest.raises(UnavailableError, match=r"lacks a table or column .*modelkeep db upgrade"):
+        count(blank(), Model)
+
+
+def test_what_does_not_fit_a_column_is_refused_and_nothing_is_cut(database: Database) -> None:
+    with pytest.raises(RefusedError, match=r"does not take a value: .*; shorten it"):
+        add_models(database, "x" * 129)
+    assert (count(database, Model), kit.verdict(database).events) == (0, 0)
+
+
+def test_a_number_that_is_none_is_absent_and_not_an_error(database: Database) -> None:
+    figures = {"p95": float("nan"), "bounds": [1.5, float("inf")], "n": 3}
+    with database.write(actor="test") as transaction:
+        transaction.session.add(
+            PromotionStep(promotion="p", number=1, at=clock.now(), step="s", title="t", detail="", figures=figures)
+        )
+    with database.read() as session:
+        assert session.get_one(PromotionStep, ("p", 1)).figures == {"p95": None, "bounds": [1.5, None], "n": 3}
+
+
+def test_times_keep_their_microseconds_and_names_their_case(database: Database) -> None:
+    moment = clock.now().replace(microsecond=123456)
+    with database.write(actor="test") as transaction:
+        for name in ("digits", "Digits", "DIGITS"):
+            transaction.session.add(Model(name=name, created_at=moment))
+    with database.read() as session:
+        assert session.get_one(Model, "Digits").created_at == moment
+        assert session.scalars(select(Model.name).order_by(Model.name)).all() == ["DIGITS", "Digits", "digits"]
+        assert session.scalar(select(func.count()).select_from(Model).where(Model.name == "dIGITS")) == 0
+
+
+def test_a_server_that_takes_no_writes_is_told_as_that(mortal: Server) -> None:
+    database = Database(mortal.create())
+    database.prepare()
+    if mortal.kind == "mariadb":
+        mortal.execute("CREATE USER 'reader'@'127.0.0.1' IDENTIFIED BY 'hunter2'", "GRANT ALL ON *.* TO 'reader'@'127.0.0.1'",
+                       "REVOKE SUPER, READ_ONLY ADMIN ON *.* FROM 'reader'@'127.0.0.1'", "SET GLOBAL read_only = 1")  # fmt: skip
+        url = url_of(database).replace("keeper", "reader")
+    else:
+        mortal.execute(f"ALTER DATABASE {database.url.database} SET default_transaction_read_only = on")
+        url = url_of(database)
+    database.dispose()
+    replica = Database(url)
+    with pytest.raises(StorageError, match="point MODELKEEP_DATABASE_URL at the server that takes writes"):
+        add_models(replica, "a")
+    with replica.read() as session:
+        assert session.execute(text("SELECT count(*) FROM models")).scalar() == 0
+    replica.dispose()
