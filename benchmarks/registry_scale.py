@@ -1,7 +1,7 @@
 """What a server's poll and report, a promotion of record and a page of versions cost in a small and in a large registry.
 
-Prints one JSON document. Run by `make bench`, or `python -m benchmarks.registry_scale [--url URL] [--events N] [--runs N]`. A URL names a
-server's empty database (its tables are dropped before and after); without one it is SQLite in a temporary folder.
+Prints one JSON document. Run by `make bench`, or `python -m benchmarks.registry_scale [--url URL …] [--events N] [--runs N]`: three URLs of
+empty databases, or SQLite in a temporary folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from sqlalchemy import insert, update
 
-from registry import audit, catalogue, clock, leases, migrate, promotions, replicas, routes
+from registry import audit, catalogue, clock, leases, promotions, replicas, routes
 from registry.database import Database
 from registry.policy import PromotionPolicy
 from registry.routes import Desired
@@ -27,6 +27,7 @@ from registry.schema import AuditEvent, AuditHead, Model, Version
 
 ENVIRONMENT = "production"
 SERVERS = 20
+PROMOTIONS = 8
 BATCH = 5000
 
 
@@ -138,63 +139,71 @@ def promotion(database: Database, version: str) -> None:
     promotions.end(database, operation, "promoted", title="promoted", detail="")
 
 
-def median_ms(act: Callable[[], None], runs: int) -> float:
-    seconds = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        act()
-        seconds.append(time.perf_counter() - started)
-    return round(1000 * statistics.median(seconds), 3)
-
-
-def measure(database: Database, runs: int) -> dict[str, float]:
+def acts(database: Database) -> dict[str, Callable[[], None]]:
     numbers = iter(range(2, 10_000))
-
-    def promote() -> None:
-        promotion(database, str(next(numbers)))
-
-    promote()  # what each statement costs once
     return {
-        "poll_ms": median_ms(lambda: poll(database), 5 * runs),
-        "report_ms": median_ms(lambda: report(database, 0), 5 * runs),
-        "promotion_ms": median_ms(promote, min(runs, 8)),
-        "page_of_versions_ms": median_ms(lambda: page(database), runs),
-        "read_after_a_change_ms": median_ms(lambda: wanted(database), runs),
+        "poll_ms": lambda: poll(database),
+        "report_ms": lambda: report(database, 0),
+        "promotion_ms": lambda: promotion(database, str(next(numbers))),
+        "page_of_versions_ms": lambda: page(database),
+        "read_after_a_change_ms": lambda: wanted(database),
+    }
+
+
+def measure(databases: dict[str, Database], runs: int) -> dict[str, dict[str, float]]:
+    """Medians by size. The sizes take turns, so that what else the machine does falls on all of them."""
+    kinds = {name: acts(database) for name, database in databases.items()}
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for run in range(runs + 1):  # the first is for what each statement costs once
+        for name in list(kinds) if run % 2 else list(reversed(kinds)):
+            for figure, act in kinds[name].items():
+                if figure == "promotion_ms" and run > PROMOTIONS:
+                    continue
+                started = time.perf_counter()
+                act()
+                if run:
+                    seconds.setdefault((name, figure), []).append(time.perf_counter() - started)
+    return {
+        name: {figure: round(1000 * statistics.median(seconds[name, figure]), 2) for figure in found}
+        for name, found in kinds.items()
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", help="an empty database of a server; default: SQLite in a temporary folder")
+    parser.add_argument(
+        "--url", action="append", default=[], help="an empty database; once for each of the three sizes"
+    )
     parser.add_argument("--events", type=int, default=1_000_000, help="audit events of the large registry")
-    parser.add_argument("--runs", type=int, default=40, help="measurements of each figure, at least")
+    parser.add_argument("--runs", type=int, default=60, help="measurements of each figure (of promotions at most 8)")
     arguments = parser.parse_args()
     sizes = {
         "small": {"models": 1, "versions": 10, "events": 100},
         "many_versions": {"models": 1000, "versions": 10_000, "events": 100},
         "many_versions_and_events": {"models": 1000, "versions": 10_000, "events": arguments.events},
     }
-    figures: dict[str, dict[str, float]] = {}
+    if arguments.url and len(arguments.url) != len(sizes):
+        parser.error(f"--url is given once for each of {', '.join(sizes)}, or not at all")
     with tempfile.TemporaryDirectory(prefix="modelkeep-bench-") as folder:
-        for name, size in sizes.items():
-            database = Database(arguments.url or f"sqlite:///{Path(folder) / f'{name}.db'}", statement_seconds=600)
-            if arguments.url and database.revision() is not None:
-                raise SystemExit(f"{database.shown} is not empty: name an empty database")
+        urls = arguments.url or [f"sqlite:///{Path(folder) / f'{name}.db'}" for name in sizes]
+        databases = {name: Database(url, statement_seconds=600) for name, url in zip(sizes, urls, strict=True)}
+        for name, database in databases.items():
+            if database.revision() is not None:
+                parser.error(f"{database.shown} is not empty: name an empty database")
             database.prepare()
-            print(f"filling {name}: {size}", file=sys.stderr, flush=True)
-            fill(database, **size)
-            figures[name] = measure(database, arguments.runs)
-            if arguments.url:
-                migrate.downgrade(database, "base")
+            print(f"filling {name}: {sizes[name]}", file=sys.stderr, flush=True)
+            fill(database, **sizes[name])
+        figures = measure(databases, arguments.runs)
+        kind = next(iter(databases.values())).engine.dialect.name
+        for database in databases.values():
             database.dispose()
-    small = figures["small"]
     document: dict[str, Any] = {
-        "database": "sqlite" if arguments.url is None else arguments.url.split("+")[0],
+        "database": kind,
         "sizes": sizes,
         "servers": SERVERS,
         "figures": figures,
         "ratio_to_small": {
-            name: {figure: round(value / small[figure], 2) for figure, value in found.items()}
+            name: {figure: round(value / figures["small"][figure], 2) for figure, value in found.items()}
             for name, found in figures.items()
             if name != "small"
         },

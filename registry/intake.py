@@ -11,6 +11,7 @@ from typing import Any
 
 from registry import formats, modeltoml
 from registry.errors import RefusedError, StorageError
+from registry.policy import METRICS
 from registry.store import StoredFile, artifact_digest, file_digest
 
 
@@ -85,7 +86,10 @@ def look_into_golden(path: Path, *, shown: Path | None = None) -> dict[str, Any]
         raise RefusedError(f"{what}: not an .npz file (numpy.savez makes one)")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            rows = {name: arrays[name].shape[0] if arrays[name].ndim else 0 for name in arrays.files}
+            rows = {
+                name: arrays[name].shape[0] if arrays[name].ndim else 0 for name in arrays.files if name != "metric"
+            }
+            metric = arrays["metric"] if "metric" in arrays.files else None
     except Exception as error:  # a broken archive makes zipfile, zlib and numpy raise whatever comes
         raise RefusedError(f"{what}: not a readable .npz of plain arrays ({error})") from error
     inputs = [name for name in rows if name.startswith("input.")]
@@ -93,4 +97,6 @@ def look_into_golden(path: Path, *, shown: Path | None = None) -> dict[str, Any]
         raise RefusedError(f"{what}: no array is named input.<tensor>; it has {sorted(rows) or 'nothing'}")
     if len(set(rows.values())) != 1 or not next(iter(rows.values())):
         raise RefusedError(f"{what}: every array needs the same number of rows, at least one; it has {rows}")
+    if metric is not None and (metric.size != 1 or str(metric.ravel()[0]) not in METRICS):
+        raise RefusedError(f"{what}: 'metric' is {metric.tolist()!r}; it must name one of {', '.join(METRICS)}")
     return {"cases": next(iter(rows.values())), "arrays": sorted(rows)}

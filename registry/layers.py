@@ -140,6 +140,9 @@ def _settle(
         section, entry = section_of(info.annotation), entry_of(info.annotation)
         if section is not None and isinstance(value, Mapping):
             settled[name] = _settle(section, value, f"{dotted}.", source, layer, problems, root)
+        elif entry is not None and entry.KEY is not None and isinstance(value, Mapping):  # [policies.digits]
+            named = [{entry.KEY: key, **item} if isinstance(item, Mapping) else item for key, item in value.items()]
+            settled[name] = _settle_entries(entry, named, dotted, source, layer, problems, root)
         elif entry is not None and isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
             settled[name] = _settle_entries(entry, value, dotted, source, layer, problems, root)
         else:
@@ -165,7 +168,7 @@ def _settle_entries(
         ]
     settled: dict[str, Any] = {}
     for number, item in enumerate(items, 1):
-        name = item.get(entry.KEY)
+        name = item.get(entry.KEY) if isinstance(item, Mapping) else None
         if not isinstance(name, str) or not name:
             problems.append(f"{source}: number {number} of {dotted!r} has no {entry.KEY!r}")
         elif slug(name) in settled:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from registry.errors import UsageError
+
+if TYPE_CHECKING:
+    from registry.settings import Settings
 
 METRICS = ("accuracy", "exact_match", "mean_absolute_error")
 """What the golden cases can be scored by (serving/golden.py); the first is the usual one."""
@@ -149,3 +156,84 @@ class PromotionPolicy(BaseModel):
         if any(not 0 < share <= 1 for share in stages) or any(a >= b for a, b in pairwise(stages)):
             raise ValueError(f"stages {stages}: shares must rise, each above 0 and at most 1")
         return stages
+
+
+def resolve(settings: Settings, model: str, changes: Mapping[str, Any] | None = None) -> PromotionPolicy:
+    """The policy of one promotion: `promotion` of the settings, under what `policies` has for the model, under `changes`.
+
+    Raises UsageError for a field that does not exist, with the nearest one, and for a value that is not allowed.
+    """
+    return resolved(settings, model, changes)[0]
+
+
+def resolved(
+    settings: Settings, model: str, changes: Mapping[str, Any] | None = None, *, whole: PromotionPolicy | None = None
+) -> tuple[PromotionPolicy, dict[str, str]]:
+    """The policy as in `resolve`, and where each field that is not at its default comes from.
+
+    `whole` is a policy given with the run: it stands for the two layers of the settings.
+    """
+    usual = PromotionPolicy()
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if whole is not None:
+        layers.append(("this run", whole.model_dump()))
+    else:
+        layers.append(("settings", settings.promotion.model_dump()))
+        layers += [(f"policies.{found.model}", fields) for found, fields in _of_model(settings, model)]
+    layers.append(("this run", _checked(changes or {})))
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for name, layer in layers:
+        values |= layer
+        for field, value in layer.items():
+            if name == "settings":
+                source = settings.source(f"promotion.{field}") if value != getattr(usual, field) else None
+            elif name == "this run":
+                source = name if layer is not layers[0][1] or value != getattr(usual, field) else None
+            else:
+                source = f"{name}.{field}: {settings.source(f'{name}.{field}')}"
+            if source is not None:
+                sources[field] = source
+    try:
+        return PromotionPolicy.model_validate(values), sources
+    except ValidationError as error:
+        words = "; ".join(f"{part['loc'][0] if part['loc'] else 'policy'}: {part['msg']}" for part in error.errors())
+        raise UsageError(f"the policy of this run: {words}") from error
+
+
+def parsed(assignments: Sequence[str]) -> dict[str, Any]:
+    """The changes that FIELD=VALUE texts stand for; a list is written with commas or as JSON, a table as JSON. Raises UsageError."""
+    from registry.layers import decode
+
+    changes: dict[str, Any] = {}
+    for text in assignments:
+        field, mark, value = text.partition("=")
+        field = field.strip()
+        if not mark:
+            raise UsageError(f"--set {text}: write FIELD=VALUE, as in --set soak_seconds=60")
+        _checked({field: None})
+        annotation = PromotionPolicy.model_fields[field].annotation
+        try:
+            decoded = decode(annotation, value.strip())
+        except ValueError as error:
+            raise UsageError(f"--set {text}: {error}") from error
+        changes[field] = None if decoded == "none" and annotation == float | None else decoded
+    return changes
+
+
+def _of_model(settings: Settings, model: str) -> list[tuple[Any, dict[str, Any]]]:
+    from registry.layers import slug
+
+    return [
+        (found, {name: getattr(found, name) for name in PromotionPolicy.model_fields if name in found.model_fields_set})
+        for found in settings.policies
+        if slug(found.model) == slug(model)
+    ]
+
+
+def _checked(changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    for field in changes:
+        if field not in PromotionPolicy.model_fields:
+            near = difflib.get_close_matches(field, list(PromotionPolicy.model_fields), n=1)
+            raise UsageError(f"{field!r} is no field of the policy" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return changes

@@ -94,7 +94,8 @@ def desired(session: Session, environment: str) -> tuple[list[Route], list[Versi
 
 def report(database: Database, what: Report) -> None:
     """Write a server's row and counts. A new boot takes the row over."""
-    with database.write(actor=f"replica:{what.id}", exclusive=False) as transaction:
+    # Counts are dropped by whoever ends a promotion: never between reading and writing them here.
+    with database.write(actor=f"replica:{what.id}", exclusive=bool(what.counts)) as transaction:
         session, now = transaction.session, clock.now()
         row = session.get(Replica, what.id)
         if row is None:

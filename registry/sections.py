@@ -19,6 +19,7 @@ from pydantic import (
 
 from registry.errors import SettingsError, UsageError
 from registry.names import check_name
+from registry.policy import PromotionPolicy
 
 DATABASE_SCHEMES = ("sqlite", "mysql+pymysql", "postgresql+psycopg")
 _RATE = re.compile(r"(\d+)\s*/\s*(second|minute|hour|day)")
@@ -88,6 +89,14 @@ class Entry(Section):
     """One of a `[[list]]` of tables. The field named by `KEY` tells it from its neighbours."""
 
     KEY: ClassVar[str | None] = "name"
+
+
+class ModelPolicy(PromotionPolicy, Entry):
+    """What the policy of one model has other than `promotion`: the fields that are given (`model_fields_set`), and no others."""
+
+    KEY: ClassVar[str | None] = "model"
+
+    model: str = Field(description="The model; small and large letters are one here, and so are '-' and '_'.")
 
 
 class ServerSection(Section):
@@ -241,7 +250,8 @@ class HealthSection(Section):
 class SecuritySection(Section):
     cors_origins: list[str] = Field(default=[], description="Web origins that may call the API from a browser; none.")
     require_keys: bool = Field(
-        False, description="Ask for an API key on this machine too: set it where a proxy passes others on to this address."
+        False,
+        description="Ask for an API key on this machine too: set it where a proxy passes others on to this address.",
     )
     allow_unauthenticated: bool = Field(
         False,

@@ -21,11 +21,11 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from registry import layers, profiles
-from registry.errors import SettingsError, UnavailableError, UsageError
+from registry.errors import SettingsError, UsageError
 from registry.layers import FILE_NAME, Layer
 from registry.names import check_name
 from registry.policy import PromotionPolicy
-from registry.profiles import MEBIBYTE, Profile
+from registry.profiles import Profile
 from registry.redaction import HIDDEN, redact
 from registry.sections import (
     AlertsSection,
@@ -37,6 +37,7 @@ from registry.sections import (
     GpuSection,
     HealthSection,
     LoggingSection,
+    ModelPolicy,
     ModelsSection,
     MonitoringSection,
     PerformanceSection,
@@ -52,7 +53,6 @@ from registry.sections import (
 )
 
 DEFAULT_HOME = Path("~/.modelkeep")
-CPU_BUDGET_MB = 2048
 
 _LAYERS: ContextVar[tuple[Layer, ...]] = ContextVar("_LAYERS", default=())
 
@@ -110,6 +110,7 @@ class Settings(BaseSettings):
     database: DatabaseSection = DatabaseSection()
     prefect: PrefectSection = PrefectSection()
     promotion: PromotionPolicy = PromotionPolicy()
+    policies: list[ModelPolicy] = []
     monitoring: MonitoringSection = MonitoringSection()
     logging: LoggingSection = LoggingSection()
     alerts: AlertsSection = AlertsSection()
@@ -282,6 +283,8 @@ def _flatten(
     model: BaseModel, prefix: str, lookup: str, sources: Mapping[str, str], rows: list[tuple[str, Any, str]]
 ) -> None:
     for name, info in type(model).model_fields.items():
+        if isinstance(model, ModelPolicy) and name not in model.model_fields_set:
+            continue  # it has what it changes, and nothing else
         value, entry = getattr(model, name), layers.entry_of(info.annotation)
         if isinstance(value, BaseModel):
             _flatten(value, f"{prefix}{name}.", f"{lookup}{name}.", sources, rows)
@@ -478,22 +481,3 @@ def check_limits(settings: Settings) -> None:
             )
     if broken:
         raise SettingsError("\n".join(broken))
-
-
-def memory_budget_bytes(settings: Settings, device_total_bytes: int | None) -> int:
-    """Memory for models: the least of `gpu.max_memory_mb`, `gpu.memory_fraction` of the device, and on cpu 2048 MB.
-
-    `device_total_bytes` is None where it could not be measured. Raises UnavailableError where nothing is a bound.
-    """
-    bounds = []
-    if settings.gpu.max_memory_mb is not None:
-        bounds.append(settings.gpu.max_memory_mb * MEBIBYTE)
-    if device_total_bytes is not None:
-        bounds.append(int(settings.gpu.memory_fraction * device_total_bytes))
-    if settings.hardware.name == profiles.CPU.name:
-        bounds.append(CPU_BUDGET_MB * MEBIBYTE)
-    if not bounds:
-        raise UnavailableError(
-            f"profile {settings.hardware.name}: the memory of the device could not be read; set gpu.max_memory_mb"
-        )
-    return min(bounds)

@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from registry import clock, feedback, leases, promotions, replicas, store, unfit
+from registry import clock, leases, promotions, replicas, store, unfit
 from registry.database import Database
 from registry.errors import ModelkeepError, UnavailableError
 from registry.settings import Settings
@@ -25,6 +24,7 @@ from serving.crashmark import Slot
 from serving.engine import LoadedVersion
 from serving.keyring import Keyring
 from serving.laststate import LastState, Wanted
+from serving.reporting import Reporter, Said
 from serving.routing import Route
 from serving.runtimes import load_runtime
 from serving.state import Serving
@@ -33,11 +33,7 @@ log = logging.getLogger("modelkeep.reconcile")
 T = TypeVar("T")
 Key = tuple[str, str]
 
-_HEARTBEAT_SECONDS = 10.0
 _RETRY_FIRST_SECONDS, _RETRY_MOST_SECONDS = 1.0, 60.0
-_COUNTS_KEPT_SECONDS = 60.0
-_REACHED_KEPT = 1000
-_FEEDBACK_BATCH, _FEEDBACK_BATCHES = 500, 20
 _LAST_REPORT_SECONDS = 2.0
 _PATIENCE_SECONDS = 10.0
 _PATIENCE_WITH_LAST_STATE_SECONDS = 2.0
@@ -69,7 +65,6 @@ class Reconciler:
             database, artifacts, folder=state_folder, environment=serving.environment, replica_id=serving.replica_id
         )
         self.errors: dict[Key, str] = {}
-        self._told_errors: set[tuple[Key, str]] = set()
         self.registry_error: str | None = None
         self.started_at = clock.now()
         self._monotonic = monotonic
@@ -85,11 +80,7 @@ class Reconciler:
         self.applied: LastState | None = None  # as the registry wanted it, without the holds
         self._tidying: asyncio.Task[None] | None = None
         self._retry: tuple[float, float] | None = None  # (when, pause) of the next try to load what failed
-        self._reported_at = float("-inf")
-        self._reported: dict[tuple[str, str, int], dict[str, Any]] = {}
-        self._reported_state: tuple[Any, ...] | None = None
-        self._reached: deque[replicas.Reached] = deque(maxlen=_REACHED_KEPT)  # switches that no report has told of yet
-        self._superseded: dict[tuple[str, int], float] = {}  # (model, generation) no longer routed -> since when
+        self.reporter = Reporter(serving, database, monotonic=monotonic)
 
     async def start(self) -> None:
         """Serve what the registry says; where it does not answer in time, what was served last."""
@@ -137,8 +128,7 @@ class Reconciler:
                 if report:
                     async with asyncio.timeout(patience_seconds):
                         await self.keyring.agree(self.database, self.serving.replica_id, self._in_thread)
-                        await self._report()
-                        await self._send_feedback()
+                        await self.reporter.report(self._in_thread, self._said)
                 if self.applied is not None:
                     self.backstop.look(self.applied, lambda: {v.digest for v in self.serving.loaded.values()})
             except TimeoutError:
@@ -163,11 +153,12 @@ class Reconciler:
         if self._prepared:
             try:
                 async with asyncio.timeout(_LAST_REPORT_SECONDS), self._lock:
-                    await self._report()
-                    await self._send_feedback()
+                    await self.reporter.report(self._in_thread, self._said)
             except (TimeoutError, ModelkeepError) as error:
                 waiting = len(self.serving.feedback)
-                log.error("the last counts and %d verdicts did not reach the registry: %s", waiting, error or "no answer")
+                log.error(
+                    "the last counts and %d verdicts did not reach the registry: %s", waiting, error or "no answer"
+                )
         if self._tidying is not None:
             self._tidying.cancel()
         await self.backstop.stop()
@@ -191,6 +182,10 @@ class Reconciler:
             "registry": "ok" if self.registry_error is None else self.registry_error,
             **self._serving(),
         }
+
+    def _said(self) -> Said:
+        """What the next report says."""
+        return Said(self.address, self.started_at, self._serving(), self.errors)
 
     def _serving(self) -> dict[str, Any]:
         return {
@@ -358,7 +353,7 @@ class Reconciler:
             for name in filter(None, (route.stable, route.candidate)):
                 if (route.model, name) not in loaded and (route.model, name) in self.serving.loaded:
                     loaded[route.model, name] = self.serving.loaded[route.model, name]
-        self._supersede(routes)
+        self.reporter.supersede(routes)
         unneeded = self.serving.install(routes, loaded, state.epoch, state.generation)
         behind = sorted(
             route.model
@@ -366,7 +361,7 @@ class Reconciler:
             if routes[route.model] != route
             or any((route.model, name) not in loaded for name in (route.stable, route.candidate) if name)
         )
-        self._reached.append(replicas.Reached(state.epoch, state.generation, clock.now(), tuple(behind)))
+        self.reporter.reached(replicas.Reached(state.epoch, state.generation, clock.now(), tuple(behind)))
         self.applied = wanted
         self.caretaker.settled(state.routes, routes, loaded)
         self._let_go(unneeded, loaded)
@@ -380,9 +375,13 @@ class Reconciler:
     def switch(self, route: Route, version: LoadedVersion) -> None:
         """Send a model's traffic elsewhere now, against its route. What that makes needless goes when the round under way is over."""
         loaded = {**self.serving.loaded, (version.model, version.version): version}
-        routes, epoch, generation = {**self.serving.routes, route.model: route}, self.serving.epoch, self.serving.generation
+        routes, epoch, generation = (
+            {**self.serving.routes, route.model: route},
+            self.serving.epoch,
+            self.serving.generation,
+        )
         self._let_go(self.serving.install(routes, loaded, epoch, generation), loaded)
-        self._reached.append(replicas.Reached(epoch, generation, clock.now(), (route.model,)))
+        self.reporter.reached(replicas.Reached(epoch, generation, clock.now(), (route.model,)))
         if self._tidying is None or self._tidying.done():
             self._tidying = asyncio.create_task(self.again())
 
@@ -477,13 +476,6 @@ class Reconciler:
         version.close()
         self.caretaker.gone(version)
 
-    def _supersede(self, routes: dict[str, Route]) -> None:
-        now = self._monotonic()
-        for name, route in self.serving.routes.items():
-            fresh = routes.get(name)
-            if fresh is None or fresh.generation != route.generation:
-                self._superseded[name, route.generation] = now
-
     def _recall(self) -> LastState | None:
         """What was served last, from the disk."""
         try:
@@ -492,72 +484,8 @@ class Reconciler:
             log.error("the last state cannot be used, going on without it: %s", error)
             return None
 
-    async def _report(self) -> None:
-        """Tell the registry: at once when something changed or is being counted, else now and then."""
-        serving = self.serving
-        counts = serving.watch_counts()
-        fresh = [row for row in counts if self._reported.get(_count_key(row)) != row]
-        state = (serving.epoch, serving.generation, tuple(sorted(self.errors.items())))
-        due = self._monotonic() - self._reported_at >= _HEARTBEAT_SECONDS
-        if not (fresh or due or self._reached or state != self._reported_state):
-            return
-        what = replicas.Report(
-            id=serving.replica_id,
-            environment=serving.environment,
-            address=self.address,
-            boot_id=serving.boot_id,
-            epoch=serving.epoch,
-            generation=serving.generation,
-            serving=self._serving(),
-            started_at=self.started_at,
-            counts=tuple(fresh),
-            reached=tuple(self._reached),
-        )
-        await self._in_thread(lambda: replicas.report(self.database, what))
-        await self._tell_errors()
-        for told in what.reached:
-            with contextlib.suppress(ValueError):  # pushed out by newer ones meanwhile
-                self._reached.remove(told)
-        self._reported_at, self._reported_state = self._monotonic(), state
-        self._reported = {_count_key(row): row for row in counts}
-        now = self._monotonic()
-        for (model, generation), since in list(self._superseded.items()):
-            if now - since > _COUNTS_KEPT_SECONDS:
-                serving.forget_counts(model, [generation])
-                del self._superseded[model, generation]
-
-    async def _send_feedback(self) -> None:
-        """Give the registry the verdicts that clients posted. They wait here until it has them; an id that it has counts once."""
-        inbox = self.serving.feedback
-        for _ in range(_FEEDBACK_BATCHES):
-            batch = inbox.peek(_FEEDBACK_BATCH)
-            if not batch:
-                return
-            observer = f"replica:{self.serving.replica_id}"
-            environment = self.serving.environment
-            written = await self._in_thread(
-                partial(feedback.record, self.database, environment, batch, observer=observer)
-            )
-            inbox.done(len(batch), written.outcome())
-
-    async def _tell_errors(self) -> None:
-        """What could not be loaded goes on record, once for each version and reason."""
-        self._told_errors &= set(self.errors.items())
-        for key, error in self.errors.items():
-            if (key, error) in self._told_errors:
-                continue
-            environment, observer = self.serving.environment, f"replica:{self.serving.replica_id}"
-            await self._in_thread(
-                partial(unfit.note_unloadable, self.database, environment, *key, observer=observer, error=error)
-            )
-            self._told_errors.add((key, error))
-
     async def _in_thread(self, work: Callable[[], T], thread: ThreadPoolExecutor | None = None) -> T:
         return await asyncio.get_running_loop().run_in_executor(thread or self._thread, work)
-
-
-def _count_key(row: dict[str, Any]) -> tuple[str, str, int]:
-    return (row["model"], row["version"], row["generation"])
 
 
 def _by_key(state: LastState) -> dict[Key, Wanted]:

@@ -41,7 +41,12 @@ def measure(job: Job, begin: Callable[[str], None]) -> dict[str, Any]:
     golden = read_golden(job.golden)
     chosen_metric(golden, job.metric, job.golden.name)
     rows = min(job.replay, golden.cases)
-    document: dict[str, Any] = {"candidate": None, "stable": None, "golden": {"cases": golden.cases}, "inputs": "golden"}
+    document: dict[str, Any] = {
+        "candidate": None,
+        "stable": None,
+        "golden": {"cases": golden.cases},
+        "inputs": "golden",
+    }
     begin("replaying through the stable version")
     before = _run(job.stable, golden, rows, job, until=started + 0.4 * job.seconds)
     if before.error is None:

@@ -102,7 +102,9 @@ def compare_losses(candidate: Sequence[float], stable: Sequence[float]) -> Losse
     mean = math.fsum(apart) / n
     deviation = math.sqrt(math.fsum((d - mean) ** 2 for d in apart) / (n - 1))
     half = student_quantile(0.975, n - 1) * deviation / math.sqrt(n)
-    return Losses(n, math.fsum(c for c, _ in pairs) / n, math.fsum(s for _, s in pairs) / n, mean, mean - half, mean + half)
+    return Losses(
+        n, math.fsum(c for c, _ in pairs) / n, math.fsum(s for _, s in pairs) / n, mean, mean - half, mean + half
+    )
 
 
 def student_quantile(p: float, degrees: int) -> float:

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from registry.errors import StorageError
+from registry.policy import METRICS
 from registry.signature import Signature
 
 PROBE_ARGUMENTS: tuple[str, ...] = ("-P", "-B", "-m", "serving.probe")
@@ -41,7 +42,8 @@ class ProbeModel:
 
 @dataclass(frozen=True, slots=True)
 class ProbeJob:
-    """What to measure. `rtol` and `atol` are for expected outputs in the golden file (as in numpy.allclose)."""
+    """What to measure. `rtol` and `atol` are for expected outputs in the golden file (as in numpy.allclose), `tolerances` (absolute,
+    by output) instead of them. With `replay` the two versions get so many of the golden inputs one after the other, and nothing else."""
 
     candidate: ProbeModel
     stable: ProbeModel | None = None
@@ -51,6 +53,10 @@ class ProbeJob:
     rtol: float = 1e-3
     atol: float = 1e-5
     seed: int = 0
+    metric: str = METRICS[0]
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+    replay: int = 0
+    slow_factor: float = 1.25
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -61,6 +67,10 @@ class ProbeJob:
             "rtol": self.rtol,
             "atol": self.atol,
             "seed": self.seed,
+            "metric": self.metric,
+            "tolerances": dict(self.tolerances),
+            "replay": self.replay,
+            "slow_factor": self.slow_factor,
         }
 
 
@@ -76,6 +86,8 @@ class GoldenFigures:
     first_failure: str | None
     non_finite: int
     first_non_finite: str | None
+    scores: list[float | None] | None = None
+    deviations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float | None:
@@ -170,6 +182,8 @@ class ProbeResult:
     inputs: str | None = None
     seconds: float | None = None
     log_tail: str = ""
+    metric: str | None = None
+    replay: Mapping[str, Any] | None = None
 
 
 def run_probe(job: ProbeJob, *, timeout_seconds: float, memory_mb: int) -> ProbeResult:
@@ -285,17 +299,19 @@ def _result(
     if returncode != 0 or "candidate" not in last:
         problem = f"the probe {_death(returncode, log_tail, memory_mb)}{while_}"
         return ProbeResult("crashed", problem, phase, log_tail=log_tail)
-    stable, golden = last["stable"], last["golden"]
+    stable, golden, candidate = last["stable"], last["golden"], last["candidate"]
     return ProbeResult(
         "done",
         None,
         phase,
-        Figures.from_dict(last["candidate"]),
+        None if candidate is None else Figures.from_dict(candidate),
         None if stable is None else Figures.from_dict(stable),
         None if golden is None else int(golden["cases"]),
         last["inputs"],
         last["seconds"],
         log_tail,
+        None if golden is None else golden.get("metric"),
+        last.get("replay"),
     )
 
 

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from registry.policy import PromotionPolicy
 from registry.signature import Signature, TensorSpec
-from tasks.evalues import binomial_tail
+from tasks.facts import CheckResult, Facts, Severity, Subject
+from tasks.gates import check_accuracy, check_metric, check_profile, check_tags, check_tolerances
 from tasks.probe import Figures, ProbeResult
-
-SIGNIFICANCE = 0.01
-"""A loss of accuracy is certain when McNemar's exact test finds it this improbable for two equally good versions."""
 
 NEGLIGIBLE_MEMORY_BYTES = 64 * 2**20
 """Growth below this is the runtime's own buffers as much as the model's, and no reason to refuse."""
 
-Severity = Literal["error", "warning"]
-
-
 # --- the decision -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class CheckResult:
-    """One check: its verdict, what it counts for, and the figures, as a sentence and as data."""
-
-    name: str
-    passed: bool
-    text: str
-    severity: Severity = "error"
-    data: Mapping[str, Any] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "passed": self.passed,
-            "severity": self.severity,
-            "text": self.text,
-            "data": dict(self.data or {}),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +76,9 @@ class ValidationReport:
         return "\n".join(lines) + "\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What the checks look at: a candidate that was loaded, and the stable version's figures where there are some."""
-
-    candidate: Figures
-    stable: Figures | None
-    golden_cases: int | None
-    policy: PromotionPolicy
-
-
-def decide(result: ProbeResult, policy: PromotionPolicy, *, has_stable: bool) -> ValidationReport:
+def decide(
+    result: ProbeResult, policy: PromotionPolicy, *, has_stable: bool, subject: Subject | None = None
+) -> ValidationReport:
     """Judge the probe's figures by the policy. `has_stable`: whether there is a stable version."""
     candidate, stable = result.candidate, result.stable
     checks = [_probe_ended(result)]
@@ -123,7 +89,7 @@ def decide(result: ProbeResult, policy: PromotionPolicy, *, has_stable: bool) ->
         checks.append(CheckResult("stable version", False, f"cannot be compared with: {why}"))
     if candidate is not None and candidate.loaded:
         compared = stable if stable is not None and stable.loaded else None
-        facts = Facts(candidate, compared, result.golden_cases, policy)
+        facts = Facts(candidate, compared, result.golden_cases, policy, subject or Subject(), result.metric)
         checks += [done for check in CHECKS if (done := check(facts)) is not None]
     return ValidationReport(tuple(checks), has_stable, candidate, stable)
 
@@ -200,34 +166,6 @@ def check_finite(facts: Facts) -> CheckResult | None:
     return CheckResult("finite outputs", False, text, "error" if golden.non_finite > before else "warning", data)
 
 
-def check_accuracy(facts: Facts) -> CheckResult | None:
-    """The same cases through both versions: refused on a loss above the margin, or a smaller one that is certain."""
-    golden = facts.candidate.golden
-    if golden is None or golden.accuracy is None:
-        return None
-    known = "labels" if golden.labels is not None else "outputs"
-    mine: list[int] = getattr(golden, known)
-    theirs: list[int] | None = getattr(facts.stable.golden, known) if facts.stable and facts.stable.golden else None
-    what = "accuracy" if known == "labels" else "expected outputs"
-    if not theirs:
-        text = f"{golden.accuracy:.1%} of {len(mine)} cases; nothing to compare with"
-        return CheckResult(what, True, text, data={"cases": len(mine), "candidate": golden.accuracy})
-    paired = compare_pairs(mine, theirs)
-    margin = facts.policy.accuracy_margin
-    data = {**paired.as_dict(), "margin": margin, "significance": SIGNIFICANCE}
-    text = (
-        f"{paired.candidate:.1%} against the stable version's {paired.stable:.1%} on the same {paired.cases} cases: "
-        f"{100 * paired.difference:+.1f} points (95 %: {100 * paired.low:+.1f} to {100 * paired.high:+.1f}; "
-        f"only the stable right {paired.only_stable}, only the candidate {paired.only_candidate}, "
-        f"one-sided p = {paired.p_value:.2g})"
-    )
-    if -paired.difference > margin + 1e-12:
-        return CheckResult(what, False, f"{text}: more than the {100 * margin:g} points that it may lose", data=data)
-    if paired.p_value < SIGNIFICANCE:
-        return CheckResult(what, False, f"{text}: a small loss, but a certain one", data=data)
-    return CheckResult(what, True, text, data=data)
-
-
 def check_latency(facts: Facts) -> CheckResult | None:
     """Medians of one interleaved run; the tail, which is noisier, is only noted."""
     mine, theirs = facts.candidate.latency, facts.stable.latency if facts.stable else None
@@ -281,12 +219,16 @@ def check_rows(facts: Facts) -> CheckResult | None:
 
 
 CHECKS: tuple[Callable[[Facts], CheckResult | None], ...] = (
+    check_tags,
     check_signature,
     check_golden_failures,
     check_finite,
     check_accuracy,
+    check_metric,
+    check_tolerances,
     check_latency,
     check_memory,
+    check_profile,
     check_rows,
 )
 """Every check, in the order of the report. A new one goes here: from Facts to its result, or None where it has no say.
@@ -333,69 +275,6 @@ def _shape_change(kind: str, old: TensorSpec, new: TensorSpec) -> tuple[str, boo
         return text, any(after not in (before, -1) for before, after in pairs)
     # An output whose dimension is no longer written down may still be the same: the golden cases tell.
     return text, any(-1 not in (before, after) and before != after for before, after in pairs)
-
-
-@dataclass(frozen=True, slots=True)
-class Paired:
-    """Two versions on the same cases; `low` and `high` bound candidate minus stable at 95 %."""
-
-    cases: int
-    candidate: float
-    stable: float
-    only_candidate: int
-    only_stable: int
-    difference: float
-    low: float
-    high: float
-    p_value: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-def compare_pairs(candidate: list[int], stable: list[int]) -> Paired:
-    """Difference of two paired proportions, with an interval and a one-sided p for "the candidate is no worse".
-
-    Interval: square-and-add on Wilson's, with the correlation of the pairs (Newcombe, Statistics in Medicine 17, 1998,
-    2635-2650, method 10). p: McNemar's test in its exact binomial form on the cases that only one of them gets right.
-    """
-    n = min(len(candidate), len(stable))
-    pairs = list(zip(candidate[:n], stable[:n], strict=True))
-    both = sum(c and s for c, s in pairs)
-    only_candidate = sum(c and not s for c, s in pairs)
-    only_stable = sum(s and not c for c, s in pairs)
-    neither = n - both - only_candidate - only_stable
-    p1, p2 = (both + only_candidate) / n, (both + only_stable) / n
-    low1, high1 = wilson(both + only_candidate, n)
-    low2, high2 = wilson(both + only_stable, n)
-    product = (both + only_candidate) * (only_stable + neither) * (both + only_stable) * (only_candidate + neither)
-    covariance = float(both * neither - only_candidate * only_stable)
-    if covariance > 0:
-        covariance = max(covariance - n / 2, 0.0)
-    phi = covariance / math.sqrt(product) if product else 0.0
-
-    def spread(one: float, two: float) -> float:
-        return math.sqrt(max(one * one - 2 * phi * one * two + two * two, 0.0))
-
-    difference = p1 - p2
-    return Paired(
-        cases=n,
-        candidate=p1,
-        stable=p2,
-        only_candidate=only_candidate,
-        only_stable=only_stable,
-        difference=difference,
-        low=difference - spread(p1 - low1, high2 - p2),
-        high=difference + spread(high1 - p1, p2 - low2),
-        p_value=binomial_tail(only_stable, only_candidate + only_stable, 0.5),
-    )
-
-
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, 95 % by default."""
-    p = right / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max((middle - half) / (1 + z * z / n), 0.0), min((middle + half) / (1 + z * z / n), 1.0)
 
 
 def _ms(seconds: float) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from registry import profiles
+from registry.budget import memory_budget_bytes
 from registry.errors import SettingsError, UnavailableError
 from registry.profiles import MEBIBYTE, PROFILES, Device, choose, for_memory, read_device
-from registry.settings import Settings, load_settings, memory_budget_bytes
+from registry.settings import Settings, load_settings
 
 
 def load(tmp_path: Path, **variables: str) -> Settings:

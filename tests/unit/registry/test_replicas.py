@@ -10,9 +10,9 @@ from sqlalchemy import func, select
 
 from registry import clock, leases, replicas, routes
 from registry.database import Database
-from registry.replicas import Report
+from registry.replicas import Reached, Report
 from registry.routes import Desired
-from registry.schema import ReplicaCount
+from registry.schema import Reach, ReplicaCount
 from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, MODEL, add_version, begin, last_event, stable_by
 
@@ -169,3 +169,51 @@ def test_three_replicas_with_restarts_add_up_to_what_was_answered(database: Data
     found = counts(database)
     assert sum(row["requests"] for row in found["1"]) == answered
     assert sum(row["requests"] for row in found["2"]) == answered // 10
+
+
+# what each boot reached, and when
+
+
+def reaches(database: Database) -> list[tuple[int, str, dt.datetime, list[str] | None, bool]]:
+    with database.read() as session:
+        rows = session.scalars(select(Reach).order_by(Reach.at, Reach.generation)).all()
+    return [(row.generation, row.boot_id, row.at, row.behind, row.until is not None) for row in rows]
+
+
+def reached(generation: int, seconds: float, *behind: str) -> Reached:
+    return Reached("e", generation, BORN + dt.timedelta(seconds=seconds), behind)
+
+
+def test_every_switch_is_kept_once_with_the_time_of_the_server_that_made_it(database: Database) -> None:
+    report(database, generation=1, reached=(reached(1, 10),))
+    report(database, generation=3, reached=(reached(1, 10), reached(2, 20), reached(3, 30)))
+    report(database, generation=3)
+    first, second, third = (BORN + dt.timedelta(seconds=seconds) for seconds in (10, 20, 30))
+    assert reaches(database) == [
+        (1, "b1", first, None, False),
+        (2, "b1", second, None, False),
+        (3, "b1", third, None, False),
+    ]
+    assert listed(database)[0]["reached_at"] == clock.text(third)
+
+
+def test_another_boot_ends_the_one_before_with_when_it_was_last_heard_of(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = BORN + dt.timedelta(seconds=12)
+    monkeypatch.setattr(clock, "now", lambda: heard)
+    report(database, generation=1, reached=(reached(1, 10),))
+    monkeypatch.setattr(clock, "now", lambda: heard + dt.timedelta(seconds=99))
+    report(database, generation=1, boot_id="b2", reached=(reached(1, 90),))
+    with database.read() as session:
+        until = {row.boot_id: row.until for row in session.scalars(select(Reach))}
+    assert until == {"b1": heard, "b2": None}
+
+
+def test_what_could_not_be_served_as_wanted_is_reached_when_it_can(database: Database) -> None:
+    report(database, generation=1, reached=(reached(1, 10, MODEL),))
+    assert reaches(database)[0][3] == [MODEL]
+    report(database, generation=1, reached=(reached(1, 40),))
+    assert reaches(database) == [(1, "b1", BORN + dt.timedelta(seconds=40), None, False)]
+    report(database, generation=1, reached=(reached(1, 60, MODEL),))  # a hold on this server, later
+    assert reaches(database) == [(1, "b1", BORN + dt.timedelta(seconds=40), [MODEL], False)]

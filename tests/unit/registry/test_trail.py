@@ -7,7 +7,7 @@ import itertools
 import tracemalloc
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, text
 
 from registry import audit, clock, trail
 from registry.database import Database
@@ -102,12 +102,12 @@ def long_chain(database: Database, events: int) -> None:
             "seq": seq, "at": moment, "actor": "test", "action": "thing.done", "subject": f"thing:{seq % 100}",
             "before": None, "after": None, "flow_run_id": None, "reason": "x" * 200,
         }  # fmt: skip
-        text = audit.canonical(fields)
-        head = audit.link(head, text)
-        rows.append({**{k: fields[k] for k in ("seq", "at", "actor", "action", "subject")}, "text": text, "hash": head})
+        line = audit.canonical(fields)
+        head = audit.link(head, line)
+        rows.append({**{k: fields[k] for k in ("seq", "at", "actor", "action", "subject")}, "text": line, "hash": head})
     with database.engine.begin() as connection:
         connection.execute(insert(AuditEvent), rows)
-        connection.exec_driver_sql("UPDATE audit_head SET seq = ?, hash = ?", (events, head))
+        connection.execute(text("UPDATE audit_head SET seq = :seq, hash = :hash"), {"seq": events, "hash": head})
     assert database.anchors is not None
     with database.anchors.open("w") as anchors:
         anchors.writelines(f"{row['seq']} {row['hash']} {row['at']}\n" for row in rows)

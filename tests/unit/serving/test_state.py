@@ -160,6 +160,17 @@ def test_a_latency_is_counted_under_the_first_bound_that_is_not_below_it() -> No
     assert (buckets["0.001"], buckets["0.002"], buckets["120.0"], buckets["+Inf"]) == (2, 3, 4, 5)
 
 
+def test_the_summary_has_what_was_measured_and_nothing_else() -> None:
+    counts = WatchCounts()
+    assert counts.summary() == {"requests": 0, "errors": 0, "mean_seconds": None, "p95_seconds": None}
+    for k in range(100):
+        counts.record(0.001 if k < 95 else 0.5, error=k < 3, slow=False)
+    assert counts.summary() == {"requests": 100, "errors": 3, "mean_seconds": 0.02595, "p95_seconds": 0.001}
+    for _ in range(100):
+        counts.record(500.0, error=False, slow=False)
+    assert counts.summary()["p95_seconds"] is None, "beyond the last bound nobody measured it"
+
+
 def test_metrics_have_no_labels_but_those_of_versions_that_were_loaded() -> None:
     async def scenario() -> None:
         version = load(version="1")

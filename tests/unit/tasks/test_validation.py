@@ -9,16 +9,9 @@ import pytest
 
 from registry.policy import PromotionPolicy
 from registry.signature import Signature, TensorSpec
+from tasks.paired import compare_losses, compare_pairs, student_quantile, wilson
 from tasks.probe import Figures, GoldenFigures, Latency, ProbeResult
-from tasks.validation import (
-    CHECKS,
-    CheckResult,
-    ValidationReport,
-    compare_pairs,
-    decide,
-    signature_changes,
-    wilson,
-)
+from tasks.validation import CHECKS, CheckResult, ValidationReport, decide, signature_changes
 
 POLICY = PromotionPolicy()
 SIGNATURE = Signature((TensorSpec("x", "FP32", (-1, 8, 8)),), (TensorSpec("y", "FP32", (-1, 10)),))
