@@ -12,15 +12,16 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from prefect.tasks import Task
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session
 
 from flows import approval
-from flows.common import Connections, artifact_key, connect, logger, run_id, when_unavailable
+from flows.common import Connections, artifact_key, connect, logger, run_id
 from registry import promotions
 from registry.errors import ConflictError, FencedError, LockedError, NotFoundError, RefusedError, UsageError
-from registry.policy import PromotionPolicy
+from registry.policy import PromotionPolicy, resolved
 from registry.promotions import Operation
 from tasks import approval as approving
-from tasks import lease, promotion, servers, story
+from tasks import gates, lease, outage, promotion, servers, story, ways
 from tasks import soak as watch
 from tasks.promoting import Ended, Promoting
 
@@ -38,9 +39,10 @@ class PromoteModel(BaseModel):
     environment: str | None = Field(
         default=None, description="Where to; empty: the environment that the settings name."
     )
-    strategy: Literal["canary", "blue-green"] = Field(
+    strategy: Literal["canary", "blue-green", "shadow", "replay"] = Field(
         default="canary",
-        description="canary: stage by stage. blue-green: everything at once after the shadow, then watched.",
+        description="canary: stage by stage. blue-green: everything at once after the shadow, then watched. shadow: copies only, "
+        "nothing is promoted. replay: golden inputs through both versions one after the other, then everything at once, then watched.",
     )
     force: bool = Field(
         default=False,
@@ -48,7 +50,11 @@ class PromoteModel(BaseModel):
     )
     reason: str | None = Field(default=None, description="Why; it goes on record. Needed to force.")
     policy: PromotionPolicy | None = Field(
-        default=None, description="Stages, evidence, dwell, soak; empty: the policy of the settings."
+        default=None,
+        description="Stages, evidence, dwell, soak: the whole policy; empty: that of the settings, with what they have for the model.",
+    )
+    changes: dict[str, Any] = Field(
+        default={}, description='What this run has other than its policy, field by field, as in {"soak_seconds": 60}.'
     )
     approval: bool = Field(
         default=False, description="Ask a person before it takes any traffic, also where the policy does not."
@@ -60,15 +66,8 @@ class PromoteModel(BaseModel):
 
 
 def _step(name: str, work: Callable[P, R]) -> Task[P, R]:
-    """A step as a Prefect task. Every step can be taken up again where it stopped, so one that got no answer is repeated."""
-    return task(
-        name=name,
-        retries=30,
-        retry_delay_seconds=2,
-        retry_condition_fn=when_unavailable,
-        cache_policy=NO_CACHE,
-        persist_result=False,
-    )(work)
+    """A step as a Prefect task. Prefect repeats none: tasks.outage does, from what is on record when the registry answers again."""
+    return task(name=name, cache_policy=NO_CACHE, persist_result=False)(work)
 
 
 validate = _step("validate", promotion.validate)
@@ -78,6 +77,7 @@ shadow = _step("shadow", promotion.shadow)
 canary = _step("canary", promotion.canary)
 promote = _step("promote", promotion.promote)
 soak = _step("soak", watch.soak)
+replay = _step("replay", ways.replay)
 take_all = _step("take-all", promotion.without_comparison)
 
 
@@ -90,9 +90,13 @@ take_all = _step("take-all", promotion.without_comparison)
     persist_result=False,
 )
 def promote_model(request: PromoteModel) -> State[Any]:
-    """Ends Promoted, Rejected, RolledBack, Held, Refused or Locked, each with its reason."""
+    """Ends Promoted, Shadowed, Rejected, RolledBack, Held, Refused or Locked, each with its reason."""
     if request.force and not request.reason:
         return Failed(name="Refused", message="a forced promotion needs a reason: it goes on record")
+    if request.force and request.strategy == "shadow":
+        return Failed(
+            name="Refused", message="force gives it all of the traffic, the strategy shadow none: leave one out"
+        )
     with_all = connect()
     environment = request.environment or with_all.settings.environment
     try:
@@ -135,16 +139,17 @@ def _carry(with_all: Connections, operation: Operation) -> Ended | State[Any] | 
             with_all.cache,
             operation,
             keeper,
+            budget=gates.budget_of(with_all.settings),
             poll_seconds=with_all.settings.poll_seconds,
             tell=logger().info,
         )
         try:
-            return _steps(work)
+            return outage.steadfast(work, _steps)
         except Ended as early:
             return early
         except FencedError as error:
             # Somebody stopped it or rolled it back, and the record says so; or another process carries it.
-            found = promotion.ended_meanwhile(with_all.database, operation.id)
+            found = outage.answered(with_all.database, lambda session: promotion.ended_in(session, operation.id), _away())
             return found or Failed(name="Fenced", message=str(error))
         except BaseException as error:
             promotion.failed(work, error)
@@ -153,7 +158,12 @@ def _carry(with_all: Connections, operation: Operation) -> Ended | State[Any] | 
 
 
 def _state_of(ended: Ended) -> State[Any]:
-    states = {"promoted": (Completed, "Promoted"), "rejected": (Failed, "Rejected"), "held": (Failed, "Held")}
+    states = {
+        "promoted": (Completed, "Promoted"),
+        "shadowed": (Completed, "Shadowed"),
+        "rejected": (Failed, "Rejected"),
+        "held": (Failed, "Held"),
+    }
     make, name = states.get(ended.outcome, (Failed, "RolledBack"))
     return make(name=name, message=ended.reason)
 
@@ -176,13 +186,15 @@ def _begin(with_all: Connections, environment: str, request: PromoteModel) -> Op
         return promotions.carry_on(
             with_all.database, request.carry_on, ttl_seconds=with_all.settings.lease_seconds, flow_run_id=run_id()
         )
-    policy = request.policy or with_all.settings.promotion
+    changes = {**request.changes, **({"approval": True} if request.approval else {})}
+    policy, sources = resolved(with_all.settings, request.model, changes, whole=request.policy)
     return promotions.begin(
         with_all.database,
         environment=environment,
         model=request.model,
         version=request.version,
-        policy=policy.model_copy(update={"approval": True}) if request.approval else policy,
+        policy=policy,
+        policy_from=sources,
         strategy="forced" if request.force else request.strategy,
         ttl_seconds=with_all.settings.lease_seconds,
         flow_run_id=run_id(),
@@ -195,33 +207,62 @@ def _steps(work: Promoting) -> Ended | None:
     operation = work.operation
     if operation.progress.get("promoted"):
         return soak(work)
-    if "validated" not in operation.progress:
+    if not operation.progress.get("validated"):
         validate(work)
+    if operation.strategy == "shadow":  # nobody gets its answers, so nobody is asked
+        return _copies_only(work)
     if ask(work):  # a forced one too: force answers for the quality, not for the person who was to be asked
         return None
     if operation.forced is not None:
         return take_all(work, f"forced: {operation.forced}")
     if operation.stable is None:
         return take_all(work, "it is the first version in this environment: there is nothing to compare it with")
-    if not operation.progress.get("windows") and not servers.alive(
-        work.database, operation.environment, timeout_seconds=servers.RESTART_SECONDS
-    ):
-        return take_all(
-            work,
-            "no server answers, so there is no traffic to judge it by: the route is set and takes effect when a server comes",
-        )
+    if not _served(work):
+        why = "no server answers, so there is no traffic to judge it by: the route is set and takes effect when a server comes"
+        if operation.strategy == "replay":
+            replay(work)
+            why = "the replay is passed; no server answers: the route is set and takes effect when a server comes"
+        return take_all(work, why)
     baseline(work)
-    shadow(work)
-    canary(work)
+    if operation.strategy == "replay":
+        replay(work)
+    else:
+        shadow(work)
+        canary(work)
     promote(work)
     return soak(work)
 
 
+def _served(work: Promoting) -> bool:
+    operation = work.operation
+    return bool(operation.progress.get("windows")) or bool(
+        servers.alive(work.database, operation.environment, timeout_seconds=servers.RESTART_SECONDS)
+    )
+
+
+def _copies_only(work: Promoting) -> Ended:
+    if work.operation.stable is None:
+        return ways.no_shadow(work, "there is no stable version in this environment")
+    if not _served(work):
+        return ways.no_shadow(work, "no server answers")
+    baseline(work)
+    shadow(work)
+    return ways.shadowed(work)
+
+
+def _away() -> outage.Outage:
+    return outage.Outage(tell=logger().warning)
+
+
 def _tell(with_all: Connections, identity: str, state: State[Any] | None) -> State[Any]:
     """Leave the story of the promotion as a page of this run."""
-    with with_all.database.read() as session:
+
+
+    def told(session: Session) -> tuple[str, str]:
         row = promotions.get(session, identity)
         page = story.as_markdown(promotions.describe(row), promotions.story(session, identity), row.policy)
-        key = artifact_key("promotion", row.model, row.version)
+        return page, artifact_key("promotion", row.model, row.version)
+
+    page, key = outage.answered(with_all.database, told, _away())
     create_markdown_artifact(page, key=key, description=f"Promotion {identity}")
     return state if state is not None else Failed(name="Failed")

@@ -12,6 +12,7 @@ from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.common import artifact_key, connect, logger, run_id, when_unavailable
+from registry.policy import resolve
 from tasks import revalidation
 
 
@@ -50,7 +51,7 @@ def validate_models(request: ValidateModels | None = None) -> State[Any]:
             with_all.artifacts,
             with_all.cache,
             subject,
-            with_all.settings.promotion,
+            resolve(with_all.settings, subject.model),
             flow_run_id=run_id(),
         )
         for subject in revalidation.subjects(with_all.database, environment, request.model)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+_WIDEST = 10_000
+
 
 def document(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
@@ -54,31 +56,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str) 
         drawn.add_column(header, overflow="fold")
     for row in rows:
         drawn.add_row(*("" if cell is None else str(cell) for cell in row))
-    # Wide where nobody's terminal says how wide: a log or a pipe.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 180).print(drawn)
-
-
-def versions(rows: list[dict[str, Any]], *, as_json: bool) -> None:
-    if as_json:
-        document(rows)
-        return
-    table(
-        ["model", "version", "state", "where", "format", "size", "digest", "by"],
-        [
-            [
-                row["model"],
-                row["version"],
-                row["state"],
-                ", ".join(f"{where}: {how}" for where, how in sorted(row["environments"].items())),
-                row["format"],
-                size(row["size_bytes"]),
-                row["digest"][:12],
-                row["created_by"],
-            ]
-            for row in rows
-        ],
-        empty="no versions yet; register one: modelkeep register FILE --name NAME",
-    )
+    # In a log or a pipe a row is a line: nobody's terminal says how wide, and grep finds it whole.
+    Console(highlight=False, width=None if sys.stdout.isatty() else _WIDEST).print(drawn)
 
 
 def promotions(rows: list[dict[str, Any]], *, as_json: bool) -> None:

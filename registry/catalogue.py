@@ -10,9 +10,9 @@ from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from registry import clock, figures, history, modeltoml, names, states, stories, versions
-from registry.database import Database, Transaction
+from registry.database import Database
 from registry.errors import NotFoundError, RefusedError, UsageError
-from registry.schema import Approval, Environment, Model, Placement, Promotion, RollbackPoint, Route, Version
+from registry.schema import Approval, Model, Placement, Promotion, RollbackPoint, Route, Version
 
 _TAG_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
 _TAG_VALUE_LENGTH = 1000
@@ -204,7 +204,7 @@ def tag(
         if value is not None and len(value) > _TAG_VALUE_LENGTH:
             raise UsageError(f"the tag {key} has {len(value)} characters; at most {_TAG_VALUE_LENGTH} are kept")
     with database.write(actor=actor) as transaction:
-        row = _locked(transaction, model, version)
+        row = versions.get(transaction.session, model, version)
         before = dict(row.tags)
         after = {**before, **{key: value for key, value in changes.items() if value is not None}}
         for key in (key for key, value in changes.items() if value is None):
@@ -228,7 +228,7 @@ def describe_model(
         modeltoml.check_kind(kind)
     names.check_model_name(model)
     with database.write(actor=actor) as transaction:
-        row = transaction.session.get(Model, model, with_for_update=True)
+        row = transaction.session.get(Model, model)
         if row is None:
             versions.get(transaction.session, model, "")
             raise NotFoundError(f"there is no model {model!r}")
@@ -247,8 +247,7 @@ def archive(database: Database, model: str, version: str, *, reason: str, actor:
     Returns what it was, and how many rollback points name it: nothing can go back to it from now on.
     """
     with database.write(actor=actor) as transaction:
-        lock_environments(transaction)
-        row = _locked(transaction, model, version)
+        row = versions.get(transaction.session, model, version)
         in_use = used_by(transaction.session, row)
         if in_use:
             raise RefusedError(f"{model} {version} cannot be archived: {'; '.join(in_use)}")
@@ -289,16 +288,6 @@ def rollback_points(session: Session, row: Version) -> list[str]:
         RollbackPoint.model == row.model, RollbackPoint.version == row.version, RollbackPoint.gone_at.is_(None)
     )
     return list(session.scalars(query.order_by(RollbackPoint.created_at)))
-
-
-def lock_environments(transaction: Transaction) -> None:
-    """Every environment's row, in the order of their names: no route changes and no promotion begins meanwhile."""
-    transaction.session.execute(select(Environment).order_by(Environment.name).with_for_update()).all()
-
-
-def _locked(transaction: Transaction, model: str, version: str) -> Version:
-    row = transaction.session.get(Version, (model, version), with_for_update=True)
-    return row if row is not None else versions.get(transaction.session, model, version)
 
 
 def _tag_key(key: str) -> str:

@@ -13,7 +13,7 @@ from registry.errors import ConflictError
 from registry.schema import Lease, Promotion, Route
 from registry.stories import ACTIVE, SOAKING, add_step
 
-Outcome = Literal["promoted", "rejected", "withdrawn", "held", "failed"]
+Outcome = Literal["promoted", "shadowed", "rejected", "withdrawn", "held", "failed"]
 STAGING = "staging"
 
 
@@ -102,6 +102,8 @@ def close(
     if row.state not in ACTIVE:
         raise ConflictError(f"promotion {row.id} has ended already ({row.state})")
     session, promoted = transaction.session, bool(row.progress.get("promoted"))
+    if outcome == "shadowed" and row.strategy != "shadow":
+        raise ConflictError(f"promotion {row.id} cannot end as shadowed: its strategy is {row.strategy}")
     if outcome == "promoted" and not promoted:
         raise ConflictError(
             f"promotion {row.id} cannot end as promoted: {row.model} {row.version} was never made stable"
@@ -128,11 +130,13 @@ def close(
                 row.environment,
                 row.model,
                 routes.Desired(stable=stable),
-                kind="withdraw",
+                kind="settled" if outcome == "shadowed" else "withdraw",
                 reason=title,
                 promotion=None,
             )
-    if outcome != "promoted":
+    if outcome == "shadowed":
+        states.place(transaction, row.model, row.version, STAGING, "passed", reason=title)
+    elif outcome != "promoted":
         _leave(transaction, row, title)
     if "soak" in row.progress:  # how the soak was cut is of use to the next carrier only, and there is none any more
         soak = {key: value for key, value in row.progress["soak"].items() if key != "parts"}

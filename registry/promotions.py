@@ -71,8 +71,11 @@ def begin(
     ttl_seconds: float,
     flow_run_id: str | None,
     force_reason: str | None = None,
+    policy_from: dict[str, str] | None = None,
 ) -> Operation:
     """Take the lease and open the record; or, for the flow run that opened it before, go on from the recorded step.
+
+    `policy_from` says of each field that is not at its default where it comes from; it goes on record.
 
     Raises LockedError where another operation holds the model, NotFoundError, RefusedError (archived; stable already),
     UsageError (an environment that has no routes).
@@ -133,6 +136,7 @@ def begin(
                 "from": promotion.from_version,
                 "strategy": strategy,
                 "policy": promotion.policy,
+                "policy_from": policy_from or {},
             },
             reason=force_reason or "",
         )

@@ -1,4 +1,4 @@
-"""Who refers to which bytes of the artifact store, and the lock under which references are made and ended."""
+"""Who refers to which bytes of the artifact store."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.database import Transaction
 from registry.errors import ConflictError
-from registry.schema import AuditHead, RollbackPoint, Version
+from registry.schema import RollbackPoint, Version
 from registry.store import ArtifactStore
 
 
@@ -29,16 +28,11 @@ def needed_digests(session: Session, among: set[str]) -> set[str]:
     return needed
 
 
-def lock_artifacts(transaction: Transaction) -> None:
-    """Nobody else makes or ends a reference to an artifact until this transaction ends: the head of the audit chain, which
-    every change locks last, is taken now. Take no other lock after it."""
-    transaction.session.flush()
-    transaction.session.execute(select(AuditHead.id).where(AuditHead.id == 1).with_for_update()).all()
+def still_stored(store: ArtifactStore, digests: Iterable[str]) -> None:
+    """For who has stored files and refers to them in the transaction under way. Raises ConflictError where a delete was faster.
 
-
-def still_stored(transaction: Transaction, store: ArtifactStore, digests: Iterable[str]) -> None:
-    """For who has stored files and is about to refer to them. Raises ConflictError where a delete was faster."""
-    lock_artifacts(transaction)
+    Writers go one at a time: a delete looks for references and removes bytes in one transaction, so what is there now stays.
+    """
     gone = [digest for digest in digests if not store.has(digest)]
     if gone:
         raise ConflictError(

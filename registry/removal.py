@@ -48,9 +48,8 @@ def delete(
             f"deleting {model} {version} needs a reason: no verified backup of it is known (--reason TEXT)"
         )
     with database.write(actor=actor) as transaction:
-        catalogue.lock_environments(transaction)
         session = transaction.session
-        row = session.get(Version, (model, version), with_for_update=True) or versions.get(session, model, version)
+        row = versions.get(session, model, version)
         again = row.deleted_at is not None
         if row.deleted_at is None:
             _refuse_if_needed(session, row)
@@ -64,7 +63,6 @@ def delete(
             )
         moment, mine = clock.text(row.deleted_at), digests_of(row)
     with database.write(actor=actor) as transaction:
-        references.lock_artifacts(transaction)
         needed = references.needed_digests(transaction.session, mine)
         gone = [(digest, store.remove(digest)) for digest in sorted(mine - needed)]
         removed = {digest: size for digest, size in gone if size is not None}

@@ -16,7 +16,7 @@ from registry.schema import Promotion, PromotionStep
 
 RUNNING, AWAITING, SOAKING = "running", "awaiting", "soaking"
 ACTIVE = (RUNNING, AWAITING, SOAKING)
-ENDED = ("promoted", "rejected", "withdrawn", "held", "failed")
+ENDED = ("promoted", "shadowed", "rejected", "withdrawn", "held", "failed")
 """Under way. `awaiting` waits for an approval; `soaking` is promoted and still watched."""
 
 _RUNS_LOOKED_AT = 200

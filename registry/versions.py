@@ -122,7 +122,7 @@ def register(
                 "tags": dict(tags or {}),
             },
         )
-        references.still_stored(transaction, store, [*(file.digest for file in stored), *filter(None, [golden_digest])])
+        references.still_stored(store, [*(file.digest for file in stored), *filter(None, [golden_digest])])
         return _registered(row, created=True)
 
 

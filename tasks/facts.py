@@ -33,17 +33,23 @@ class CheckResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Budget:
+    """The memory for models of the hardware profile; where it could not be found, `problem` says why."""
+
+    profile: str
+    size_bytes: int | None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Subject:
     """What the registry and the settings say of a candidate, beside what the probe measures.
 
-    `budget_bytes` is the memory for models of the hardware profile, None where it is not known (`budget_problem` says why).
-    `together` says whether servers hold it beside the stable version while it is judged.
+    Without a budget nobody asks whether it fits. `together` says whether servers hold it beside the stable version while it is judged.
     """
 
     tags: Mapping[str, Any] = field(default_factory=dict)
-    profile: str | None = None
-    budget_bytes: int | None = None
-    budget_problem: str | None = None
+    budget: Budget | None = None
     together: bool = True
 
 

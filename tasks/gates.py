@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from tasks.facts import CheckResult, Facts
+from collections.abc import Mapping
+from typing import Any
+
+from registry import budget as budgets
+from registry.errors import UnavailableError
+from registry.settings import Settings
+from tasks.facts import Budget, CheckResult, Facts
 from tasks.paired import compare_losses, compare_pairs
 
 SIGNIFICANCE = 0.01
 """A loss of accuracy is certain when McNemar's exact test finds it this improbable for two equally good versions."""
+
+
+def budget_of(settings: Settings) -> Budget:
+    """The memory for models on this machine, by its settings."""
+    try:
+        return Budget(settings.hardware.name, budgets.of_this_machine(settings))
+    except UnavailableError as error:
+        return Budget(settings.hardware.name, None, str(error))
 
 
 def check_tags(facts: Facts) -> CheckResult | None:
@@ -23,9 +37,8 @@ def check_tags(facts: Facts) -> CheckResult | None:
     return CheckResult("required tags", True, f"it has {', '.join(wanted)}", data=data)
 
 
-def _tagged(wanted: str, tags: object) -> bool:
+def _tagged(wanted: str, tags: Mapping[str, Any]) -> bool:
     key, mark, value = wanted.partition("=")
-    assert hasattr(tags, "get")
     found = tags.get(key.strip())
     return found is not None and (not mark or str(found) == value.strip())
 
@@ -34,15 +47,19 @@ def check_profile(facts: Facts) -> CheckResult | None:
     """The memory that models may have by the hardware profile: alone always, beside the stable version where the policy says so."""
     subject, mine = facts.subject, facts.candidate.memory_bytes
     theirs = facts.stable.memory_bytes if facts.stable else None
-    if subject.budget_bytes is None:
-        if subject.budget_problem is None:
-            return None  # nobody asked
-        return CheckResult("fits the profile", False, f"not judged: {subject.budget_problem}", "warning")
+    if subject.budget is None:
+        return None
+    if subject.budget.size_bytes is None:
+        return CheckResult("fits the profile", False, f"not judged: {subject.budget.problem}", "warning")
     if mine is None:
         return CheckResult("fits the profile", False, "not judged: its memory could not be measured", "warning")
-    budget = subject.budget_bytes
-    data = {"memory_bytes": mine, "stable_memory_bytes": theirs, "budget_bytes": budget, "profile": subject.profile}
-    whose = f"profile {subject.profile}" if subject.profile else "the profile"
+    budget, whose = subject.budget.size_bytes, f"profile {subject.budget.profile}"
+    data = {
+        "memory_bytes": mine,
+        "stable_memory_bytes": theirs,
+        "budget_bytes": budget,
+        "profile": subject.budget.profile,
+    }
     if mine > budget:
         text = (
             f"{_mb(mine)} alone, {whose} has {_mb(budget)} for models: make it smaller, or serve it where there is more memory "

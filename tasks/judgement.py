@@ -28,6 +28,7 @@ __all__ = [
     "Window",
     "disagreement",
     "judge",
+    "judge_replay",
     "judge_shadow",
     "judge_soak",
 ]
@@ -175,6 +176,19 @@ def judge_shadow(
         evidence,
         unjudged,
     )
+
+
+def judge_replay(window: Window, policy: PromotionPolicy, *, streams: Sequence[str], agreement: StreamCounts) -> Judgement:
+    """Judge a replay: the same requests through both versions, looked at once, at the end. Judged as a shadow is."""
+    evidence = _weigh([window], {}, policy, streams)
+    refuted = None
+    if policy.shadow_agreement is not None:
+        refuted = disagreement(agreement, policy.shadow_agreement, policy.evidence, final=True)
+    bad_news = _found_bad(evidence, window, None, policy) or (f"{window.stage}: {refuted}" if refuted else None)
+    if bad_news:
+        return Judgement("withdraw", bad_news, evidence, {})
+    requests = window.candidate_requests
+    return Judgement("advance", f"{window.stage}: {requests} requests; {_summary(evidence)}.", evidence, {})
 
 
 def disagreement(compared: StreamCounts, required: float, evidence: float, *, final: bool) -> str | None:

@@ -14,6 +14,7 @@ from registry.errors import FencedError
 from registry.policy import PromotionPolicy
 from registry.promotions import Operation
 from registry.store import ArtifactStore
+from tasks.facts import Budget
 from tasks.lease import Keeper
 
 
@@ -58,13 +59,14 @@ class Promoting:
         operation: Operation,
         keeper: Keeper,
         *,
+        budget: Budget | None = None,
         poll_seconds: float = 1.0,
         tell: Callable[[str], None] = print,
         sleep: Callable[[float], None] = time.sleep,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.database, self._artifacts, self.cache = database, artifacts, cache
-        self.operation, self.keeper = operation, keeper
+        self.operation, self.keeper, self.budget = operation, keeper, budget
         self.poll_seconds, self.tell, self.sleep, self.monotonic = poll_seconds, tell, sleep, monotonic
         self.paused: Given | None = None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+from sqlalchemy.orm import Session
+
 from registry import promotions, states, store, versions
 from registry.database import Database
 from registry.policy import PromotionPolicy
@@ -12,6 +14,7 @@ from registry.promotions import STAGING
 from registry.routes import Desired
 from registry.schema import Promotion, Version
 from tasks import judgement, observation, probe, servers, validation
+from tasks.facts import Budget, Subject
 from tasks.judgement import Judgement, Window
 from tasks.promoting import Ended, Promoting, Stint
 from tasks.slices import Sliced
@@ -25,9 +28,11 @@ def validate(work: Promoting) -> validation.ValidationReport:
     Raises Ended("rejected") where a check fails and nobody forced the promotion.
     """
     operation, database, started = work.operation, work.database, work.monotonic()
+    if operation.progress.get("validated") is False:
+        raise work.end("rejected", f"{work.name} is rejected", f"it has failed the validation: see modelkeep promotions show {operation.id}")
     report = measure(
         database, work.artifacts, work.cache, model=operation.model, version=operation.version, stable=operation.stable,
-        environment=operation.environment, policy=work.policy,
+        environment=operation.environment, policy=work.policy, budget=work.budget, together=operation.strategy != "replay",
     )  # fmt: skip
     work.keeper.check()
     passed = report.passed or operation.forced is not None
@@ -61,23 +66,31 @@ def measure(
     stable: str | None,
     environment: str,
     policy: PromotionPolicy,
+    budget: Budget | None = None,
+    together: bool = True,
 ) -> validation.ValidationReport:
-    """Run the probe over a version (beside the stable one, where there is one) and decide by the policy. Writes nothing."""
+    """Run the probe over a version (beside the stable one, where there is one) and decide by the policy. Writes nothing.
+
+    `budget` is what it must fit, `together` with the stable version or alone.
+    """
     with database.read() as session:
         row = versions.get(session, model, version)
         golden = versions.golden_for(session, row, environment)
         base = versions.get(session, model, stable) if stable is not None else None
-        candidate = _subject(row, artifacts, cache)
-        compared = _subject(base, artifacts, cache) if base is not None else None
+        subject = Subject(dict(row.tags), budget, together)
+        candidate = probe_model(row, artifacts, cache)
+        compared = probe_model(base, artifacts, cache) if base is not None else None
     job = probe.ProbeJob(
         candidate=candidate,
         stable=compared,
         golden=artifacts.path(golden) if golden is not None else None,
+        metric=policy.metric,
+        tolerances=policy.tolerances,
     )
     result = probe.run_probe(
         job, timeout_seconds=policy.validation_timeout_seconds, memory_mb=policy.validation_memory_mb
     )
-    return validation.decide(result, policy, has_stable=base is not None)
+    return validation.decide(result, policy, has_stable=base is not None, subject=subject)
 
 
 def without_comparison(work: Promoting, why: str) -> Ended:
@@ -146,7 +159,7 @@ def shadow(work: Promoting) -> None:
     if observation.opened(operation)[-1:] not in (["baseline"], ["shadow"]):
         return  # an earlier process of this run has passed it
     if "shadow" not in observation.opened(operation):
-        _place_staging(work)
+        place_staging(work)
         _route(
             work,
             Desired(
@@ -202,7 +215,8 @@ def promote(work: Promoting) -> None:
     """Make the candidate the stable version, and go on counting for the soak."""
     if work.operation.progress.get("promoted"):
         return
-    _promote(work, f"every stage up to {work.policy.stages[-1]:.0%} is passed", watch=work.policy.soak_seconds > 0)
+    passed = "the replay" if work.operation.strategy == "replay" else f"every stage up to {work.policy.stages[-1]:.0%}"
+    _promote(work, f"{passed} is passed", watch=work.policy.soak_seconds > 0)
 
 
 def promoted_by(database: Database, flow_run_id: str | None) -> tuple[str, Ended] | None:
@@ -220,10 +234,15 @@ def promoted_by(database: Database, flow_run_id: str | None) -> tuple[str, Ended
 def ended_meanwhile(database: Database, identity: str) -> Ended | None:
     """How a promotion ended that this process no longer holds; None where it is still under way in other hands."""
     with database.read() as session:
-        row = session.get(Promotion, identity)
-        if row is None or row.state in promotions.ACTIVE:  # gone: the registry went back in time
-            return None
-        return Ended(cast(promotions.Outcome, row.state), f"{row.reason}; it was ended by another process")
+        return ended_in(session, identity)
+
+
+def ended_in(session: Session, identity: str) -> Ended | None:
+    """The same, in a session."""
+    row = session.get(Promotion, identity)
+    if row is None or row.state in promotions.ACTIVE:  # gone: the registry went back in time
+        return None
+    return Ended(cast(promotions.Outcome, row.state), f"{row.reason}; so it is on record, and this process does nothing more")
 
 
 def failed(work: Promoting, error: BaseException) -> Ended:
@@ -238,12 +257,13 @@ def failed(work: Promoting, error: BaseException) -> Ended:
     return work.end("failed", f"the promotion of {work.name} failed", why)
 
 
-def _subject(row: Version, artifacts: store.ArtifactStore, cache: Path) -> probe.ProbeModel:
+def probe_model(row: Version, artifacts: store.ArtifactStore, cache: Path) -> probe.ProbeModel:
+    """The files of a version, at hand for the probe. Raises StorageError."""
     path = store.materialise(artifacts, versions.stored_files(row), cache)
     return probe.ProbeModel(path=path, format=row.format, signature=versions.signature_of(row))
 
 
-def _place_staging(work: Promoting) -> None:
+def place_staging(work: Promoting) -> None:
     """On one box, staging is having been loaded by the probe, and then the shadow."""
     operation = work.operation
     with work.database.read() as session:
@@ -367,7 +387,7 @@ def _stage(work: Promoting, share: float) -> None:
                 "held",
                 f"{work.name} is held at {share:.0%}",
                 f"no decision within {policy.deadline_seconds:g} s: {verdict.reason} Promote it again when there is traffic, "
-                "or force it with --force --reason TEXT.",
+                "replay the golden cases instead (--strategy replay), or force it with --force --reason TEXT.",
                 verdict.as_dict(),
             )
         work.rest()

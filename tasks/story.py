@@ -6,6 +6,7 @@ from typing import Any
 
 _VERDICTS = {
     "promoted": "It is the stable version.",
+    "shadowed": "It passed the shadow and is in staging; nothing was promoted, the stable version stays.",
     "rejected": "It was refused before it saw any traffic.",
     "withdrawn": "It was taken out; the stable version stays.",
     "held": "No decision: there was not enough to judge by. The stable version stays.",

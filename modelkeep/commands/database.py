@@ -21,6 +21,7 @@ def database_upgrade(as_json: Json = False) -> None:
     from registry.connect import open_database
 
     database = open_database(load_settings())
+    database.make_folder()
     before = database.revision()
     database.prepare()
     after = database.revision()

@@ -16,9 +16,11 @@ InState = Annotated[
     str | None,
     typer.Option(
         "--state",
-        help="active, or one of running, awaiting, soaking, promoted, rejected, withdrawn, held, failed.",
+        help="active, or one of running, awaiting, soaking, promoted, shadowed, rejected, withdrawn, held, failed.",
     ),
 ]
+
+STRATEGIES = ("canary", "blue-green", "shadow", "replay")
 
 promotions_app = typer.Typer(help="Promotions, and what each decided.", invoke_without_command=True)
 
@@ -27,7 +29,9 @@ def promote(
     name: Annotated[str, typer.Argument(help="Name of the model.")],
     version: Annotated[str, typer.Argument(help="The version to promote.")],
     environment: Where = None,
-    strategy: Annotated[str, typer.Option("--strategy", help="canary or blue-green.")] = "canary",
+    strategy: Annotated[
+        str, typer.Option("--strategy", help="canary, blue-green, shadow (copies only) or replay (golden inputs).")
+    ] = "canary",
     force: Annotated[
         bool, typer.Option("--force", help="All of the traffic whatever the validation says. Needs --reason.")
     ] = False,
@@ -37,17 +41,27 @@ def promote(
         typer.Option("--approval", help="Ask a person before it takes any traffic, also where the policy does not."),
     ] = False,
     no_canary: Annotated[bool, typer.Option("--no-canary", help="The same as --strategy blue-green.")] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A field of the policy for this promotion; may be repeated."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Validate a version and bring it up to all of the traffic, in judged stages."""
-    from registry import promotions, versions
+    from registry import policy, promotions, versions
 
     if force and not reason:
         raise UsageError("--force needs --reason TEXT: it goes on record")
+    if no_canary and strategy not in ("canary", "blue-green"):
+        raise UsageError(f"--no-canary is --strategy blue-green, and {strategy} is asked for: leave one of them out")
     strategy = "blue-green" if no_canary else strategy
-    if strategy not in ("canary", "blue-green"):
-        raise UsageError(f"--strategy {strategy!r}: this release knows canary and blue-green")
+    if strategy not in STRATEGIES:
+        raise UsageError(f"--strategy {strategy!r}: this release knows {', '.join(STRATEGIES)}")
+    if force and strategy == "shadow":
+        raise UsageError("--force gives it all of the traffic, --strategy shadow none: leave one of them out")
     with opened() as context:
+        changed = policy.parsed(changes or [])
+        policy.resolve(context.settings, name, changed)  # a wrong value shall not wait for Prefect
         with context.database.read() as session:
             versions.get(session, name, version)  # a wrong name shall not wait for Prefect
         request = {
@@ -58,6 +72,7 @@ def promote(
             "force": force,
             "reason": reason,
             "approval": approval,
+            "changes": changed,
         }
         code, identity, message = _run_promotion(context, request)
         if identity is None:
@@ -90,7 +105,7 @@ def _run_promotion(context: Context, request: dict[str, Any]) -> tuple[int, str 
         return 4, None, state.message or str(state.name)
     if state.name == "Refused":
         return 1, None, state.message or "refused"
-    if state.name == "Promoted":
+    if state.name in ("Promoted", "Shadowed"):
         return 0, found["id"] if found else None, state.message or ""
     error = state.result(raise_on_failure=False) if state.is_failed() and state.name == "Failed" else None
     if isinstance(error, ModelkeepError) and found is None:

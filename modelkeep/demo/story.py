@@ -170,8 +170,9 @@ class Story:
             # The terminal tells the story; Prefect's own lines are in its interface.
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         }
-        for name, value in POLICY.model_dump().items():
-            values[f"MODELKEEP_PROMOTION__{name.upper()}"] = json.dumps(value)
+        for name, value in POLICY.model_dump(exclude_defaults=True).items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            values[f"MODELKEEP_PROMOTION__{name.upper()}"] = text
         return values
 
     def _free_name(self) -> str:

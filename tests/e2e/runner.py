@@ -14,7 +14,7 @@ from registry.database import Database
 from registry.errors import FencedError, LockedError
 from registry.settings import load_settings
 from registry.store import open_store
-from tasks import lease, promotion, servers, soak
+from tasks import lease, outage, promotion, servers, soak
 from tasks.promoting import Ended, Promoting
 from tests.e2e.harness import mark_validated
 
@@ -22,7 +22,7 @@ from tests.e2e.harness import mark_validated
 def steps(work: Promoting) -> Ended:
     if work.operation.progress.get("promoted"):
         return soak.soak(work)
-    if "validated" not in work.operation.progress:
+    if not work.operation.progress.get("validated"):
         promotion.validate(work)
     if work.operation.stable is None:
         return promotion.without_comparison(work, "it is the first version")
@@ -67,11 +67,16 @@ def main() -> int:
             database, artifacts, settings.home / "cache", operation, keeper, poll_seconds=settings.poll_seconds
         )
         try:
-            ended = steps(work)
+            ended = outage.steadfast(work, steps)
+            assert ended is not None, "no approval was asked for"
         except Ended as early:
             ended = early
         except FencedError as error:
-            found = promotion.ended_meanwhile(database, operation.id)
+            found = outage.answered(
+                database,
+                lambda session: promotion.ended_in(session, operation.id),
+                outage.Outage(tell=print),
+            )
             if found is None:
                 print(f"fenced off: {error}", flush=True)
                 return 4

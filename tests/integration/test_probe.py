@@ -264,6 +264,85 @@ def test_a_torchscript_model_needs_the_signature_it_is_given_and_is_measured_ali
     assert not unsigned.candidate.loaded and "signature" in str(unsigned.candidate.error)
 
 
+def test_an_output_is_held_to_its_own_tolerance_and_the_farthest_case_is_named(tmp_path: Path) -> None:
+    golden = write_golden(tmp_path / "golden.npz")
+    with np.load(golden) as file:
+        inputs = file["input.x"]
+    expected = inputs + 0.01
+    expected[7] += 0.2
+    np.savez(golden, **{"input.x": inputs, "output.y": expected})
+    model = linear(tmp_path / "good.onnx")
+    for limit, right in ((0.05, CASES - 1), (0.5, CASES)):
+        result = probe(ProbeJob(model, golden=golden, tolerances={"y": limit}))
+        assert result.candidate is not None and result.candidate.golden is not None
+        found = result.candidate.golden
+        assert found.outputs is not None and sum(found.outputs) == right
+        assert found.deviations["y"]["beyond"] == CASES - right
+        assert found.deviations["y"]["worst"] == pytest.approx(0.21, abs=1e-4)
+        assert found.deviations["y"]["worst_case"] == 7
+        report = decide(result, PromotionPolicy(tolerances={"y": limit}), has_stable=False)
+        assert report.passed is (right == CASES)
+
+
+def test_the_metric_that_the_golden_file_names_is_compared_in_pairs(tmp_path: Path) -> None:
+    golden = write_golden(tmp_path / "golden.npz")
+    with np.load(golden) as file:
+        inputs = file["input.x"]
+    np.savez(golden, **{"input.x": inputs, "target": inputs, "metric": np.array("mean_absolute_error")})
+    half = save(
+        tmp_path / "half.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": np.eye(4, dtype="f4") / 2}
+    )
+    result = probe(ProbeJob(half, linear(tmp_path / "good.onnx"), golden))
+    assert result.metric == "mean_absolute_error", result.problem
+    assert result.candidate is not None and result.candidate.golden is not None
+    scores = result.candidate.golden.scores
+    assert scores is not None
+    assert scores == pytest.approx(np.abs(inputs / 2).mean(axis=1).tolist(), rel=1e-5)
+    policy = PromotionPolicy(latency_ratio=1000.0)
+    report = decide(result, policy, has_stable=True)
+    assert [check.name for check in report.errors] == ["mean_absolute_error"]
+    assert decide(result, policy.model_copy(update={"accuracy_margin": 1.0}), has_stable=True).passed
+
+
+def test_a_metric_that_nobody_knows_or_that_has_nothing_to_be_measured_by_is_refused(tmp_path: Path) -> None:
+    model, golden = linear(tmp_path / "good.onnx"), write_golden(tmp_path / "golden.npz", metric=np.array("f1"))
+    result = probe(ProbeJob(model, golden=golden))
+    assert result.outcome == "refused"
+    assert "'f1' is not known; known are accuracy, exact_match, mean_absolute_error" in str(result.problem)
+    write_golden(golden)
+    for metric, needs in (("exact_match", "needs 'output.<name>'"), ("mean_absolute_error", "needs 'target' or")):
+        result = probe(ProbeJob(model, golden=golden, metric=metric))
+        assert result.outcome == "refused" and needs in str(result.problem)
+
+
+def test_a_replay_runs_the_same_requests_through_both_versions_one_after_the_other(tmp_path: Path) -> None:
+    golden = write_golden(tmp_path / "golden.npz")
+    good, flipped = linear(tmp_path / "good.onnx"), linear(tmp_path / "flipped.onnx", flipped=True)
+    result = probe(ProbeJob(flipped, good, golden, replay=30))
+    assert result.outcome == "done", result.problem
+    found = result.replay
+    assert found is not None
+    assert (found["requests"], found["of"], found["captured"]) == (30, CASES, 0)
+    assert found["compared"] == 30 and found["disagreements"]["top"] == 30
+    assert found["candidate"]["errors"] == found["stable"]["errors"] == 0
+    assert found["slow_threshold_seconds"] == pytest.approx(1.25 * found["stable_p95_seconds"])
+    same = probe(ProbeJob(good, good, golden, replay=1000)).replay
+    assert same is not None
+    assert same["requests"] == CASES and same["disagreements"] == {"top": 0, "tolerance": 0, "exact": 0}
+
+
+def test_a_version_that_fails_in_a_replay_is_counted_and_one_that_does_not_load_is_named(tmp_path: Path) -> None:
+    golden, good = write_golden(tmp_path / "golden.npz"), linear(tmp_path / "good.onnx")
+    wide = save(tmp_path / "wide.onnx", [helper.make_node("Relu", ["x"], ["y"])], x=["n", 9], y=["n", 9])
+    found = probe(ProbeJob(wide, good, golden, replay=30)).replay
+    assert found is not None
+    assert found["candidate"]["errors"] == 30 and "is of shape" in found["candidate"]["first_error"]
+    assert found["compared"] == 0
+    (tmp_path / "cut.onnx").write_bytes(good.path.read_bytes()[:60])
+    found = probe(ProbeJob(ProbeModel(tmp_path / "cut.onnx", "onnx"), good, golden, replay=30)).replay
+    assert found is not None and str(found["problem"]).startswith("the candidate does not load")
+
+
 # --- how it ends: a stand-in for a model whose native code does what Python cannot make one do
 
 

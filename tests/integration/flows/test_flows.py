@@ -132,6 +132,30 @@ def test_a_version_that_nobody_asks_ends_held(world: Box, prefect_api: str) -> N
     assert world.stable(QUIET) == "1"
 
 
+def test_a_version_that_nobody_asks_is_promoted_by_a_replay_of_its_golden_cases(world: Box, prefect_api: str) -> None:
+    path = build(world.folder / "quiet-4.onnx", seed=31)
+    world.register("4", path, model=QUIET, golden=write_golden(world.folder / "golden-quiet.npz", path))
+    world.models["4"] = path
+    state = promote(QUIET, "4", strategy="replay", changes={"soak_seconds": 1.0, "shadow_agreement": 0.9})
+    assert (state.name, run_state(prefect_api, state)) == ("Promoted", ("COMPLETED", "Promoted")), state.message
+    assert world.stable(QUIET) == "4"
+    text = page(prefect_api, "promotion-quiet-4")
+    assert "replay passed" in text and "the replay is passed" in text and "canary at" not in text
+    assert roll_back(QUIET).name == "RolledBack" and world.stable(QUIET) == "1"
+
+
+def test_a_version_that_was_to_see_copies_only_ends_shadowed_and_the_stable_one_stays(
+    world: Box, prefect_api: str
+) -> None:
+    path = build(world.folder / "v7.onnx", seed=1)
+    world.register("7", path, golden=write_golden(world.folder / "golden-7.npz", path))
+    state = promote(MODEL, "7", strategy="shadow")
+    assert (state.name, run_state(prefect_api, state)) == ("Shadowed", ("COMPLETED", "Shadowed")), state.message
+    assert world.stable() == "1"
+    assert "# digits 7: shadowed" in page(prefect_api, "promotion-digits-7")
+    assert world.held_leases() == []
+
+
 def test_a_model_that_another_run_holds_ends_locked_at_once_while_that_run_lives(world: Box, prefect_api: str) -> None:
     world.register("3", build(world.folder / "quiet-3.onnx", seed=33), model=QUIET)
     with world.database.write() as transaction:

@@ -347,9 +347,9 @@ def test_a_registration_of_the_same_bytes_at_that_moment_never_ends_without_them
     digest = archived(shelf, "1", scale=3.0)
     stored_ = references.still_stored
 
-    def meanwhile(transaction: Any, store_: DirectoryStore, digests: list[str]) -> None:
+    def meanwhile(store_: DirectoryStore, digests: list[str]) -> None:
         store_.remove(digest)
-        stored_(transaction, store_, digests)
+        stored_(store_, digests)
 
     monkeypatch.setattr(references, "still_stored", meanwhile)
     with pytest.raises(ConflictError, match="was deleted at this moment"):

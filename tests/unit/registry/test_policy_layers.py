@@ -110,5 +110,5 @@ def test_an_assignment_that_cannot_be_is_refused(text: str, wrong: str) -> None:
 
 
 def test_a_value_that_is_not_allowed_is_named() -> None:
-    with pytest.raises(UsageError, match="margin: .*greater than or equal to 0"):
+    with pytest.raises(UsageError, match=r"margin: .*greater than or equal to 0"):
         resolve(Settings(), "digits", {"margin": "-1"})

@@ -1,0 +1,182 @@
+"""The commands of docs/PROMOTION.md and of the runbook for promotions, run in the order of the pages on a real server, with what they print compared.
+
+The pages suppose states ("somebody has paused it"). `PREPARED` makes them, before the first command of the section of that name;
+everything else happens by the commands of the page. How a page writes commands and results: tests/printed.py.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from registry import approvals, commands, promotions, replicas
+from registry.actor import Who
+from registry.policy import PromotionPolicy
+from registry.schema import Replica
+from tests import printed
+from tests.e2e.harness import LEASE_SECONDS, POLICY, ROOT, Box, Traffic, box, build, free_port, go, wait_for, write_golden
+from tests.printed import Call
+
+MODEL = "numbers"
+PROMOTION = ROOT / "docs/PROMOTION.md"
+RUNBOOKS = ROOT / "docs/RUNBOOKS.md"
+SECTION = "A promotion is stuck, bad, or must be undone now"
+
+QUICK = {**POLICY, "stages": [0.05, 0.25, 0.5, 1.0], "baseline_seconds": 1.0, "shadow_seconds": 1.0, "soak_seconds": 1.0}
+"""A promotion that is over soon."""
+LASTING = {**QUICK, "dwell_seconds": 60.0, "minimum_requests": 300, "deadline_seconds": 3600.0, "soak_seconds": 300.0}
+"""The stages of the default policy: without traffic nothing passes them."""
+SLOW_TO_STOP = {**LASTING, "sudden_requests": 1_000_000, "baseline_seconds": 2.0}
+"""A bad version is found by the test, not by the fuse, so that the page can say what it prints."""
+
+BY_HAND = ["modelkeep serve", "modelkeep up", "modelkeep promotions resume ID"]
+"""What the pages show and nothing here runs: it does not end, or goes on with what a killed process left (tests/e2e/test_approvals.py)."""
+
+
+class Night:
+    """The box of the person who was woken, and what the page's `ID` and `TIME` stand for now."""
+
+    def __init__(self, one: Box) -> None:
+        self.one = one
+        self.identity, self.moment = "", ""
+        self.said: list[str] = []
+        self._traffic: Traffic | None = None
+        self._number = 1
+
+    def run(self, call: Call) -> list[str]:
+        """Run a command of the page, and what it printed."""
+        arguments = [{"ID": self.identity, "TIME": self.moment}.get(word, word) for word in call.words]
+        assert arguments[0] == "modelkeep"
+        done = self.one.modelkeep(*arguments[1:], timeout=120)
+        return printed.lines(done.stdout, done.stderr, done.returncode)
+
+    def add(self, version: str, **how: Any) -> None:
+        path = build(self.one.folder / f"v{version}.onnx", seed=int(version), **how)
+        self.one.register(version, path, model=MODEL)
+
+    def settle(self, version: str) -> None:
+        self.add(version)
+        self.one.settle_by_hand(version, model=MODEL)
+        wait_for("the server to follow", self.one.follows)
+
+    def traffic(self, on: bool) -> None:
+        if self._traffic is not None:
+            self._traffic.stop()
+        self._traffic = self.one.start_traffic(rate=150, model=MODEL) if on else None
+
+    def row(self, version: str) -> dict[str, Any]:
+        return self.one.promotion(version, model=MODEL) or {}
+
+    def canary(self, version: str, policy: dict[str, Any], *, until: float | None = None, **how: Any) -> None:
+        """Begin to promote a version in a process of its own; return in the first stage (or with the promotion's end)."""
+        self.one.policy = policy
+        self.add(version, **how)
+        runner = self.one.promote(version, "--unvalidated", model=MODEL)
+        go(runner)
+        if until is None:
+            wait_for("the end", lambda: self.row(version).get("state") not in (None, *promotions.ACTIVE))
+        else:
+            self.share(until)
+        self.identity = self.row(version)["id"]
+
+    def share(self, weight: float) -> None:
+        """Wait until the candidate has this share, at the server too."""
+        wait_for(f"a share of {weight:g}", lambda: (route := self.one.route(MODEL)) is not None and route.weight == weight)
+        wait_for("the server to follow", self.one.follows)
+
+    def tell(self, command: str, who: str, reason: str) -> None:
+        commands.give(self.one.database, self.identity, command=command, who=Who(who), reason=reason)
+        wait_for("the command to be taken", self.nothing_waits)
+
+    def nothing_waits(self) -> bool:
+        with self.one.database.read() as session:
+            return not commands.standing(session, self.identity).waiting
+
+    # What the sections of the pages suppose, in their order.
+
+    def a_server_with_traffic(self) -> None:
+        self.one.policy = QUICK
+        path = build(self.one.folder / "v1.onnx", seed=1)
+        self.one.register("1", path, model=MODEL)
+        self.one.settle_by_hand("1", model=MODEL)
+        self.one.serve()
+        build(self.one.folder / "v2.onnx", seed=2)
+        write_golden(self.one.folder / "golden.npz", path)
+        self.moment = dt.datetime.now(dt.UTC).isoformat()
+        self.traffic(True)
+
+    def promoted(self) -> None:
+        self.identity = self.row("2")["id"]
+
+    def a_canary_without_traffic(self) -> None:
+        self.traffic(False)
+        self.canary("3", LASTING, until=0.05)
+
+    def paused_by_somebody(self) -> None:
+        self.share(0.25)
+        self.tell("pause", "key:night-shift", "an incident elsewhere")
+
+    def waits_for_approval(self) -> None:
+        one = self.one
+        self.tell("stop", "key:night-shift", "")
+        wait_for("the server to follow", one.follows)
+        policy = PromotionPolicy(**{**LASTING, "approval": True})
+        self.add("4")
+        operation = promotions.begin(
+            one.database, environment="production", model=MODEL, version="4", policy=policy, strategy="canary",
+            ttl_seconds=LEASE_SECONDS, flow_run_id=None,
+        )  # fmt: skip
+        promotions.note_validation(
+            one.database, operation, passed=True, report={}, signature=None, rows_independent=True,
+            title=f"{MODEL} 4 passed the validation", detail="no check failed",
+        )  # fmt: skip
+        approvals.ask(one.database, operation, deadline_seconds=policy.approval_deadline_seconds)
+        self.identity = operation.id
+
+    def a_server_that_was_killed(self) -> None:
+        port = free_port()
+        second = self.one.start("second", "modelkeep", "serve", MODELKEEP_SERVER__PORT=str(port))
+        wait_for("the second server", lambda: len(self.servers()) == 2)
+        import psutil
+
+        for process in [*psutil.Process(second.pid).children(recursive=True), psutil.Process(second.pid)]:
+            process.send_signal(signal.SIGKILL)
+        second.wait(timeout=10)
+
+    def servers(self) -> list[str]:
+        with self.one.database.read() as session:
+            return list(session.scalars(select(Replica.id)))
+
+    def withdrawn_by_the_judge(self) -> None:
+        self.traffic(True)
+        self.canary("5", SLOW_TO_STOP, broken=True)
+
+    def a_canary_with_traffic(self) -> None:
+        self.canary("6", LASTING, until=0.05)
+
+    def a_bad_stable_version(self) -> None:
+        self.settle("7")
+
+    def and_again(self) -> None:
+        self.settle("8")
+
+    def no_registry(self) -> None:
+        self.settle("9")
+        wait_for("the earlier version on the disk", lambda: f"{MODEL}/8" in self.one.info()["kept"])
+        self.traffic(False)
+        self.one.database.dispose()
+        for path in self.one.home.glob("registry.db*"):
+            path.rename(path.with_name("away-" + path.name))
+
+    def the_registry_again(self) -> None:
+        for path in self.one.home.glob("away-registry.db*"):
+            path.rename(path.with_name(path.name.removeprefix("away-")))
+        wait_for("the server to follow", self.one.follows)

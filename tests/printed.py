@@ -1,0 +1,125 @@
+"""Commands that a page prints with their results: read them out of it, and compare with what the commands print now.
+
+In a page, a block of kind `console` has commands behind `$ `, and below each what it prints. `ID` in a command is the promotion
+that the section is about, `TIME` a moment; whoever runs the page puts them in.
+    [exit 1]    the command ends so; without it, with 0
+    …           lines that an earlier command of the page has printed already
+    a line that begins with eight blanks goes on with the line before it
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+ELSEWHERE = "…"
+CONTINUED = " " * 8
+
+VARIABLE: tuple[tuple[str, str], ...] = (
+    (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)?", "<time>"),
+    (r"\b\d\d:\d\d:\d\d\b", "<time>"),
+    (r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", "<id>"),
+    (r"\b[0-9a-f]{32}\b", "<id>"),
+    (r"\b[0-9a-f]{12,16}(…|\b)", "<digest>"),
+    (r"127\.0\.0\.1:\d+", "<address>"),
+    (r"\bos:[\w.-]+", "<person>"),
+    # how long something took or lasts, and sizes
+    (r"\b\d+(\.\d+)? (ms|s)\b", "<seconds>"),
+    (r"\b\d+(\.\d+)? (B|KB|MB|GB)\b", "<size>"),
+    # counts of requests, and what is computed from them
+    (r"\b\d+/\d+\b", "<counts>"),
+    (r"\b\d+ (of \d+ )?(requests|copies|cases)\b", "<counts>"),
+    (r"\b\d+ of \d+\b", "<counts>"),
+    (r"\b\d+\.\d+ ?%", "<share>"),
+    (r"\b\d+(\.\d+)?e[+-]?\d+\b|\b\d+\.\d+\b", "<number>"),
+    (r"\s+", " "),
+)
+"""What differs from run to run, in the order in which it is looked for. Tables are drawn as wide as what is in them: blanks count once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A command of a page, its section, and what it prints there."""
+
+    section: str
+    command: str
+    printed: tuple[str, ...]
+    line: int
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.command)
+
+
+def calls(page: str) -> list[Call]:
+    """The commands of all console blocks, in order. Raises ValueError for a block that does not begin with a command."""
+    found: list[Call] = []
+    section, kind = "", None
+    for number, text in enumerate(page.splitlines(), start=1):
+        if text.startswith("```"):
+            kind = text[3:].strip() if kind is None else None
+            fresh = True
+        elif kind is None:
+            section = text.lstrip("#").strip() if text.startswith("#") else section
+        elif kind == "console":
+            if text.startswith("$ "):
+                found.append(Call(section, text[2:], (), number))
+            elif fresh:
+                raise ValueError(f"line {number}: a console block begins with `$ `, not with {text!r}")
+            elif text.startswith(CONTINUED):
+                *before, last = found[-1].printed
+                found[-1] = _with(found[-1], (*before, f"{last} {text.strip()}"))
+            else:
+                found[-1] = _with(found[-1], (*found[-1].printed, text))
+            fresh = False
+    return found
+
+
+def others(page: str) -> list[str]:
+    """The lines of all blocks that are not console blocks: nothing runs them."""
+    return [
+        line
+        for kind, block in re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+        if kind != "console"
+        for line in block.splitlines()
+    ]
+
+
+def normal(text: str) -> str:
+    """A line without what differs from run to run."""
+    for pattern, word in VARIABLE:
+        text = re.sub(pattern, word, text)
+    return text.strip()
+
+
+def lines(stdout: str, stderr: str, code: int) -> list[str]:
+    """What a person sees of a command: its output, its own messages (logs are left out), its exit code where that is not 0."""
+    said = [*stdout.splitlines(), *(line for line in stderr.splitlines() if line.startswith("modelkeep: "))]
+    return [*(line for line in said if line.strip()), *([f"[exit {code}]"] if code else [])]
+
+
+def differences(call: Call, printed: Sequence[str], *, earlier: Iterable[str] = ()) -> list[str]:
+    """What the page says otherwise than the command, as a diff; empty where they agree. `earlier` is what the page's commands printed before."""
+    seen = {normal(line) for line in earlier}
+    wanted = [normal(line) for line in call.printed if line.strip()]
+    now = [normal(line) for line in printed]
+    if ELSEWHERE in wanted:
+        now = _elided(wanted, now, seen)
+    return list(difflib.unified_diff(wanted, now, f"line {call.line} of the page", call.command, lineterm="", n=1))
+
+
+def _elided(wanted: Sequence[str], now: Sequence[str], seen: set[str]) -> list[str]:
+    """What is printed, with `…` for the run of lines in the place of the page's `…`, where an earlier command has printed all of them."""
+    place = list(wanted).index(ELSEWHERE)
+    after = len(wanted) - place - 1
+    left_out = now[place : len(now) - after]
+    if not left_out or any(line not in seen for line in left_out):
+        return list(now)
+    return [*now[:place], ELSEWHERE, *now[len(now) - after :]]
+
+
+def _with(call: Call, printed: tuple[str, ...]) -> Call:
+    return Call(call.section, call.command, printed, call.line)
