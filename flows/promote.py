@@ -149,7 +149,9 @@ def _carry(with_all: Connections, operation: Operation) -> Ended | State[Any] | 
             return early
         except FencedError as error:
             # Somebody stopped it or rolled it back, and the record says so; or another process carries it.
-            found = outage.answered(with_all.database, lambda session: promotion.ended_in(session, operation.id), _away())
+            found = outage.answered(
+                with_all.database, lambda session: promotion.ended_in(session, operation.id), _away()
+            )
             return found or Failed(name="Fenced", message=str(error))
         except BaseException as error:
             promotion.failed(work, error)
@@ -256,7 +258,6 @@ def _away() -> outage.Outage:
 
 def _tell(with_all: Connections, identity: str, state: State[Any] | None) -> State[Any]:
     """Leave the story of the promotion as a page of this run."""
-
 
     def told(session: Session) -> tuple[str, str]:
         row = promotions.get(session, identity)

@@ -13,9 +13,9 @@ from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.common import Connections, artifact_key, connect, logger, run_id, when_unavailable
-from registry import moments, points, rollbacks
+from registry import history, moments, rollbacks
 from registry.errors import FencedError, LockedError, NotFoundError, RefusedError, UsageError
-from tasks import lease, rollback
+from tasks import lease, outage, rollback
 from tasks.promoting import Ended, Promoting
 
 
@@ -42,14 +42,7 @@ class RollbackModel(BaseModel):
 
 # The change is one transaction that either happened or did not, so repeating it after "no answer" is not safe; following is.
 change = task(name="change-route", persist_result=False, cache_policy=NO_CACHE)(rollback.change)
-by_steps = task(
-    name="move-traffic-back",
-    retries=30,
-    retry_delay_seconds=2,
-    retry_condition_fn=when_unavailable,
-    persist_result=False,
-    cache_policy=NO_CACHE,
-)(rollback.gradual)
+by_steps = task(name="move-traffic-back", persist_result=False, cache_policy=NO_CACHE)(rollback.gradual)
 follow = task(
     name="follow",
     retries=5,
@@ -105,7 +98,7 @@ def _target(with_all: Connections, environment: str, request: RollbackModel) -> 
     if request.to is not None:
         raise UsageError("to and at are both given: leave one of them empty")
     with with_all.database.read() as session:
-        return points.at(session, environment, request.model, moments.parse(request.at))
+        return history.stable_at(session, environment, request.model, moments.parse(request.at))
 
 
 def _gradual(with_all: Connections, environment: str, to: str | None, request: RollbackModel) -> dict[str, Any]:
@@ -131,4 +124,9 @@ def _gradual(with_all: Connections, environment: str, to: str | None, request: R
             poll_seconds=settings.poll_seconds,
             tell=logger().info,
         )
-        return dict(by_steps(work, reason=request.reason))
+        found = outage.steadfast(work, lambda work: by_steps(work, reason=request.reason))
+        if found is None:
+            raise FencedError(
+                f"promotion {operation.id} waits for an approval, which a rollback does not: nothing was written"
+            )
+        return dict(found)

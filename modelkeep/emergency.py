@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from registry import actor, keys, points
+from registry import actor, history, keys
 from registry.connect import open_database
 from registry.database import Database
 from registry.errors import StorageError, UnavailableError
@@ -160,7 +160,7 @@ class _Attempt:
         who = keys.of_command(database, settings)
         if when is not None:
             with database.read() as session:
-                to = points.at(session, environment, model, when)
+                to = history.stable_at(session, environment, model, when)
         result = rollback.change(
             database, environment=environment, model=model, to=to, reason=reason,
             ttl_seconds=settings.lease_seconds, emergency=True, actor=who.actor,

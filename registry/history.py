@@ -18,6 +18,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from registry import clock
+from registry.errors import NotFoundError, RefusedError
 from registry.schema import Promotion, Reach, Replica, RouteChange
 
 SILENT_AFTER_SECONDS = 30.0
@@ -109,6 +110,21 @@ def at(session: Session, environment: str, when: dt.datetime, model: str | None 
 def versions_at(found: dict[str, Any]) -> set[str]:
     """The versions that may have answered, of one of the `models` of `at`."""
     return {version for one in (found, *found["before"], *found["or"]) for version in one["answers"]}
+
+
+def stable_at(session: Session, environment: str, model: str, when: dt.datetime) -> str:
+    """The version that was stable at a time. Raises NotFoundError where there was none, RefusedError where a clock that went
+    back leaves several possible."""
+    models = at(session, environment, when, model)["models"]
+    possible = list(dict.fromkeys(one["stable"] for found in models for one in (found, *found["or"]) if one["stable"]))
+    if not possible:
+        raise NotFoundError(f"{model} had no stable version in {environment} at {clock.text(when)}")
+    if len(possible) > 1:
+        raise RefusedError(
+            f"at {clock.text(when)} {model} may have been on {' or '.join(possible)} in {environment}: a clock went back then; "
+            "name the version with --to"
+        )
+    return str(possible[0])
 
 
 def changes(

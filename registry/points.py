@@ -81,19 +81,6 @@ def get(session: Session, identity: str) -> RollbackPoint:
     return row
 
 
-def at(session: Session, environment: str, model: str, when: dt.datetime) -> str:
-    """The version that was stable at a time, by the record of all changes. Raises NotFoundError where there was none."""
-    query = (
-        select(RouteChange)
-        .where(RouteChange.environment == environment, RouteChange.model == model, RouteChange.at <= when)
-        .order_by(RouteChange.at.desc(), RouteChange.generation.desc())
-    )
-    change = session.scalars(query.limit(1)).first()
-    if change is None or change.stable is None:
-        raise NotFoundError(f"{model} had no stable version in {environment} at {clock.text(when)}")
-    return change.stable
-
-
 def describe(row: RollbackPoint) -> dict[str, Any]:
     return {
         "id": row.id,

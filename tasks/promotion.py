@@ -29,7 +29,11 @@ def validate(work: Promoting) -> validation.ValidationReport:
     """
     operation, database, started = work.operation, work.database, work.monotonic()
     if operation.progress.get("validated") is False:
-        raise work.end("rejected", f"{work.name} is rejected", f"it has failed the validation: see modelkeep promotions show {operation.id}")
+        raise work.end(
+            "rejected",
+            f"{work.name} is rejected",
+            f"it has failed the validation: see modelkeep promotions show {operation.id}",
+        )
     report = measure(
         database, work.artifacts, work.cache, model=operation.model, version=operation.version, stable=operation.stable,
         environment=operation.environment, policy=work.policy, budget=work.budget, together=operation.strategy != "replay",
@@ -242,7 +246,9 @@ def ended_in(session: Session, identity: str) -> Ended | None:
     row = session.get(Promotion, identity)
     if row is None or row.state in promotions.ACTIVE:  # gone: the registry went back in time
         return None
-    return Ended(cast(promotions.Outcome, row.state), f"{row.reason}; so it is on record, and this process does nothing more")
+    return Ended(
+        cast(promotions.Outcome, row.state), f"{row.reason}; so it is on record, and this process does nothing more"
+    )
 
 
 def failed(work: Promoting, error: BaseException) -> Ended:

@@ -86,12 +86,12 @@ def _by_flow(
 
 def _checked(context: Context, name: str, to: str | None, when: Any, environment: str | None) -> str | None:
     """The version to go back to, where one is asked for; what is wrong is said before Prefect starts."""
-    from registry import points, versions
+    from registry import history, versions
 
     with context.database.read() as session:
         known(session, name)
         if when is not None:
-            return points.at(session, environment or context.settings.environment, name, when)
+            return history.stable_at(session, environment or context.settings.environment, name, when)
         if to is not None:
             versions.get(session, name, to)
     return to

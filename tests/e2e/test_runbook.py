@@ -22,7 +22,7 @@ from registry.actor import Who
 from registry.policy import PromotionPolicy
 from registry.schema import Replica
 from tests import printed
-from tests.e2e.harness import LEASE_SECONDS, POLICY, ROOT, Box, Traffic, box, build, free_port, go, wait_for, write_golden
+from tests.e2e.harness import LEASE_SECONDS, POLICY, ROOT, Box, Traffic, box, build, free_port, go, mark_validated, wait_for, write_golden
 from tests.printed import Call
 
 MODEL = "numbers"
@@ -62,10 +62,20 @@ class Night:
         path = build(self.one.folder / f"v{version}.onnx", seed=int(version), **how)
         self.one.register(version, path, model=MODEL)
 
-    def settle(self, version: str) -> None:
+    def force(self, version: str) -> None:
+        """All of the traffic for a version, as `modelkeep promote --force` gives it; without Prefect and without the probe."""
+        one, reason = self.one, "ticket 4711"
         self.add(version)
-        self.one.settle_by_hand(version, model=MODEL)
-        wait_for("the server to follow", self.one.follows)
+        operation = promotions.begin(
+            one.database, environment="production", model=MODEL, version=version, policy=PromotionPolicy(**QUICK),
+            strategy="forced", ttl_seconds=LEASE_SECONDS, flow_run_id=None, force_reason=reason,
+        )  # fmt: skip
+        mark_validated(one.database, operation)
+        title, detail = f"{MODEL} {version} takes all of the traffic", f"it is forced: {reason}"
+        window = {"stage": "soak", "weight": 1.0}
+        promotions.promote(one.database, operation, title=title, detail=detail, watch=False, window=window)
+        promotions.end(one.database, operation, "promoted", title=title, detail=detail)
+        wait_for("the server to follow", one.follows)
 
     def traffic(self, on: bool) -> None:
         if self._traffic is not None:
@@ -105,11 +115,11 @@ class Night:
     def a_server_with_traffic(self) -> None:
         self.one.policy = QUICK
         path = build(self.one.folder / "v1.onnx", seed=1)
-        self.one.register("1", path, model=MODEL)
+        golden = write_golden(self.one.folder / "golden.npz", path)
+        self.one.register("1", path, model=MODEL, golden=golden)
         self.one.settle_by_hand("1", model=MODEL)
+        build(self.one.folder / "v2.onnx", seed=1, work=1)  # as good, and another file
         self.one.serve()
-        build(self.one.folder / "v2.onnx", seed=2)
-        write_golden(self.one.folder / "golden.npz", path)
         self.moment = dt.datetime.now(dt.UTC).isoformat()
         self.traffic(True)
 
@@ -163,13 +173,13 @@ class Night:
         self.canary("6", LASTING, until=0.05)
 
     def a_bad_stable_version(self) -> None:
-        self.settle("7")
+        self.force("7")
 
     def and_again(self) -> None:
-        self.settle("8")
+        self.force("8")
 
     def no_registry(self) -> None:
-        self.settle("9")
+        self.force("9")
         wait_for("the earlier version on the disk", lambda: f"{MODEL}/8" in self.one.info()["kept"])
         self.traffic(False)
         self.one.database.dispose()
@@ -180,3 +190,54 @@ class Night:
         for path in self.one.home.glob("away-registry.db*"):
             path.rename(path.with_name(path.name.removeprefix("away-")))
         wait_for("the server to follow", self.one.follows)
+
+    PREPARED: dict[str, Callable[[Night], None]] = {
+        "What it looks like": a_server_with_traffic,
+        "First look": a_canary_without_traffic,
+        "Stuck: somebody has paused it": paused_by_somebody,
+        "Stuck: it waits for an approval": waits_for_approval,
+        "Stuck: a server does not follow": a_server_that_was_killed,
+        "Bad: what happens by itself": withdrawn_by_the_judge,
+        "Bad: stop it": a_canary_with_traffic,
+        "Undone now": a_bad_stable_version,
+        "Undone, to what was stable at a time": and_again,
+        "Undone, without the registry": no_registry,
+        "Afterwards": the_registry_again,
+    }
+    """By the titles of the sections. A section that is not here goes on with the state that the one before left."""
+
+    AFTER: dict[str, Callable[[Night], None]] = {"promote": promoted}
+    """What has to have come of a command before the next one."""
+
+
+def runbook() -> str:
+    """The section about promotions of the runbooks."""
+    found = re.search(rf"^## {SECTION}$.*?(?=^## |\Z)", RUNBOOKS.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert found is not None, f"docs/RUNBOOKS.md has no section {SECTION!r}"
+    return found[0]
+
+
+def pages() -> list[tuple[str, str]]:
+    return [("docs/PROMOTION.md", PROMOTION.read_text(encoding="utf-8")), ("docs/RUNBOOKS.md", runbook())]
+
+
+@pytest.fixture
+def night(tmp_path: Path) -> Iterator[Night]:
+    with box(tmp_path, extra={"MODELKEEP_PREFECT__API_URL": f"http://127.0.0.1:{free_port()}/api"}) as one:
+        yield Night(one)
+
+
+@pytest.mark.timeout(600)
+def test_every_command_of_the_pages_prints_what_the_page_says(night: Night) -> None:
+    section, faults = "", list[str]()
+    for name, page in pages():
+        for call in printed.calls(page):
+            if call.section != section and call.section in Night.PREPARED:
+                Night.PREPARED[call.section](night)
+            section = call.section
+            said = night.run(call)
+            faults += [f"{name}: {line}" for line in printed.differences(call, said, earlier=night.said)]
+            night.said += said
+            if call.words[1] in Night.AFTER:
+                Night.AFTER[call.words[1]](night)
+    assert not faults, "\n".join(faults)

@@ -7,7 +7,7 @@ import datetime as dt
 import pytest
 from sqlalchemy import select
 
-from registry import clock, leases, points, promotions, rollbacks, routes
+from registry import clock, history, leases, points, promotions, rollbacks, routes
 from registry.actor import Who
 from registry.database import Database
 from registry.errors import FencedError, LockedError, NotFoundError, RefusedError, UsageError
@@ -115,9 +115,9 @@ def test_what_was_stable_at_a_time_is_found(three: Database) -> None:
     moments = {row["version"]: dt.datetime.fromisoformat(str(row["created_at"])) for row in listed(three)}
     with three.read() as session:
         for version, moment in moments.items():
-            assert points.at(session, ENVIRONMENT, MODEL, moment) == version
+            assert history.stable_at(session, ENVIRONMENT, MODEL, moment) == version
         with pytest.raises(NotFoundError, match="had no stable version"):
-            points.at(session, ENVIRONMENT, MODEL, moments["1"] - dt.timedelta(days=1))
+            history.stable_at(session, ENVIRONMENT, MODEL, moments["1"] - dt.timedelta(days=1))
 
 
 def test_servers_learn_the_living_points_oldest_first_and_find_their_way_back_by_them(three: Database) -> None:
