@@ -128,7 +128,7 @@ def events(rows: list[dict[str, Any]], *, as_json: bool) -> None:
 
 
 def status(found: dict[str, Any]) -> None:
-    say(f"environment {found['environment']}")
+    say(f"environment {found['environment']}, generation {found['generation']}")
     table(
         ["model", "stable", "candidate", "share"],
         [

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from registry import approvals, commands, endings, stories
+from registry import approvals, commands, endings, replicas, stories
 from registry.schema import Promotion
 from registry.stories import ACTIVE, AWAITING, SOAKING
 
@@ -45,5 +45,14 @@ def _waits_for(session: Session, row: Promotion, paused: commands.Given | None) 
         return "a watchman to carry on its watch: `modelkeep serve` runs one" if alone else "the end of its watch"
     windows = row.progress.get("windows") or []
     if windows:
-        return f"the judgement of {windows[-1]['stage']}"
+        return f"the judgement of {windows[-1]['stage']}{_so_far(session, row, windows[-1])}"
     return "its first stage" if "validated" in row.progress else "its validation"
+
+
+def _so_far(session: Session, row: Promotion, window: dict[str, Any]) -> str:
+    """How many requests the candidate has had in a stage: where they do not come, the stage stands still."""
+    if not window["stage"].startswith("canary"):
+        return ""
+    counted = replicas.counts(session, row.model, window["epoch"], window["generation"]).get(row.version, [])
+    requests = sum(int(counts["requests"]) for counts in counted)
+    return f": {requests} requests so far, at least {row.policy['minimum_requests']} are needed"

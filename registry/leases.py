@@ -50,7 +50,7 @@ def acquire(
         raise LockedError(
             f"{subject} is locked by {row.holder} since {clock.text(row.since)}"
             + (f" (promotion {row.promotion})" if row.promotion else "")
-            + ": wait for it to end, or undo it at once with: modelkeep rollback NAME --strategy emergency"
+            + f": wait for it to end, or undo it at once with: modelkeep rollback {subject.rpartition('/')[2]} --strategy emergency"
         )
     return _give(transaction, row, subject, environment, holder, ttl_seconds, promotion, "lease.acquired")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -54,7 +54,7 @@ def check(path: Path) -> OnnxGraph:
         raise RefusedError(f"{path} has a graph without outputs: export it again")
     tensors = list(_tensors(model))
     external = _external(path, tensors)
-    signature = _signature(path, graph)
+    signature = _signature(path, graph, model.ir_version)
     _run_checker(path)
     producer = [_text(path, "producer", part) for part in (model.producer_name, model.producer_version)]
     metadata: dict[str, Any] = {
@@ -215,11 +215,30 @@ def _run_checker(path: Path) -> None:
         ) from error
 
 
-def _signature(path: Path, graph: onnx.GraphProto) -> Signature:
+def _signature(path: Path, graph: onnx.GraphProto, ir_version: int) -> Signature:
     initialised = {tensor.name for tensor in graph.initializer} | {s.values.name for s in graph.sparse_initializer}
     inputs = [_spec(path, "input", value) for value in graph.input if value.name not in initialised]
+    inputs += [
+        replace(_spec(path, "input", value), optional=True) for value in _defaulted(graph, initialised, ir_version)
+    ]
     outputs = [_spec(path, "output", value) for value in graph.output]
     return Signature(tuple(inputs), tuple(outputs))
+
+
+def _defaulted(graph: onnx.GraphProto, initialised: set[str], ir_version: int) -> list[onnx.ValueInfoProto]:
+    """The inputs that need not be given, because the file has a default for them.
+
+    Until IR version 3 every initialiser had to be listed as an input, and some exporters list them all to this day: a file that lists all
+    of its initialisers lists its weights, and none of them is an input. One that lists some means these.
+    """
+    listed = [value for value in graph.input if value.name in initialised]
+    if ir_version < 4 or len(listed) == len(initialised):
+        return []
+    tensors = [value for value in listed if value.type.WhichOneof("value") == "tensor_type"]
+    return [
+        value for value in tensors
+        if value.type.tensor_type.elem_type in _DATATYPES and value.type.tensor_type.HasField("shape")
+    ]  # fmt: skip
 
 
 def _spec(path: Path, side: str, value: onnx.ValueInfoProto) -> TensorSpec:

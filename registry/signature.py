@@ -28,18 +28,21 @@ FROM_NUMPY: dict[str, str] = {numpy: name for name, numpy in DATATYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor. `shape` holds -1 for a dimension that may vary."""
+    """One tensor. `shape` holds -1 for a dimension that may vary; an input that is `optional` has a default in the model."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
+    optional: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
+        said = {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
+        return {**said, "optional": True} if self.optional else said
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> TensorSpec:
-        return cls(str(value["name"]), str(value["datatype"]), tuple(int(n) for n in value["shape"]))
+        shape = tuple(int(n) for n in value["shape"])
+        return cls(str(value["name"]), str(value["datatype"]), shape, bool(value.get("optional", False)))
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """True where `shape` has the same rank and every fixed dimension agrees."""
@@ -52,6 +55,11 @@ class TensorSpec:
 class Signature:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    @property
+    def required(self) -> tuple[TensorSpec, ...]:
+        """The inputs that every request must bring."""
+        return tuple(spec for spec in self.inputs if not spec.optional)
 
     def as_dict(self) -> dict[str, Any]:
         return {"inputs": [t.as_dict() for t in self.inputs], "outputs": [t.as_dict() for t in self.outputs]}

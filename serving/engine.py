@@ -141,9 +141,11 @@ class LoadedVersion:
         self.version_header = version.encode("latin-1", "replace")
         self.id_part: tuple[int, bytes] = (-1, b"")
         """(generation, what the ids of requests hold of it and of this version), as made last."""
-        specs = (*runtime.signature.inputs, *runtime.signature.outputs)
+        required = runtime.signature.required
+        self._required = len(required)
+        specs = (*required, *runtime.signature.outputs)
         self._batching = rows_independent and max_batch > 1 and all(s.shape[:1] == (-1,) for s in specs)
-        self._fixed_rows = all(-1 not in s.shape[1:] for s in runtime.signature.inputs)
+        self._fixed_rows = all(-1 not in s.shape[1:] for s in required)
         self._mark = mark
         self._clock = clock
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -289,6 +291,8 @@ class LoadedVersion:
 
     def _batch_key(self, inputs: Arrays, outputs: tuple[str, ...] | None) -> tuple[int, object]:
         """(rows, what must be equal to share a batch); 0 rows where the request must be computed alone."""
+        if len(inputs) != self._required:
+            return 0, None  # it brings an optional input, which is for itself alone
         rows = -1
         for array in inputs.values():
             if rows < 0:

@@ -213,13 +213,15 @@ def random_inputs(signature: Signature, seed: int, rows: int) -> Arrays:
         # Integers are as often indices as amounts: 0 and 1 are in range for nearly every model; bytes are pixels.
         return random.integers(0, 256 if spec.datatype == "UINT8" else 2, shape).astype(dtype)
 
-    return {spec.name: make(spec) for spec in signature.inputs}
+    return {spec.name: make(spec) for spec in signature.required}
 
 
 def feed(signature: Signature, inputs: Arrays, rows: slice) -> Arrays:
     """The inputs of these rows in the model's datatypes and shapes. Raises UsageError where they do not fit."""
     fed: Arrays = {}
     for spec in signature.inputs:
+        if spec.optional and spec.name not in inputs:
+            continue
         if spec.name not in inputs:
             raise UsageError(f"input '{spec.name}' is not among the given ones, {sorted(inputs)}")
         value = inputs[spec.name][rows]

@@ -239,7 +239,7 @@ def _run_case(subject: Subject, golden: Golden, yardstick: Yardstick, row: int) 
 def rows_independent(subject: Subject, golden: Golden | None, job: Job) -> tuple[bool | None, str]:
     """Whether a batch of n rows equals n single rows, and how that was found; None where it could not be found."""
     signature = subject.runtime.signature
-    for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
+    for kind, specs in (("input", signature.required), ("output", signature.outputs)):
         for spec in specs:
             if not spec.shape or spec.shape[0] != -1:
                 return False, f"the first dimension of {kind} '{spec.name}', {list(spec.shape)}, does not vary"
@@ -247,7 +247,8 @@ def rows_independent(subject: Subject, golden: Golden | None, job: Job) -> tuple
         rows = subject.tally.passed_rows
         # Spread over the file: neighbours may be alike.
         chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, ROWS_IN_BATCH).astype(int))] if rows else []
-        inputs = {name: a[chosen] for name, a in golden.inputs.items()}
+        needed = {spec.name for spec in signature.required}  # a request with an optional input is never batched
+        inputs = {name: a[chosen] for name, a in golden.inputs.items() if name in needed}
         source = "golden rows"
     else:
         inputs = random_inputs(signature, job.seed, ROWS_IN_BATCH)

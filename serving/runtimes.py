@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,7 +64,8 @@ class Runtime(Protocol):
 def load_runtime(path: Path, format: str, *, signature: Signature | None, threads: int = 1) -> Runtime:
     """Load `path` ("onnx", "torchscript" or "pt2"); `signature` is needed where the file has none. Raises RefusedError."""
     if format == "onnx":
-        return OnnxRuntime(path, threads=threads)
+        optional = frozenset(spec.name for spec in signature.inputs if spec.optional) if signature else frozenset()
+        return OnnxRuntime(path, threads=threads, optional=optional)
     if format == "torchscript":
         if signature is None:
             raise RefusedError(
@@ -82,7 +84,8 @@ class OnnxRuntime:
 
     platform = "onnxruntime_onnx"
 
-    def __init__(self, path: Path, *, threads: int = 1) -> None:
+    def __init__(self, path: Path, *, threads: int = 1, optional: frozenset[str] = frozenset()) -> None:
+        """`optional` are the inputs that the registry found a default for; the runtime calls every listed weight one."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -102,7 +105,14 @@ class OnnxRuntime:
         self._session: Any = session
         self._outputs = [node.name for node in session.get_outputs()]
         self.signature = Signature(
-            tuple(_onnx_spec(path, node) for node in session.get_inputs()),
+            (
+                *(_onnx_spec(path, node) for node in session.get_inputs()),
+                *(
+                    replace(_onnx_spec(path, node), optional=True)
+                    for node in session.get_overridable_initializers()
+                    if node.name in optional
+                ),
+            ),
             tuple(_onnx_spec(path, node) for node in session.get_outputs()),
         )
         self._texts = {spec.name for spec in self.signature.inputs if spec.datatype == "BYTES"}

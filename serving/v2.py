@@ -71,6 +71,7 @@ class Codec:
     def __init__(self, signature: Signature) -> None:
         self.signature = signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
+        self._required = tuple(spec.name for spec in signature.required)
         self._outputs = {spec.name for spec in signature.outputs}
 
     def decode(self, body: bytes | memoryview, header_length: int | None) -> InferRequest:
@@ -122,8 +123,7 @@ class Codec:
                 )
             arrays[name] = _from_binary(name, spec.datatype, shape, body, offset, size)
             offset += size
-        if len(arrays) != len(self._inputs):
-            missing = [name for name in self._inputs if name not in arrays]
+        if len(arrays) != len(self._inputs) and (missing := [name for name in self._required if name not in arrays]):
             raise InputError(f"input {_quoted(missing)} is missing; the model's inputs are {_quoted(self._inputs)}")
         if offset != len(body):
             raise InputError(f"{len(body) - offset} bytes of the body belong to no tensor")
@@ -157,12 +157,12 @@ class Codec:
 
     def _decode_raw(self, body: bytes | memoryview) -> InferRequest:
         """A header length of 0: the whole body is the one input's data, and outputs come back in binary."""
-        if len(self.signature.inputs) != 1:
-            count = len(self.signature.inputs)
+        if len(self._required) != 1:
+            count = len(self._required)
             raise InputError(
                 f"Inference-Header-Content-Length 0 (a raw tensor) needs a model of one input; this has {count}"
             )
-        spec = self.signature.inputs[0]
+        spec = self._inputs[self._required[0]]
         fixed = math.prod(n for n in spec.shape if n >= 0)
         free = sum(n < 0 for n in spec.shape)
         if spec.datatype == "BYTES" or free > 1:

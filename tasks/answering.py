@@ -62,6 +62,8 @@ def zeros(metadata: Mapping[str, Any]) -> Tensors:
     """Inputs of nothing but zeros for a model's V2 metadata; a free dimension is 1."""
     tensors = []
     for spec in metadata["inputs"]:
+        if spec.get("optional"):
+            continue
         shape = [max(1, int(n)) if int(n) != 0 else 0 for n in spec["shape"]]
         value: Any = "" if spec["datatype"] == "BYTES" else False if spec["datatype"] == "BOOL" else 0
         tensors.append(

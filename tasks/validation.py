@@ -241,7 +241,7 @@ What it needs and the probe does not measure yet is measured in serving/probe.py
 
 
 def signature_changes(old: Signature, new: Signature) -> tuple[list[str], list[str]]:
-    """(what breaks clients of `old`, what they need not mind). Every input of a signature is one that must be given."""
+    """(what breaks clients of `old`, what they need not mind). An input must be given unless it is optional."""
     errors: list[str] = []
     notes: list[str] = []
     for kind, before, after in (("input", old.inputs, new.inputs), ("output", old.outputs, new.outputs)):
@@ -252,10 +252,15 @@ def signature_changes(old: Signature, new: Signature) -> tuple[list[str], list[s
                 errors.append(f"{kind} '{spec.name}' is gone (there are {', '.join(sorted(now)) or 'none'})")
             elif now[spec.name].datatype != spec.datatype:
                 errors.append(f"{kind} '{spec.name}' is {now[spec.name].datatype}, was {spec.datatype}")
+            elif spec.optional and not now[spec.name].optional:
+                errors.append(f"{kind} '{spec.name}' must be sent now, and clients may leave it out")
             elif change := _shape_change(kind, spec, now[spec.name]):
                 text, breaks = change
                 (errors if breaks else notes).append(f"{kind} '{spec.name}' {text}")
-        added = [spec.name for spec in after if spec.name not in known]
+        optional = [spec.name for spec in after if spec.name not in known and spec.optional]
+        added = [spec.name for spec in after if spec.name not in known and not spec.optional]
+        if optional:
+            notes.append(f"{kind} {', '.join(map(repr, optional))} is new, and need not be sent")
         if added and kind == "input":
             errors.append(f"input {', '.join(map(repr, added))} is new, and clients do not send it")
         elif added:

@@ -153,9 +153,11 @@ def promotions_show(identity: Identity, as_json: Json = False) -> None:
         output.document(found)
         return
     output.promotion(found, found["story"])
-    output.account(found)
     if found["approval"] is not None and found["state"] == "awaiting":
+        output.account({**found, "waits_for": None})
         output.say(approval.in_words(found["approval"]))
+    else:
+        output.account(found)
 
 
 @promotions_app.command("pause")

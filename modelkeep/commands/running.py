@@ -24,6 +24,7 @@ def status(as_json: Json = False) -> None:
         environment = context.settings.environment
         with context.database.read() as session:
             routes, _ = replicas.desired(session, environment)
+            pulse = replicas.pulse(session, environment)
             rows = replicas.listed(session, environment)
             running = [
                 p for p in promotions.listed(session, environment=environment) if p["state"] in promotions.ACTIVE
@@ -32,6 +33,7 @@ def status(as_json: Json = False) -> None:
     yesterday = clock.text(clock.now() - dt.timedelta(days=1))  # who has been silent for longer is history
     document = {
         "environment": environment,
+        "generation": pulse.generation if pulse else 0,
         "models": [
             {
                 "model": route.model,

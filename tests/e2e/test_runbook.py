@@ -6,10 +6,10 @@ everything else happens by the commands of the page. How a page writes commands 
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import re
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from registry.policy import PromotionPolicy
 from registry.schema import Replica
 from tests import printed
 from tests.e2e.harness import LEASE_SECONDS, POLICY, ROOT, Box, Traffic, box, build, free_port, go, mark_validated, wait_for, write_golden
+from tests.prefect_server import environment, prefect_server
 from tests.printed import Call
 
 MODEL = "numbers"
@@ -59,7 +60,9 @@ class Night:
         return printed.lines(done.stdout, done.stderr, done.returncode)
 
     def add(self, version: str, **how: Any) -> None:
-        path = build(self.one.folder / f"v{version}.onnx", seed=int(version), **how)
+        """Register a version that answers as version 1 does, and is another file."""
+        work = 0 if how else int(version) - 1
+        path = build(self.one.folder / f"v{version}.onnx", seed=1, work=work, **how)
         self.one.register(version, path, model=MODEL)
 
     def force(self, version: str) -> None:
@@ -89,7 +92,7 @@ class Night:
         """Begin to promote a version in a process of its own; return in the first stage (or with the promotion's end)."""
         self.one.policy = policy
         self.add(version, **how)
-        runner = self.one.promote(version, "--unvalidated", model=MODEL)
+        runner = self.one.promote(version, model=MODEL)
         go(runner)
         if until is None:
             wait_for("the end", lambda: self.row(version).get("state") not in (None, *promotions.ACTIVE))
@@ -119,6 +122,7 @@ class Night:
         self.one.register("1", path, model=MODEL, golden=golden)
         self.one.settle_by_hand("1", model=MODEL)
         build(self.one.folder / "v2.onnx", seed=1, work=1)  # as good, and another file
+        self.named(self.one.port, "box-1")
         self.one.serve()
         self.moment = dt.datetime.now(dt.UTC).isoformat()
         self.traffic(True)
@@ -153,6 +157,7 @@ class Night:
 
     def a_server_that_was_killed(self) -> None:
         port = free_port()
+        self.named(port, "box-2")
         second = self.one.start("second", "modelkeep", "serve", MODELKEEP_SERVER__PORT=str(port))
         wait_for("the second server", lambda: len(self.servers()) == 2)
         import psutil
@@ -160,6 +165,12 @@ class Night:
         for process in [*psutil.Process(second.pid).children(recursive=True), psutil.Process(second.pid)]:
             process.send_signal(signal.SIGKILL)
         second.wait(timeout=10)
+
+    def named(self, port: int, name: str) -> None:
+        """Give the server that will come up at this port a name, so that they are listed in the order of the page."""
+        folder = self.one.home / "serving" / f"production-{port}"
+        folder.mkdir(parents=True)
+        (folder / "replica-id").write_text(name)
 
     def servers(self) -> list[str]:
         with self.one.database.read() as session:
@@ -206,7 +217,7 @@ class Night:
     }
     """By the titles of the sections. A section that is not here goes on with the state that the one before left."""
 
-    AFTER: dict[str, Callable[[Night], None]] = {"promote": promoted}
+    AFTER: dict[str, Callable[[Night], None]] = {"modelkeep promote numbers 2": promoted}
     """What has to have come of a command before the next one."""
 
 
@@ -221,10 +232,19 @@ def pages() -> list[tuple[str, str]]:
     return [("docs/PROMOTION.md", PROMOTION.read_text(encoding="utf-8")), ("docs/RUNBOOKS.md", runbook())]
 
 
+@contextlib.contextmanager
+def begun(folder: Path) -> Iterator[Night]:
+    """A box with a Prefect server, so that `modelkeep promote` need not start one of its own each time."""
+    with prefect_server(folder) as api:
+        extra = {**environment(folder, api), "MODELKEEP_PREFECT__API_URL": api}
+        with box(folder / "box", extra=extra) as one:
+            yield Night(one)
+
+
 @pytest.fixture
 def night(tmp_path: Path) -> Iterator[Night]:
-    with box(tmp_path, extra={"MODELKEEP_PREFECT__API_URL": f"http://127.0.0.1:{free_port()}/api"}) as one:
-        yield Night(one)
+    with begun(tmp_path) as made:
+        yield made
 
 
 @pytest.mark.timeout(600)
@@ -238,6 +258,6 @@ def test_every_command_of_the_pages_prints_what_the_page_says(night: Night) -> N
             said = night.run(call)
             faults += [f"{name}: {line}" for line in printed.differences(call, said, earlier=night.said)]
             night.said += said
-            if call.words[1] in Night.AFTER:
-                Night.AFTER[call.words[1]](night)
+            if call.command in Night.AFTER:
+                Night.AFTER[call.command](night)
     assert not faults, "\n".join(faults)

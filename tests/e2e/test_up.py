@@ -32,7 +32,7 @@ def until(what: str, test: Callable[[], Any], seconds: float) -> Any:
 class Up:
     """A running `modelkeep up` with its own home and ports."""
 
-    def __init__(self, home: Path, port: int, prefect_port: int) -> None:
+    def __init__(self, home: Path, port: int, prefect_port: int, **more: str) -> None:
         self.home, self.port = home, port
         self.api = f"http://127.0.0.1:{prefect_port}/api"
         self.ui = f"http://127.0.0.1:{prefect_port}"
@@ -44,14 +44,29 @@ class Up:
             "MODELKEEP_PREFECT__PORT": str(prefect_port),
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
+            **more,
         }
         self.log = home / "up.log"
         home.mkdir()
+        self.start()
+
+    def start(self) -> None:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "modelkeep", "up"],
                 env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
+
+    def end(self) -> None:
+        """Ctrl-C; what does not end by it is killed."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                for process in psutil.Process(self.process.pid).children(recursive=True):
+                    process.kill()
+                self.process.kill()
 
     def says(self, text: str) -> bool:
         assert self.process.poll() is None, self.log.read_text()
@@ -92,14 +107,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         until("the start of everything", lambda: running.says("ready: inference"), 180)
         yield running
     finally:
-        if running.process.poll() is None:
-            running.process.send_signal(signal.SIGINT)
-            try:
-                running.process.wait(60)
-            except subprocess.TimeoutExpired:
-                for process in psutil.Process(running.process.pid).children(recursive=True):
-                    process.kill()
-                running.process.kill()
+        running.end()
 
 
 def test_a_scheduled_deployment_gets_runs_in_state_scheduled(up: Up) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from registry.formats import inspect
 from registry.policy import PromotionPolicy
 from registry.signature import Signature, TensorSpec
 from tasks.probe import ProbeJob, ProbeModel, ProbeResult, run_probe
@@ -262,6 +263,32 @@ def test_a_torchscript_model_needs_the_signature_it_is_given_and_is_measured_ali
     unsigned = probe(ProbeJob(ProbeModel(tmp_path / "m.pt", "torchscript")))
     assert unsigned.candidate is not None
     assert not unsigned.candidate.loaded and "signature" in str(unsigned.candidate.error)
+
+
+def test_a_candidate_with_another_optional_input_answers_the_golden_cases_by_its_default(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Mul", ["h", "factor"], ["y"])],
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4]),
+            helper.make_tensor_value_info("factor", TensorProto.FLOAT, [1]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
+        [numpy_helper.from_array(np.eye(4, dtype="f4"), "w"), numpy_helper.from_array(np.ones(1, "f4"), "factor")],
+    )
+    path = tmp_path / "optional.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    found = inspect(path, max_bytes=2**30).signature
+    assert found is not None and [spec.optional for spec in found.inputs] == [False, True]
+    result = probe(
+        ProbeJob(ProbeModel(path, "onnx", found), linear(tmp_path / "good.onnx"), write_golden(tmp_path / "golden.npz"))
+    )
+    assert result.outcome == "done", result.problem
+    assert result.candidate is not None and result.candidate.golden is not None
+    assert result.candidate.signature == found
+    assert result.candidate.golden.accuracy == 1.0 and result.candidate.rows_independent is True
+    report = decide(result, PromotionPolicy(latency_ratio=1000.0), has_stable=True)
+    assert report.passed, report.summary
 
 
 def test_an_output_is_held_to_its_own_tolerance_and_the_farthest_case_is_named(tmp_path: Path) -> None:

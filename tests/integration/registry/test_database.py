@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import socket
@@ -25,7 +24,7 @@ from registry.errors import StorageError, UnavailableError
 from registry.schema import REVISION, AuditEvent, Model
 from registry.store import DirectoryStore
 
-SPAWN = multiprocessing.get_context("spawn")
+pytestmark = pytest.mark.sqlite
 ROOT = Path(__file__).resolve().parents[3]
 
 

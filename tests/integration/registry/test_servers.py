@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from sqlalchemy import event, func, select, text
 from registry import clock
 from registry.database import Database
 from registry.errors import RefusedError, StorageError, UnavailableError
-from registry.schema import Model, PromotionStep
+from registry.schema import AuditEvent, Model, PromotionStep
 from tests.integration.registry.test_at_once import add_models, count, url_of
 from tests.registry_servers import PROGRAMS, Server, starter
 from tests.unit.registry import kit
@@ -58,6 +61,47 @@ def test_a_server_that_dies_is_told_and_found_again_when_it_is_back(mortal: Serv
     assert count(database, Model) in (2, 4), "whole or not at all"
     assert kit.verdict(database).holds
     add_models(database, "c")
+    database.dispose()
+
+
+def test_kills_at_random_moments_of_twenty_streams_of_commits_leave_whole_transactions_only(
+    mortal: Server, tmp_path: Path
+) -> None:
+    """What was answered is on record, what was refused is not, and what got no answer is whole or absent."""
+    database = Database(mortal.create(), anchors=tmp_path / "audit.anchors", answer_seconds=3)
+    database.prepare()
+    moments, numbers = random.Random(20), iter(range(1_000_000))
+    answered, unknown = set[int](), set[int]()
+    for _ in range(20):
+        begun = threading.Event()
+
+        def write(begun: threading.Event = begun) -> None:
+            while True:
+                number = next(numbers)
+                try:
+                    add_models(database, f"{number}-a", f"{number}-b")
+                except UnavailableError:
+                    unknown.add(number)
+                    return
+                answered.add(number)
+                begun.set()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        assert begun.wait(30)
+        time.sleep(moments.uniform(0.0, 0.05))
+        mortal.kill()
+        writer.join(60)
+        assert not writer.is_alive()
+        mortal.start()
+    with database.read() as session:
+        names = set(session.scalars(select(Model.name)))
+        assert session.scalar(select(func.count()).select_from(AuditEvent)) == len(names)
+    halves = [{int(name[:-2]) for name in names if name.endswith(end)} for end in ("-a", "-b")]
+    assert halves[0] == halves[1], "pairs, never a half"
+    assert answered <= halves[0] <= answered | unknown
+    assert len(unknown) == 20
+    assert kit.verdict(database).holds
     database.dispose()
 
 

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from registry.errors import RefusedError, UsageError
 from registry.formats import inspect, parse_model_toml
-from registry.signature import TensorSpec
+from registry.signature import Signature, TensorSpec
 
 GIB = 1 << 30
 
@@ -576,3 +576,29 @@ def test_looking_at_an_archive_needs_no_torch(archives: dict[str, Path]) -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def scaled(*, weight: bool, ir_version: int = 8) -> onnx.ModelProto:
+    """y = x W factor; the factor is an input with a default, the weights are none (without them it is the only initialiser)."""
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4]),
+        helper.make_tensor_value_info("factor", TensorProto.FLOAT, [1]),
+    ]
+    nodes = [helper.make_node("Mul", ["h" if weight else "x", "factor"], ["y"])]
+    values = [numpy_helper.from_array(np.array([2.0], np.float32), "factor")]
+    if weight:
+        nodes.insert(0, helper.make_node("MatMul", ["x", "w"], ["h"]))
+        values.append(numpy_helper.from_array(np.eye(4, dtype=np.float32), "w"))
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, values)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=ir_version)
+
+
+def test_an_input_with_a_default_is_optional_where_the_file_lists_it_and_not_its_weights(tmp_path: Path) -> None:
+    signature = inspect(save(scaled(weight=True), tmp_path / "m.onnx"), max_bytes=GIB).signature
+    assert signature is not None
+    assert signature.inputs == (TensorSpec("x", "FP32", (-1, 4)), TensorSpec("factor", "FP32", (1,), optional=True))
+    assert signature.required == signature.inputs[:1]
+    assert Signature.from_dict(signature.as_dict()) == signature
+    only = inspect(save(scaled(weight=False), tmp_path / "only.onnx"), max_bytes=GIB).signature
+    assert only is not None and [tensor.name for tensor in only.inputs] == ["x"]

@@ -24,6 +24,7 @@ from registry.schema import AuditEvent, Environment, Lease, Promotion, Promotion
 from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, MODEL
 
+pytestmark = pytest.mark.sqlite  # it looks into the file beside the registry
 VERSIONS = ("1", "2", "3")
 WHO = Who("os:test")
 OUTCOMES: tuple[promotions.Outcome, ...] = ("promoted", "rejected", "withdrawn", "held", "failed")

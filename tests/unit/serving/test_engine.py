@@ -111,6 +111,21 @@ def test_only_equal_shapes_share_a_batch() -> None:
     asyncio.run(scenario())
 
 
+def test_a_request_with_an_optional_input_is_computed_alone_and_the_others_together() -> None:
+    async def scenario() -> None:
+        factor = TensorSpec("factor", "FP32", (1,), optional=True)
+        runtime = PythonRuntime(
+            signature=Signature((*PythonRuntime().signature.inputs, factor), PythonRuntime().signature.outputs)
+        )
+        version = load(runtime)
+        own = {**row(3, 3), "factor": np.array([2], np.float32)}
+        await behind_a_busy_model(version, runtime, row(1, 1), row(2, 2), own)
+        assert [(len(call["x"]), "factor" in call) for call in runtime.calls] == [(1, False), (2, False), (1, True)]
+        close(version)
+
+    asyncio.run(scenario())
+
+
 def test_a_bad_input_fails_alone_and_without_its_stack_trace() -> None:
     async def scenario() -> None:
         runtime = PythonRuntime(refuse_negative)

@@ -332,3 +332,16 @@ def test_whatever_bytes_come_are_decoded_or_refused(body: bytes, length: int | N
         except InputError:
             continue
         assert length == 0
+
+
+def test_an_optional_input_may_be_left_out_and_a_needed_one_may_not() -> None:
+    x, factor = TensorSpec("x", "FP32", (-1,)), TensorSpec("factor", "FP32", (1,), optional=True)
+    codec = Codec(Signature((x, factor), (TensorSpec("y", "FP32", (-1,)),)))
+    both = [
+        {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]},
+        {"name": "factor", "datatype": "FP32", "shape": [1], "data": [2]},
+    ]
+    assert list(decode(codec, {"inputs": both[:1]}).inputs) == ["x"]
+    assert list(decode(codec, {"inputs": both}).inputs) == ["x", "factor"]
+    assert "input 'x' is missing" in refused(codec, {"inputs": both[1:]})
+    assert list(codec.decode(np.array([1, 2], "<f4").tobytes(), 0).inputs) == ["x"]

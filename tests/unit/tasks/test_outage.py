@@ -106,7 +106,8 @@ def test_a_registry_that_goes_away_at_a_change_costs_nothing_and_nothing_is_done
     with world.database.read() as session:
         (row,) = promotions.listed(session, model=kit.MODEL, states=["promoted"], limit=1)
         titles = [step["title"] for step in promotions.story(session, row["id"])]
-    assert len(titles) == len(set(titles)), "each step is on record once"
+    changes = [title for title in titles if not title.endswith(" passed")]  # a stage may be judged again, and pass again
+    assert len(changes) == len(set(changes)), "each change is on record once"
 
 
 def test_an_outage_is_told_once_and_its_end_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,6 +218,18 @@ def test_a_signature_that_accepts_or_gives_more_is_compatible_and_named() -> Non
     assert named(decided(figures(signature=new), figures()), "signature").passed
 
 
+def test_an_input_that_may_be_left_out_may_come_and_may_not_go_or_become_needed() -> None:
+    factor = TensorSpec("factor", "FP32", (1,), optional=True)
+    more = Signature((*SIGNATURE.inputs, factor), SIGNATURE.outputs)
+    errors, notes = signature_changes(SIGNATURE, more)
+    assert errors == [] and notes == ["input 'factor' is new, and need not be sent"]
+    assert named(decided(figures(signature=more), figures()), "signature").passed
+    assert signature_changes(more, SIGNATURE)[0] == ["input 'factor' is gone (there are x)"]
+    needed = Signature((*SIGNATURE.inputs, replace(factor, optional=False)), SIGNATURE.outputs)
+    assert signature_changes(more, needed)[0] == ["input 'factor' must be sent now, and clients may leave it out"]
+    assert signature_changes(needed, more) == ([], [])
+
+
 def test_paired_figures_agree_with_newcombes_method_and_the_exact_test() -> None:
     candidate = [1] * 20 + [1] * 12 + [0] * 2 + [0] * 16
     stable = [1] * 20 + [0] * 12 + [1] * 2 + [0] * 16
