@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import MissingContextError
 from prefect.runtime import flow_run
 from prefect.tasks import Task
+from rich.console import Console
 
 from blocks.connections import Artifacts, RegistryDatabase
 from registry.connect import facts_of
@@ -34,11 +36,21 @@ class Connections:
 
 def connect() -> Connections:
     """Resolve the blocks that the settings describe. Raises SettingsError, UnavailableError."""
+    outlive_readers()
     settings = load_settings()
     artifacts = Artifacts.from_settings(settings)
     database = RegistryDatabase.from_settings(settings).connect()
     database.facts = facts_of(settings)
     return Connections(settings, database, artifacts.connect(), artifacts.cache)
+
+
+def outlive_readers() -> None:
+    """Rich ends a process whose output nobody reads any more, and the worker that reads ours may be killed: then only Prefect's API has the log."""
+    named = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    for handler in {handler for one in (logging.root, *named) for handler in one.handlers}:
+        console = getattr(handler, "console", None)
+        if isinstance(console, Console):
+            console.on_broken_pipe = partial(setattr, console, "quiet", True)  # type: ignore[method-assign]
 
 
 def run_id() -> str | None:

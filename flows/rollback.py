@@ -65,7 +65,10 @@ def rollback_model(request: RollbackModel) -> State[Any]:
     environment = request.environment or with_all.settings.environment
     try:
         to = _target(with_all, environment, request)
-        if request.strategy == "gradual":
+        done = rollbacks.done_by(with_all.database, run_id(), environment, request.model)
+        if done is not None:
+            result = done
+        elif request.strategy == "gradual":
             result = _gradual(with_all, environment, to, request)
         else:
             result = change(

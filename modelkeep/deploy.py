@@ -48,10 +48,13 @@ def deploy_all(settings: Settings) -> list[str]:
     os.environ.update(prefect_env.environment(settings, api=True))
     from blocks.connections import save_all
 
-    lines = [f"block {slug}" for slug in save_all(settings)]
+    try:
+        lines = [f"block {slug}" for slug in save_all(settings)]
+        there = [(wanted, _find(settings, wanted)) for wanted in declared(path)]
+    except httpx.HTTPError as error:  # Prefect's own client raises these too
+        raise UnavailableError(f"Prefect at {settings.prefect.api_url} does not answer: {error}") from error
     missing = []
-    for wanted in declared(path):
-        found = _find(settings, wanted)
+    for wanted, found in there:
         crons = sorted(s["schedule"].get("cron", "") for s in found["schedules"]) if found else []
         if found is None or crons != sorted(s["cron"] for s in wanted["schedules"]):
             missing.append(

@@ -131,6 +131,7 @@ class _Attempt:
         self._asked = (settings, environment, model, to, when, reason)
         self._done: tuple[Database, dict[str, Any]] | None = None
         self._error: BaseException | None = None
+        self._late = False
         self._thread = threading.Thread(target=self._run, name="registry", daemon=True)
         self._thread.start()
 
@@ -139,6 +140,7 @@ class _Attempt:
         if self._error is not None:
             raise self._error
         if self._done is None:
+            self._late = True
             raise UnavailableError(f"the registry did not answer within {seconds:g} s")
         return self._done
 
@@ -161,6 +163,8 @@ class _Attempt:
         if when is not None:
             with database.read() as session:
                 to = history.stable_at(session, environment, model, when)
+        if self._late:  # the servers have been asked: without a version named, this would go one further back than they
+            raise UnavailableError("the registry answered too late")
         result = rollback.change(
             database, environment=environment, model=model, to=to, reason=reason,
             ttl_seconds=settings.lease_seconds, emergency=True, actor=who.actor,

@@ -182,6 +182,8 @@ class Up:
                     output.say(f"       up | {line}")
             except ModelkeepError as error:
                 output.say(f"       up | {error}")
+            except Exception as error:  # whatever it is, approvals shall be carried on at the next look
+                output.say(f"       up | {type(error).__name__}: {error}")
             time.sleep(_SETTLE_EVERY_SECONDS)
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:

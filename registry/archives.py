@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from registry.errors import RefusedError
 
 MAX_MEMBERS = 100_000
-MAX_TEXT_BYTES = 256 << 20
+MAX_TEXT_BYTES = 32 << 20
 """Of one member that is read whole, unpacked. Weights are members of their own."""
 MAX_RATIO = 200
 """Unpacked bytes a packed byte, over the whole archive: torch packs code only, and that ten times at most."""

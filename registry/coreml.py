@@ -24,6 +24,7 @@ WHERE_IT_RUNS = (
 MAX_SPECIFICATION_BYTES = (2 << 30) - 1
 MAX_MANIFEST_BYTES = 1 << 20
 _MAX_FEATURES = 4096
+_MAX_DESCRIPTION_BYTES = 4 << 20
 
 # Model: 1 specificationVersion, 2 description, 200 and up the kind of model (oneof Type).
 _KINDS = {
@@ -131,20 +132,22 @@ def _model(content: memoryview) -> CoreMLModel:
         raise Malformed(f"specification version {version}")
     if kind is None:
         raise Malformed("it holds no model")
+    if len(description) > _MAX_DESCRIPTION_BYTES:  # all of it becomes objects, a hundred times its size
+        raise Malformed(f"a description of {len(description)} bytes")
     inputs: list[dict[str, Any]] = []
     outputs: list[dict[str, Any]] = []
     metadata: dict[str, Any] = {"specification_version": version, "model_type": kind}
     for number, value in _fields(description):
         if number in (1, 10) and isinstance(value, memoryview):
             (inputs if number == 1 else outputs).append(_feature(value))
+            if len(inputs) + len(outputs) > _MAX_FEATURES:
+                raise Malformed(f"more than {_MAX_FEATURES} inputs and outputs")
         elif number in (11, 12) and isinstance(value, memoryview):
             metadata["predicted_feature" if number == 11 else "predicted_probabilities"] = _text(value)
         elif number == 100 and isinstance(value, memoryview):
             metadata.update(_said(value))
     if not inputs or not outputs:
         raise Malformed("it has no inputs or no outputs")
-    if len(inputs) + len(outputs) > _MAX_FEATURES:
-        raise Malformed(f"{len(inputs) + len(outputs)} inputs and outputs")
     specs = [[feature.pop("spec") for feature in side] for side in (inputs, outputs)]
     metadata["features"] = {"inputs": inputs, "outputs": outputs}
     tensors = [[spec for spec in side if spec is not None] for side in specs]

@@ -50,7 +50,8 @@ def acquire(
         raise LockedError(
             f"{subject} is locked by {row.holder} since {clock.text(row.since)}"
             + (f" (promotion {row.promotion})" if row.promotion else "")
-            + f": wait for it to end, or undo it at once with: modelkeep rollback {subject.rpartition('/')[2]} --strategy emergency"
+            + ": wait for it to end"
+            + (f", or end it with: modelkeep promotions stop {row.promotion}" if row.promotion else "")
         )
     return _give(transaction, row, subject, environment, holder, ttl_seconds, promotion, "lease.acquired")
 

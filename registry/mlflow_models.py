@@ -103,11 +103,18 @@ def _with_names(specs: Tensors, word: str) -> Tensors:
 def _document(path: Path) -> dict[str, Any]:
     import yaml
 
+    class Plain(yaml.SafeLoader):
+        """Without merges ("<<"): merges of merges grow tenfold a line, and MLflow writes none."""
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                raise yaml.constructor.ConstructorError(None, None, "it merges mappings ('<<')", node.start_mark)
+
     folders.regular(path, "an MLmodel file")
     if path.stat().st_size > MAX_BYTES:
         raise RefusedError(f"{path} has more than {MAX_BYTES} bytes: it is not the description of an MLflow model")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=Plain)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise RefusedError(f"{path} is not YAML that can be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(found, dict):
@@ -146,7 +153,7 @@ def _pickled(file: Path) -> bool:
 def _name(where: str, said: dict[str, Any], key: str) -> str:
     name = said.get(key)
     if not isinstance(name, str):
-        raise RefusedError(f"{where}: {key} = {name!r} is no name of a file")
+        raise RefusedError(f"{where}: {key} is no name of a file but a {type(name).__name__}")
     return name
 
 

@@ -55,6 +55,8 @@ def read(folder: Path, *, max_bytes: int) -> Package:
             {key: said[key] for key in ("model", "version", "digest", "created_at", "created_by")},
         )
         format, kind = str(said["format"]), said["kind"]
+        if not isinstance(kind, str | None):
+            raise TypeError(f"kind is a {type(kind).__name__}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RefusedError(f"{path} is not the manifest of an export ({type(error).__name__}: {error})") from error
     root = (folder / MODEL).resolve()

@@ -402,6 +402,10 @@ def carried(
             "stage": soak["stage"], "weight": soak["weight"], "watch": soak.get("watch", True), "watched_seconds": 0.0,
             "epoch": environment.epoch, "generation": route.generation,
         }  # fmt: skip
+    windows = progress.get("windows")
+    if windows and route is not None and windows[-1]["generation"] == route.generation:
+        # So with the stage under way, whose time is the carrier's own.
+        progress["windows"] = [*windows[:-1], {**windows[-1], "epoch": environment.epoch}]
     row.progress = progress
     transaction.record(
         "promotion.carried-on", f"promotion:{row.id}", after={"by": holder, "state": row.state, "step": row.step}

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
 from registry import endings, leases, promotions, routes, versions
 from registry.actor import Who
 from registry.database import Database, Transaction
 from registry.errors import NotFoundError, RefusedError
 from registry.policy import PromotionPolicy
-from registry.schema import Promotion, Route
+from registry.schema import Promotion, Route, RouteChange
 
 GRADUAL = "rollback"
 """The strategy under which a gradual rollback is on record among the promotions."""
@@ -65,6 +68,39 @@ def roll_back(
         )
 
 
+def done_by(database: Database, flow_run_id: str | None, environment: str, model: str) -> dict[str, Any] | None:
+    """What a flow run has rolled back already: it is started again to see that the servers follow, not to go one further back.
+
+    None where it has not. Raises RefusedError where the route has changed since.
+    """
+    if flow_run_id is None:
+        return None
+    with database.read() as session:
+        made = select(RouteChange).where(RouteChange.environment == environment, RouteChange.model == model)
+        change = session.scalars(
+            made.where(RouteChange.flow_run_id == flow_run_id, RouteChange.kind == "rollback").order_by(
+                RouteChange.generation.desc()
+            )
+        ).first()
+        if change is None:
+            return None
+        route = routes.read(session, environment, model)
+        if route is None or route.generation != change.generation:
+            raise RefusedError(
+                f"this run has rolled {model} back to {change.stable} already, and its route has changed since: start a new rollback"
+            )
+        earlier = made.where(RouteChange.epoch == change.epoch, RouteChange.generation < change.generation)
+        before = session.scalars(earlier.order_by(RouteChange.generation.desc())).first()
+        return {
+            "model": model,
+            "environment": environment,
+            "from": None if before is None else before.stable,
+            "to": change.stable,
+            "withdrawn": None,
+            "generation": change.generation,
+        }
+
+
 def take_back(
     transaction: Transaction,
     environment: str,
@@ -83,6 +119,7 @@ def take_back(
     if route is None or route.stable is None:
         raise NotFoundError(f"{model} serves nothing in {environment}: there is nothing to roll back")
     before, closed = route.stable, False
+    exposed = route.candidate is not None and route.weight > 0
     withdrawn: str | None = None
     if emergency:
         under_way = leases.preempt(transaction, subject, environment, reason=reason)
@@ -105,8 +142,10 @@ def take_back(
         leases.release(transaction, held)
     if not closed and (soak := promotions.supersede(transaction, environment, model, "withdrawn", by="a rollback")):
         closed, withdrawn = True, soak.version
-    # To withdraw what was under way is the rollback that was asked for, unless a version was named.
-    target = to or (route.stable if closed and route.stable else routes.previous_stable(session, environment, model))
+    # To withdraw what answered requests is the rollback that was asked for, unless a version was named. What had no traffic
+    # yet (it was validated, waited for an approval, saw copies) cannot be what is wrong: then the stable version goes back.
+    undone = closed and (exposed or route.stable != before)
+    target = to or (str(route.stable) if undone else _before(session, environment, model, stay=closed))
     _check(transaction, environment, model, target)
     if route.stable == target:
         if not emergency and not closed:
@@ -125,6 +164,17 @@ def take_back(
         "withdrawn": withdrawn,
         "generation": changed.generation,
     }
+
+
+def _before(session: Session, environment: str, model: str, *, stay: bool) -> str:
+    """The stable version before this one; with `stay`, this one where there is none before."""
+    try:
+        return routes.previous_stable(session, environment, model)
+    except NotFoundError:
+        route = routes.read(session, environment, model)
+        if stay and route is not None and route.stable is not None:
+            return route.stable
+        raise
 
 
 def write_back(database: Database, hold: Hold, *, replica: str) -> Written:
@@ -190,6 +240,8 @@ def begin_gradual(
         if route is None or route.stable is None:
             raise NotFoundError(f"{model} serves nothing in {environment}: there is nothing to roll back")
         target = to or routes.previous_stable(session, environment, model)
+        if route.stable == target:  # in its orphaned soak, promotions.begin would take up that promotion instead
+            raise RefusedError(f"{model} {target} is the stable version in {environment} already")
         if not routes.has_been_stable(session, environment, model, target):
             raise _never(environment, model, target)
         if versions.get(session, model, target).state != "validated":

@@ -37,7 +37,12 @@ def take_out(
             return _told(transaction, route, version, f"stays on {route.stable}", reason)
         if route.stable != version or (target := _before(session, environment, model)) is None:
             return None
-        leases.preempt(transaction, leases.subject_of(environment, model), environment, reason=reason)
+        # A promotion that has not touched the route yet (it validates, or waits) began beside a version that goes now.
+        under_way = leases.preempt(transaction, leases.subject_of(environment, model), environment, reason=reason)
+        promotion = session.get(Promotion, under_way) if under_way else None
+        if promotion is not None and promotion.state in promotions.ACTIVE:
+            title = f"{model} {version}, which it began beside, is taken out"
+            promotions.close(transaction, promotion, "withdrawn", title, reason, {})
         promotions.make_stable(transaction, environment, model, target, reason=reason)
         routes.change(transaction, environment, model, routes.Desired(stable=target), kind=KIND, reason=reason)
         return _told(transaction, route, version, f"goes back to {target}", reason)

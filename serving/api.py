@@ -28,6 +28,7 @@ from registry.errors import (
     UnavailableError,
 )
 from serving import request_ids, shadow
+from serving.bodies import BoundedBodies
 from serving.engine import LoadedVersion, Work
 from serving.metrics import software_version
 from serving.pages import create_pages
@@ -78,7 +79,8 @@ def create_app(
     routers: Sequence[APIRouter] = (),
 ) -> Application:
     """The ASGI application. `nudge` makes the server follow the registry now; `info` says what it serves."""
-    return Application(V2(serving, settings), create_pages(serving, nudge=nudge, info=info, routers=routers))
+    pages = create_pages(serving, nudge=nudge, info=info, routers=routers)
+    return Application(V2(serving, settings), pages, max_body_bytes=settings.server.max_body_bytes)
 
 
 def freeze_startup_objects() -> None:
@@ -94,9 +96,10 @@ def freeze_startup_objects() -> None:
 class Application:
     """V2 paths to the protocol, everything else to FastAPI."""
 
-    def __init__(self, v2: V2, pages: FastAPI) -> None:
+    def __init__(self, v2: V2, pages: FastAPI, *, max_body_bytes: int) -> None:
         self.v2 = v2
         self.pages = pages
+        self._bounded = BoundedBodies(pages, max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -104,7 +107,7 @@ class Application:
             if path.startswith("/v2") and path[3:4] in ("", "/"):
                 await self.v2(scope, receive, send)
                 return
-        await self.pages(scope, receive, send)
+        await self._bounded(scope, receive, send)
 
 
 class _Waiting:

@@ -45,13 +45,15 @@ class Caretaker:
         self._monotonic = monotonic
         self.lifecycle = Lifecycle()
         self.health = ModelHealth(limits, monotonic)
+        self._window_seconds = limits.window_seconds
         self.results: dict[Key, HealthResult] = {}
         self.held_back: dict[Key, str] = {}
         self._slots: dict[int, Slot] = {}
         self._told: set[Key] = set()
-        self._reloaded: set[Key] = set()
+        self._reloaded: dict[Key, float] = {}  # when, by our own clock
         self._crashes = Crashes(folder / "crashes.json")
         self._until: dict[Key, float] = {}
+        self._starting = False
         try:
             self._marks: CrashMarks | None = CrashMarks(folder / "computing.mark")
         except OSError as error:
@@ -61,6 +63,15 @@ class Caretaker:
         self._crashes.note(self._marks.computing_at_death)
         for crash in self._marks.computing_at_death:
             self._until[crash.model, crash.version] = monotonic() + PAUSE_SECONDS
+
+    def end(self) -> None:
+        """The process ends because it was told to: nothing that is computing now will count as a crash."""
+        if self._marks is None:
+            return
+        try:
+            self._marks.end()
+        except OSError as error:
+            log.error("the crash mark could not be taken away, so this stop may be taken for a crash: %s", error)
 
     # Loading
 
@@ -104,7 +115,7 @@ class Caretaker:
         named = {(r.model, name) for r in wanted for name in (r.stable, r.candidate) if name is not None}
         self._crashes.forget_all_but(named)
         self._told &= named
-        self._reloaded &= named
+        self._reloaded = {key: at for key, at in self._reloaded.items() if key in named}
 
     # Crashes
 
@@ -120,7 +131,19 @@ class Caretaker:
                 self.held_back[key] = f"the server died {crashes} times while it was computing: not loaded again"
             elif self._monotonic() < self._until.get(key, 0.0):
                 self.held_back[key] = "the server died while it was computing; it is loaded again in a moment"
+            elif self._starting:
+                self.held_back[key] = "the server has just started: it is loaded once the stable version answers"
         return self.held_back
+
+    def starting(self) -> None:
+        """Candidates wait until `started`: one that takes long to load shall not keep the stable version from answering."""
+        self._starting = True
+
+    def started(self) -> None:
+        """The stable versions answer from now on: what waited for that is due, if nothing else holds it back."""
+        self._starting = False
+        for key in self.held_back:
+            self._until.setdefault(key, self._monotonic())
 
     def take_back_due(self) -> bool:
         """Whether the pause of a candidate that was held back is over. True once for each."""
@@ -158,8 +181,10 @@ class Caretaker:
         todo: list[tuple[Literal["reload", "take out"], Unfit]] = []
         for key, result in self.results.items():
             route = routes.get(key[0])
-            if result.status is HealthStatus.HEALTHY:
-                self._reloaded.discard(key)
+            # Well over a whole window: the first few requests after a reload say little, and would have it loaded for ever.
+            whole = self._monotonic() - self._reloaded.get(key, 0.0) >= self._window_seconds
+            if result.status is HealthStatus.HEALTHY and whole and key not in self._told:
+                self._reloaded.pop(key, None)
             if result.status is not HealthStatus.UNHEALTHY or route is None or route.watch:
                 continue  # while a route is watched, the judge of its promotion decides
             unfit = Unfit(*key, f"unhealthy: {'; '.join(result.reasons)}")
@@ -172,7 +197,7 @@ class Caretaker:
     def reloaded(self, unfit: Unfit) -> None:
         """It was loaded again: it begins anew, but not with another chance."""
         key = (unfit.model, unfit.version)
-        self._reloaded.add(key)
+        self._reloaded[key] = self._monotonic()
         self.health.begin_anew(key)
 
     def as_dict(self) -> dict[str, Any]:

@@ -125,6 +125,9 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
         address=address,
         keyring=Keyring(folder / "keys.json", address, wants_internal=not rules.open),
     )
+    loop = asyncio.get_running_loop()
+    # Until uvicorn listens to it, a stop ends the process in the middle of a load: that is no crash of the version.
+    loop.add_signal_handler(signal.SIGTERM, _end_early, reconciler)
     await reconciler.start()
     app = Guard(
         create_app(
@@ -149,7 +152,8 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
     )
     # Those who connected while no server was there come all at once: nobody of them is told to try again later.
     serving.catching_up = True
-    asyncio.get_running_loop().call_later(_CATCH_UP_SECONDS, setattr, serving, "catching_up", False)
+    loop.call_later(_CATCH_UP_SECONDS, setattr, serving, "catching_up", False)
+    loop.remove_signal_handler(signal.SIGTERM)
     polling = asyncio.create_task(reconciler.run())
     try:
         await Server(config, serving).serve(sockets=[listener])
@@ -159,7 +163,14 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
             await polling
         for version in serving.loaded.values():
             version.close()
+        reconciler.caretaker.end()
         await reconciler.stop()
+
+
+def _end_early(reconciler: Reconciler) -> None:
+    reconciler.caretaker.end()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main(arguments: list[str] | None = None) -> int:

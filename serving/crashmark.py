@@ -67,6 +67,10 @@ class CrashMarks:
         log.warning("no mark is left for %s %s: a crash of it cannot be told from another's", model, version)
         return Slot(None, 0)
 
+    def end(self) -> None:
+        """The process ends in good order: who is computing now (a shadow copy, a load that is cut short) did not crash it. Raises OSError."""
+        self.path.unlink(missing_ok=True)
+
     def _left(self, slot: int) -> Crash | None:
         start = slot * SLOT_BYTES
         if self._map[start] != _COMPUTING:

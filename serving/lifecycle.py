@@ -73,9 +73,10 @@ class Lifecycle:
                 del self._lives[old]
 
     def settle(self, loaded: Iterable[Key], in_use: set[Key]) -> None:
-        """After the routes were changed: who is in use, and who is only ready."""
+        """After the routes were changed: who is in use, and who is only ready. One that is just being loaded once more is told of later."""
         for key in loaded:
-            self.move(key, ModelState.IN_USE if key in in_use else ModelState.READY)
+            if self.state(key) is not ModelState.DOWNLOADING:
+                self.move(key, ModelState.IN_USE if key in in_use else ModelState.READY)
 
     def state(self, key: Key) -> ModelState | None:
         life = self._lives.get(key)

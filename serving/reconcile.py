@@ -73,6 +73,8 @@ class Reconciler:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._drains: set[asyncio.Task[None]] = set()
+        # A registry that does not answer holds its round; who changes what is served meanwhile shall not wait for it.
+        self._round = asyncio.Lock()
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
         self._prepared = False
@@ -87,6 +89,7 @@ class Reconciler:
         self._last = self._recall()
         self.backstop.recall()
         self.keyring.recall()
+        self.caretaker.starting()
         patience = _PATIENCE_SECONDS if self._last is None else _PATIENCE_WITH_LAST_STATE_SECONDS
         await self.once(patience_seconds=patience, report=False)
         if self.registry_error is not None and not self.serving.routes:
@@ -98,6 +101,8 @@ class Reconciler:
         if self.registry_error is None:
             # Whoever asks the registry for servers shall find this one; a registry that is locked does not keep it from serving.
             await self.once(patience_seconds=_FIRST_REPORT_SECONDS)
+        self.caretaker.started()
+        self._wake.set()
         self.serving.ready = True
 
     async def run(self) -> None:
@@ -107,7 +112,10 @@ class Reconciler:
                 await asyncio.wait_for(self._wake.wait(), self.settings.poll_seconds)
             self._wake.clear()
             await self.once()
-            await self._care()
+            try:
+                await self._care()
+            except Exception:
+                log.exception("the versions could not be looked after; trying again at the next poll")
 
     async def nudge(self) -> dict[str, Any]:
         """Reconcile now; the answer says how far this replica is."""
@@ -119,12 +127,13 @@ class Reconciler:
 
         `patience_seconds` is for the registry to answer in; loading takes as long as it takes.
         """
-        async with self._lock:
+        async with self._round:
             try:
                 async with asyncio.timeout(patience_seconds):
                     state = await self._wanted()
                 if state is not None:
-                    await self._apply(state, remember=True)
+                    async with self._lock:
+                        await self._apply(state, remember=True)
                 if report:
                     async with asyncio.timeout(patience_seconds):
                         await self.keyring.agree(self.database, self.serving.replica_id, self._in_thread)
@@ -152,7 +161,7 @@ class Reconciler:
         """Tell the registry what was counted and said last, and let the versions that were on their way out finish."""
         if self._prepared:
             try:
-                async with asyncio.timeout(_LAST_REPORT_SECONDS), self._lock:
+                async with asyncio.timeout(_LAST_REPORT_SECONDS), self._round:
                     await self.reporter.report(self._in_thread, self._said)
             except (TimeoutError, ModelkeepError) as error:
                 waiting = len(self.serving.feedback)
@@ -341,10 +350,10 @@ class Reconciler:
             try:
                 loaded[key] = await self._in_thread(partial(self.load, version), self._loader)
             except ModelkeepError as error:
-                errors[key] = str(error)
+                errors[key] = _plain(str(error))
             except Exception as error:
                 log.exception("%s %s does not load", *key)
-                errors[key] = f"does not load: {type(error).__name__}: {error}"
+                errors[key] = _plain(f"does not load: {type(error).__name__}: {error}")
         self._note_errors(errors)
         state = self.backstop.over(wanted)  # somebody may have put a hold while this was loading
         routes = {route.model: self._servable(route, loaded, errors | held_back) for route in state.routes}
@@ -490,3 +499,8 @@ class Reconciler:
 
 def _by_key(state: LastState) -> dict[Key, Wanted]:
     return {(version.model, version.version): version for version in state.versions}
+
+
+def _plain(text: str) -> str:
+    """Without control characters: no database shall refuse what a model's error says."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)

@@ -35,8 +35,10 @@ def parse(text: str) -> RequestId | None:
     replica, boot, generation, version, number = parts
     if not (_is_number(generation) and _is_number(number) and len(boot) == BOOT_DIGITS):
         return None
+    if quoted(unquote(version)).decode() != version:  # one answer has one id: else its verdict would count twice
+        return None
     return RequestId(unquote(replica), boot, int(generation), unquote(version), int(number))
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 18
+    return text.isascii() and text.isdigit() and len(text) <= 18 and text == str(int(text))

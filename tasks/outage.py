@@ -96,9 +96,9 @@ def steadfast(
             outage.met(error)
         state = answered(work.database, lambda session: _recall(session, work), outage)
         outage.answers()
-        work.keeper.check()
         if state == promotions.AWAITING:
-            return None
+            return None  # its lease needs no beat any more, so the keeper may well have missed it
+        work.keeper.check()
 
 
 def _recall(session: Session, work: Promoting) -> str:

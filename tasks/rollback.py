@@ -181,6 +181,10 @@ def gradual(work: Promoting, *, reason: str, dwell_seconds: float | None = None)
             if work.paused is None and (stint.judged >= dwell or stint.advanced is not None):
                 break
             work.rest()
+        if (given := stint.advanced) is not None:
+            promotions.note(
+                work.database, operation, "rollback", f"{stage} passed", f"Passed at the word of {given}.", taken=given.number
+            )  # fmt: skip
         work.tell(f"{operation.model} {operation.version} answers {share:.0%} of the requests")
     detail = f"all traffic is back on {operation.version}"
     return rollbacks.finish_gradual(work.database, operation, reason=reason or "gradual rollback", detail=detail)
@@ -199,11 +203,22 @@ def at_servers(
     began: float,
     timeout_seconds: float = FOLLOW_SECONDS,
 ) -> RollbackResult:
-    """An emergency at each server's own API, all at a time: what is left when the registry does not answer. `why` it does not."""
+    """An emergency at each server's own API, all at a time once the version is known: what is left when the registry does not answer.
+
+    `why` it does not.
+    """
     asked: dict[str, dict[str, Any] | str] = {}
     body = {"model": model, "to": to, "strategy": "emergency", "reason": reason, "claimed": claimed}
-    with ThreadPoolExecutor(max(1, len(addresses)), thread_name_prefix="rollback") as pool:
-        futures = {address: pool.submit(_ask, address, body, access) for address in addresses}
+    rest = list(addresses)
+    # Servers may reach the registry where this process does not, and each would go one further back: the first that answers
+    # says to which version, for all.
+    while body["to"] is None and rest:
+        asked[rest[0]] = found = _ask(rest[0], body, access)
+        if isinstance(found, dict):
+            body = {**body, "to": str(found["to"])}
+        del rest[0]
+    with ThreadPoolExecutor(max(1, len(rest)), thread_name_prefix="rollback") as pool:
+        futures = {address: pool.submit(_ask, address, body, access) for address in rest}
         for address, future in futures.items():
             asked[address] = future.result()
     behind = {address: found for address, found in asked.items() if isinstance(found, str)}

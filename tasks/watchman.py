@@ -85,7 +85,7 @@ class Watchman:
     def let_go(self) -> None:
         """Leave what is carried to others at once, before this process ends. Without it they wait for the lease to run out."""
         for carried in self._carried.values():
-            promotions.let_go(self.database, carried.soak.work.operation, f"{self.name} was told to end")
+            self._give_up(carried, "was told to end")
         self._carried.clear()
 
     def _end_stale_leases(self) -> None:
@@ -111,6 +111,10 @@ class Watchman:
                 operation = promotions.carry_on(self.database, identity, ttl_seconds=self.ttl_seconds, holder=self.name)
             except (LockedError, ConflictError) as error:
                 log.info("the soak of promotion %s is another's by now: %s", identity, error)
+                continue
+            except ValueError:  # a policy that this release does not read, say; the others are watched all the same
+                log.exception("the soak of promotion %s cannot be taken up", identity)
+                self._not_before[identity] = self._monotonic() + _SECOND_TRY_SECONDS
                 continue
             log.warning("carries on the soak of %s %s (promotion %s)", operation.model, operation.version, identity)
             work = Promoting(
@@ -140,12 +144,12 @@ class Watchman:
             # Of several soaks one that cannot be judged shall not keep the others waiting; it is tried again later.
             log.exception("the soak of promotion %s could not be judged", identity)
             self._not_before[identity] = self._monotonic() + _SECOND_TRY_SECONDS
-            self._give_up(carried)
+            self._give_up(carried, "could not judge it")
         del self._carried[identity]
 
-    def _give_up(self, carried: _Carried) -> None:
+    def _give_up(self, carried: _Carried, why: str) -> None:
         try:
-            promotions.let_go(self.database, carried.soak.work.operation, f"{self.name} could not judge it")
+            promotions.let_go(self.database, carried.soak.work.operation, f"{self.name} {why}")
         except FencedError as error:
             log.warning("%s", error)
 

@@ -19,11 +19,13 @@ ELSEWHERE = "…"
 CONTINUED = " " * 8
 
 VARIABLE: tuple[tuple[str, str], ...] = (
+    (r"\s+", " "),
     (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)?", "<time>"),
     (r"\b\d\d:\d\d:\d\d\b", "<time>"),
     (r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", "<id>"),
     (r"\b[0-9a-f]{32}\b", "<id>"),
-    (r"\b[0-9a-f]{12,16}(…|\b)", "<digest>"),
+    (r"\b[0-9a-f]{12,16}(…|\b)", "<hex>"),
+    (r"^\d+ (?=<time>)", "<event> "),
     (r"127\.0\.0\.1:\d+", "<address>"),
     (r"\bos:[\w.-]+", "<person>"),
     # how long something took or lasts, and sizes
@@ -33,11 +35,16 @@ VARIABLE: tuple[tuple[str, str], ...] = (
     (r"\b\d+/\d+\b", "<counts>"),
     (r"\b\d+ (of \d+ )?(requests|copies|cases)\b", "<counts>"),
     (r"\b\d+ of \d+\b", "<counts>"),
+    (r"\b\d+ (events|anchors)\b", r"<number> \1"),
     (r"\b\d+\.\d+ ?%", "<share>"),
+    # evidence: as a number of a few digits, and in which stream it is highest
+    (r"evidence of (over a million|\S+)", "evidence of <number>"),
+    (r"e-value is \S+ \((errors|slow answers)\)", "e-value is <number> (<stream>)"),
+    (r"^(\w+ <counts> <counts>) \S+ (?=\d+$)", r"\1 <number> "),
+    (r"(?<=<share>\)), worth \S+ events", ""),
     (r"\b\d+(\.\d+)?e[+-]?\d+\b|\b\d+\.\d+\b", "<number>"),
-    (r"\s+", " "),
 )
-"""What differs from run to run, in the order in which it is looked for. Tables are drawn as wide as what is in them: blanks count once."""
+"""What differs from run to run, in the order in which it is looked for. Blanks count once: a table is as wide as what is in it."""
 
 
 @dataclass(frozen=True, slots=True)

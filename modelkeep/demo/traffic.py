@@ -32,7 +32,7 @@ BINARY_EVERY = 3
 """Each third request sends and receives binary tensors, the others JSON."""
 
 TIMEOUT_SECONDS = 10.0
-"""From the moment that a request was due; then it has failed with `timeout`."""
+"""From the moment that a request was due; then it has failed with `timeout`. The usual one."""
 
 FLUSH_SECONDS = 0.1
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -166,7 +166,17 @@ class Log:
 class Client:
     """Sends `cases` in a random order at `rate` requests a second, as independent users would (exponential gaps)."""
 
-    def __init__(self, url: str, model: str, cases: Cases, log: Log, *, rate: float, seed: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        cases: Cases,
+        log: Log,
+        *,
+        rate: float,
+        seed: int,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> None:
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"{url}: expected http://host:port")
@@ -178,6 +188,7 @@ class Client:
         ]
         self._log = log
         self._rate = rate
+        self._timeout_seconds = timeout_seconds
         self._random = random.Random(seed)
         self._stop = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
@@ -223,7 +234,7 @@ class Client:
         binary = index % BINARY_EVERY == BINARY_EVERY - 1
         started = time.monotonic()
         self.max_lateness_seconds = max(self.max_lateness_seconds, started - due)
-        answer = await self._exchange(self._requests[image][binary], due + TIMEOUT_SECONDS - started)
+        answer = await self._exchange(self._requests[image][binary], due + self._timeout_seconds - started)
         record: dict[str, Any] = {
             "index": index,
             "image": image,
@@ -280,7 +291,10 @@ async def drive(arguments: argparse.Namespace) -> None:
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
     with arguments.log.open("a", encoding="utf-8") as file:
         log = Log(file)
-        client = Client(arguments.url, arguments.model, cases, log, rate=arguments.rate, seed=arguments.seed)
+        client = Client(
+            arguments.url, arguments.model, cases, log,
+            rate=arguments.rate, seed=arguments.seed, timeout_seconds=arguments.timeout_seconds,
+        )  # fmt: skip
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, client.stop)
@@ -325,6 +339,9 @@ def main(argv: list[str] | None = None) -> int:
         "--data", type=Path, required=True, help="images and labels (.npz), as modelkeep.demo.data writes them"
     )
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--timeout-seconds", type=float, default=TIMEOUT_SECONDS, help="from the moment that a request is due"
+    )
     parser.add_argument("--seconds", type=float, default=None, help="stop after this time; without it, at SIGTERM")
     arguments = parser.parse_args(argv)
     if not 0 < arguments.rate <= 100_000:

@@ -163,7 +163,7 @@ class Traffic:
     def stop(self) -> list[Request]:
         """End it; every request that it sent, with what came of it."""
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(timeout=30) == 0
+        assert self.process.wait(timeout=PATIENCE_SECONDS + 15) == 0
         found = answers.read_log(self.log)
         assert found.end is not None, "the client did not end by itself"
         assert found.end["sent"] == len(found.requests), "the log of the client is not complete"
@@ -289,7 +289,7 @@ class Box:
         log = self.folder / f"traffic-{len(self._processes)}.jsonl"
         process = self.start(
             "traffic", "modelkeep.demo.traffic", "--url", self.url, "--model", model, "--rate", str(rate),
-            "--seed", str(seed), "--log", str(log), "--data", str(data),
+            "--seed", str(seed), "--log", str(log), "--data", str(data), "--timeout-seconds", str(PATIENCE_SECONDS),
         )  # fmt: skip
         wait_for("the first answers", lambda: log.exists() and log.stat().st_size > 2000)
         return Traffic(process, log)
@@ -309,6 +309,15 @@ class Box:
                 process.stdin.close()
         if self._database is not None:
             self._database.dispose()
+
+    def forget(self, process: subprocess.Popen[bytes]) -> None:
+        """Let go of a process that has ended, and end what it left behind: thousands of them would be too many to keep."""
+        assert process.poll() is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if process.stdin is not None:
+            process.stdin.close()
+        self._processes.remove(process)
 
     # the registry
 

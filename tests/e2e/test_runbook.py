@@ -17,12 +17,25 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from registry import approvals, commands, promotions, replicas
+from registry import approvals, commands, promotions
 from registry.actor import Who
 from registry.policy import PromotionPolicy
 from registry.schema import Replica
 from tests import printed
-from tests.e2e.harness import LEASE_SECONDS, POLICY, ROOT, Box, Traffic, box, build, free_port, go, mark_validated, wait_for, write_golden
+from tests.e2e.harness import (
+    LEASE_SECONDS,
+    POLICY,
+    ROOT,
+    Box,
+    Traffic,
+    box,
+    build,
+    free_port,
+    go,
+    mark_validated,
+    wait_for,
+    write_golden,
+)
 from tests.prefect_server import environment, prefect_server
 from tests.printed import Call
 
@@ -31,15 +44,32 @@ PROMOTION = ROOT / "docs/PROMOTION.md"
 RUNBOOKS = ROOT / "docs/RUNBOOKS.md"
 SECTION = "A promotion is stuck, bad, or must be undone now"
 
-QUICK = {**POLICY, "stages": [0.05, 0.25, 0.5, 1.0], "baseline_seconds": 1.0, "shadow_seconds": 1.0, "soak_seconds": 1.0}
+QUICK = {
+    **POLICY,
+    "stages": [0.05, 0.25, 0.5, 1.0],
+    "baseline_seconds": 2.0,
+    "shadow_seconds": 1.0,
+    "soak_seconds": 1.0,
+}
 """A promotion that is over soon."""
-LASTING = {**QUICK, "dwell_seconds": 60.0, "minimum_requests": 300, "deadline_seconds": 3600.0, "soak_seconds": 300.0}
+LASTING = {
+    **QUICK,
+    "dwell_seconds": 60.0,
+    "minimum_requests": 300,
+    "deadline_seconds": 3600.0,
+    "shadow_requests": 300,
+    "soak_seconds": 300.0,
+}
 """The stages of the default policy: without traffic nothing passes them."""
-SLOW_TO_STOP = {**LASTING, "sudden_requests": 1_000_000, "baseline_seconds": 2.0}
+SLOW_TO_STOP = {**LASTING, "sudden_requests": 1_000_000, "shadow_seconds": 3.0, "shadow_requests": 10}
 """A bad version is found by the test, not by the fuse, so that the page can say what it prints."""
 
-BY_HAND = ["modelkeep serve", "modelkeep up", "modelkeep promotions resume ID"]
-"""What the pages show and nothing here runs: it does not end, or goes on with what a killed process left (tests/e2e/test_approvals.py)."""
+BY_HAND = ["modelkeep promotions resume ID", 'modelkeep rollback numbers --release --reason "it was the client"']
+"""What the pages show without a result, and this test does not run: going on with an approved promotion (tests/e2e/test_approvals.py), and
+letting go of a hold, which a server with a registry on SQLite has written back before anybody can (tests/e2e/test_emergency.py)."""
+
+IN_PASSING = {"keys create", "models archive", "promotions pause", "reject", "serve", "up"}
+"""The commands that the text between the blocks names and that no block runs; tests of their own do."""
 
 
 class Night:
@@ -50,7 +80,6 @@ class Night:
         self.identity, self.moment = "", ""
         self.said: list[str] = []
         self._traffic: Traffic | None = None
-        self._number = 1
 
     def run(self, call: Call) -> list[str]:
         """Run a command of the page, and what it printed."""
@@ -68,7 +97,6 @@ class Night:
     def force(self, version: str) -> None:
         """All of the traffic for a version, as `modelkeep promote --force` gives it; without Prefect and without the probe."""
         one, reason = self.one, "ticket 4711"
-        self.add(version)
         operation = promotions.begin(
             one.database, environment="production", model=MODEL, version=version, policy=PromotionPolicy(**QUICK),
             strategy="forced", ttl_seconds=LEASE_SECONDS, flow_run_id=None, force_reason=reason,
@@ -78,7 +106,9 @@ class Night:
         window = {"stage": "soak", "weight": 1.0}
         promotions.promote(one.database, operation, title=title, detail=detail, watch=False, window=window)
         promotions.end(one.database, operation, "promoted", title=title, detail=detail)
-        wait_for("the server to follow", one.follows)
+
+    def follow(self) -> None:
+        wait_for("the server to follow", self.one.follows)
 
     def traffic(self, on: bool) -> None:
         if self._traffic is not None:
@@ -95,15 +125,17 @@ class Night:
         runner = self.one.promote(version, model=MODEL)
         go(runner)
         if until is None:
-            wait_for("the end", lambda: self.row(version).get("state") not in (None, *promotions.ACTIVE))
+            wait_for("the end", lambda: self.row(version).get("state") not in (None, *promotions.ACTIVE), seconds=120)
         else:
             self.share(until)
         self.identity = self.row(version)["id"]
 
     def share(self, weight: float) -> None:
         """Wait until the candidate has this share, at the server too."""
-        wait_for(f"a share of {weight:g}", lambda: (route := self.one.route(MODEL)) is not None and route.weight == weight)
-        wait_for("the server to follow", self.one.follows)
+        wait_for(
+            f"a share of {weight:g}", lambda: (route := self.one.route(MODEL)) is not None and route.weight == weight
+        )
+        self.follow()
 
     def tell(self, command: str, who: str, reason: str) -> None:
         commands.give(self.one.database, self.identity, command=command, who=Who(who), reason=reason)
@@ -120,7 +152,7 @@ class Night:
         path = build(self.one.folder / "v1.onnx", seed=1)
         golden = write_golden(self.one.folder / "golden.npz", path)
         self.one.register("1", path, model=MODEL, golden=golden)
-        self.one.settle_by_hand("1", model=MODEL)
+        self.force("1")
         build(self.one.folder / "v2.onnx", seed=1, work=1)  # as good, and another file
         self.named(self.one.port, "box-1")
         self.one.serve()
@@ -141,7 +173,7 @@ class Night:
     def waits_for_approval(self) -> None:
         one = self.one
         self.tell("stop", "key:night-shift", "")
-        wait_for("the server to follow", one.follows)
+        self.follow()
         policy = PromotionPolicy(**{**LASTING, "approval": True})
         self.add("4")
         operation = promotions.begin(
@@ -184,14 +216,20 @@ class Night:
         self.canary("6", LASTING, until=0.05)
 
     def a_bad_stable_version(self) -> None:
+        self.add("7")
         self.force("7")
+        self.follow()
 
     def and_again(self) -> None:
+        self.add("8")
         self.force("8")
+        self.follow()
 
     def no_registry(self) -> None:
+        self.add("9")
         self.force("9")
-        wait_for("the earlier version on the disk", lambda: f"{MODEL}/8" in self.one.info()["kept"])
+        self.follow()
+        wait_for("the earlier version on the disk", lambda: f"{MODEL}/1" in self.one.info()["kept"])
         self.traffic(False)
         self.one.database.dispose()
         for path in self.one.home.glob("registry.db*"):
@@ -200,30 +238,34 @@ class Night:
     def the_registry_again(self) -> None:
         for path in self.one.home.glob("away-registry.db*"):
             path.rename(path.with_name(path.name.removeprefix("away-")))
-        wait_for("the server to follow", self.one.follows)
+        wait_for("the hold to go home", lambda: not self.one.info()["holds"])
+        self.follow()
 
-    PREPARED: dict[str, Callable[[Night], None]] = {
-        "What it looks like": a_server_with_traffic,
-        "First look": a_canary_without_traffic,
-        "Stuck: somebody has paused it": paused_by_somebody,
-        "Stuck: it waits for an approval": waits_for_approval,
-        "Stuck: a server does not follow": a_server_that_was_killed,
-        "Bad: what happens by itself": withdrawn_by_the_judge,
-        "Bad: stop it": a_canary_with_traffic,
-        "Undone now": a_bad_stable_version,
-        "Undone, to what was stable at a time": and_again,
-        "Undone, without the registry": no_registry,
-        "Afterwards": the_registry_again,
-    }
-    """By the titles of the sections. A section that is not here goes on with the state that the one before left."""
 
-    AFTER: dict[str, Callable[[Night], None]] = {"modelkeep promote numbers 2": promoted}
-    """What has to have come of a command before the next one."""
+PREPARED: dict[str, Callable[[Night], None]] = {
+    "What it looks like": Night.a_server_with_traffic,
+    "First look": Night.a_canary_without_traffic,
+    "Stuck: somebody has paused it": Night.paused_by_somebody,
+    "Stuck: it waits for an approval": Night.waits_for_approval,
+    "Stuck: a server does not follow": Night.a_server_that_was_killed,
+    "Bad: what happens by itself": Night.withdrawn_by_the_judge,
+    "Bad: stop it": Night.a_canary_with_traffic,
+    "Undone now": Night.a_bad_stable_version,
+    "Undone, to what was stable at a time": Night.and_again,
+    "Undone, without the registry": Night.no_registry,
+    "Afterwards": Night.the_registry_again,
+}
+"""By the titles of the sections. One that is not here goes on with the state that the section before left."""
+
+AFTER: dict[str, Callable[[Night], None]] = {"modelkeep promote numbers 2": Night.promoted}
+"""What is done after a command, before the next one of its section."""
 
 
 def runbook() -> str:
     """The section about promotions of the runbooks."""
-    found = re.search(rf"^## {SECTION}$.*?(?=^## |\Z)", RUNBOOKS.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    found = re.search(
+        rf"^## {SECTION}$.*?(?=^## |\Z)", RUNBOOKS.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
     assert found is not None, f"docs/RUNBOOKS.md has no section {SECTION!r}"
     return found[0]
 
@@ -252,12 +294,30 @@ def test_every_command_of_the_pages_prints_what_the_page_says(night: Night) -> N
     section, faults = "", list[str]()
     for name, page in pages():
         for call in printed.calls(page):
-            if call.section != section and call.section in Night.PREPARED:
-                Night.PREPARED[call.section](night)
+            if call.section != section and call.section in PREPARED:
+                PREPARED[call.section](night)
             section = call.section
             said = night.run(call)
             faults += [f"{name}: {line}" for line in printed.differences(call, said, earlier=night.said)]
             night.said += said
-            if call.command in Night.AFTER:
-                Night.AFTER[call.command](night)
+            if call.command in AFTER:
+                AFTER[call.command](night)
     assert not faults, "\n".join(faults)
+
+
+def test_the_pages_show_nothing_without_a_result_that_is_not_on_the_list() -> None:
+    assert [line for _, page in pages() for line in printed.others(page)] == BY_HAND
+    assert all(call.printed for _, page in pages() for call in printed.calls(page))
+
+
+def test_every_section_that_is_prepared_for_is_in_the_pages_once_and_in_this_order() -> None:
+    found = list(dict.fromkeys(call.section for _, page in pages() for call in printed.calls(page)))
+    assert [section for section in found if section in PREPARED] == list(PREPARED)
+
+
+def test_the_text_between_the_blocks_names_no_other_commands() -> None:
+    """A whole command counts as run when a block runs one of its name, whatever the options."""
+    name = re.compile(r"modelkeep ([a-z]+(?: (?:verify|list|show|create|at|archive|pause|resume|advance|stop))?)\b")
+    run = {found for _, page in pages() for call in printed.calls(page) for found in name.findall(call.command)}
+    named = {found for _, page in pages() for text in re.findall(r"`([^`\n]+)`", page) for found in name.findall(text)}
+    assert named - run == IN_PASSING

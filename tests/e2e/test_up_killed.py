@@ -64,7 +64,10 @@ class Mortal(Up):
     def record(self, run: str) -> dict[str, Any]:
         with self.registry.read() as session:
             row = promotions.of_run(session, run)
-            return {"id": row.id, "state": row.state, "step": row.step} if row is not None else {}
+            if row is None:
+                return {}
+            last = promotions.story(session, row.id)[-1:]
+            return {"id": row.id, "state": row.state, "step": row.step, "last": [step["detail"] for step in last]}
 
     def let_pass(self, run: str) -> None:
         commands.give(
@@ -126,7 +129,7 @@ def test_a_promotion_outlives_prefects_worker_and_prefects_server(
     until("its next start", lambda: _next(up, victim, words), SECONDS)
     until("Prefect's answer", lambda: httpx.get(f"{up.api}/health", timeout=2).status_code == 200, SECONDS)
     up.let_pass(run)
-    assert up.ended(run) == ("promoted", "Promoted")
+    assert up.ended(run) == ("promoted", "Promoted"), (up.record(run), up.log.read_text()[-6000:])
     up.is_whole(version)
 
 

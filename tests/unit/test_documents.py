@@ -26,6 +26,7 @@ WITH_COMMANDS = (
     "docs/API.md",
     "docs/ARCHITECTURE.md",
     "docs/GUIDE.md",
+    "docs/PROMOTION.md",
     "docs/RUNBOOKS.md",
 )
 

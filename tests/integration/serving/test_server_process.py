@@ -133,6 +133,10 @@ def test_one_bad_input_among_many_fails_alone(server: str) -> None:
         value = 1000 if k % 10 == 0 else 1
         body = {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [value, value]}]}
         async with session.post(f"http://{server}/v2/models/affine/infer", json=body) as answer:
+            document = await answer.json(content_type=None)
+            assert answer.status != 200 or document["outputs"][0]["data"] == [2, 2], (
+                "its batch-mates get their own answers"
+            )
             return answer.status
 
     async def scenario() -> list[int]:

@@ -203,6 +203,12 @@ def test_what_is_no_specification_is_refused(content: bytes, said: str, tmp_path
     assert said in refusal(written(tmp_path, content))
 
 
+def test_more_features_than_any_model_has_are_refused_before_they_fill_the_memory(tmp_path: Path) -> None:
+    one = specification()
+    many = one + b"\x12\x84\x80\x80\x02" + b"\x32\x00" * ((4 << 20) // 2 + 2)
+    assert "a description of" in refusal(written(tmp_path, many))
+
+
 def test_damage_is_refused_or_harmless_but_never_an_accident(tmp_path: Path) -> None:
     whole = specification()
     for position in range(len(whole)):

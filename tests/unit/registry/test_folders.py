@@ -493,3 +493,27 @@ def test_an_export_for_mlflow_names_its_inputs_as_mlflow_does(
     (spec,) = json.loads(document["signature"]["inputs"])
     assert spec == {"name": "x", "type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, 4]}}
     assert np.dtype(spec["tensor-spec"]["dtype"]) == np.float32
+
+
+@pytest.mark.parametrize(
+    ("top", "data", "words"), [("{{<<: [{}]}}", "x", "merges"), ("[{}]", "*a9", "no name of a file")]
+)
+def test_an_mlmodel_that_grows_tenfold_a_line_is_refused_before_it_fills_the_memory(
+    top: str, data: str, words: str, tmp_path: Path
+) -> None:
+    first = "a0: &a0 {k: v}" if "<<" in top else "a0: &a0 [x]"
+    lines = [f"a{i}: &a{i} " + top.format(",".join([f"*a{i - 1}"] * 10)) for i in range(1, 10)]
+    (tmp_path / "MLmodel").write_text("\n".join([first, *lines, f"flavors: {{onnx: {{data: {data}}}}}"]))
+    with pytest.raises(RefusedError, match=words):
+        formats.inspect(tmp_path, max_bytes=1 << 20)
+
+
+def test_an_export_whose_kind_is_no_text_is_refused_and_does_not_reach_the_registry(
+    database: Database, store: DirectoryStore, tmp_path: Path
+) -> None:
+    versions.register(database, store, onnx_file(tmp_path / "m.onnx"), name="m", version="1", max_bytes=1 << 30)
+    exporting.export(database, store, "m", "1", tmp_path / "out")
+    manifest = tmp_path / "out" / "modelkeep.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "kind": [1]}))
+    with pytest.raises(RefusedError, match="kind is a list"):
+        formats.inspect(tmp_path / "out", max_bytes=1 << 30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from typing import Any
 
 import pytest
 from sqlalchemy import select
@@ -199,6 +200,34 @@ def test_an_emergency_during_a_gradual_rollback_goes_where_that_was_going(three:
     part(three, operation)
     assert back(three, emergency=True)["to"] == "1"
     assert route(three).stable == "1"
+
+
+def test_a_gradual_rollback_to_the_version_in_its_orphaned_soak_is_refused_and_leaves_the_soak_alone(
+    three: Database,
+) -> None:
+    operation = kit.begin(three, "4")
+    kit.canary(three, operation)
+    kit.promote(three, operation)
+    promotions.let_go(three, operation, "its process was killed")
+    with pytest.raises(RefusedError, match="is the stable version"):
+        gradual(three, to="4")
+    with three.read() as session:
+        assert promotions.orphans(session) == [operation.id]
+
+
+def test_a_run_that_is_started_again_has_rolled_back_once(three: Database) -> None:
+    def run(number: str) -> dict[str, Any]:
+        done = rollbacks.done_by(three, number, ENVIRONMENT, MODEL)
+        return done or rollbacks.roll_back(
+            three, environment=ENVIRONMENT, model=MODEL, to=None, reason="", ttl_seconds=30.0, flow_run_id=number
+        )
+
+    first = run("run-1")
+    assert run("run-1") == first
+    assert (first["from"], first["to"], route(three).stable) == ("3", "2", "2")
+    assert run("run-2")["to"] == "1"
+    with pytest.raises(RefusedError, match="start a new rollback"):
+        run("run-1")
 
 
 def test_a_gradual_rollback_goes_only_to_what_has_been_stable(three: Database) -> None:

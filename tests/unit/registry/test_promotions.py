@@ -259,6 +259,17 @@ def test_the_same_flow_run_goes_on_and_fences_its_former_process(three: Database
     settled(three, "2")
 
 
+def test_a_canary_that_its_run_goes_on_with_after_a_restore_is_judged_by_what_is_counted_from_then_on(
+    three: Database,
+) -> None:
+    operation = kit.begin(three, "2", flow_run_id="run-1")
+    kit.canary(three, operation)
+    before = operation.progress["windows"]
+    epoch = kit.new_epoch(three)
+    again = kit.begin(three, "2", flow_run_id="run-1")
+    assert again.progress["windows"] == [*before[:-1], {**before[-1], "epoch": epoch}]
+
+
 def test_another_flow_run_does_not_go_on_with_it(three: Database) -> None:
     kit.begin(three, "2", flow_run_id="run-1")
     with pytest.raises(LockedError):
@@ -566,15 +577,17 @@ def test_what_is_not_there_cannot_be_rolled_back(three: Database, model: str, to
     assert state_of_world(three) == before
 
 
-@pytest.mark.parametrize("at", ["begin", "shadow", "canary"])
-def test_an_emergency_withdraws_what_is_under_way(three: Database, at: str) -> None:
+@pytest.mark.parametrize(("at", "back"), [("begin", "1"), ("shadow", "1"), ("canary", "2")])
+def test_an_emergency_withdraws_what_is_under_way_and_goes_back_where_that_had_no_traffic(
+    three: Database, at: str, back: str
+) -> None:
     kit.stable_by(three, "2")
     operation = kit.begin(three, "3")
     if at != "begin":
         {"shadow": kit.shadow, "canary": kit.canary}[at](three, operation)
     done = roll_back(three, emergency=True)
-    assert (done["from"], done["to"]) == ("2", "2")
-    settled(three, "2")
+    assert (done["from"], done["to"], done["withdrawn"]) == ("2", back, "3")
+    settled(three, back)
     assert (record(three, operation.id).state, record(three, operation.id).reason) == (
         "withdrawn",
         "Emergency rollback",
@@ -585,6 +598,15 @@ def test_an_emergency_withdraws_what_is_under_way(three: Database, at: str) -> N
     with pytest.raises(FencedError):
         leases.beat(three, operation.held)
     assert state_of_world(three) == before
+
+
+def test_an_emergency_before_any_traffic_stays_where_nothing_is_below(database: Database) -> None:
+    for version in "12":
+        kit.add_version(database, version)
+    kit.stable_by(database, "1")
+    operation = kit.begin(database, "2")
+    assert roll_back(database, emergency=True)["to"] == "1"
+    assert record(database, operation.id).state == "withdrawn"
 
 
 def test_an_emergency_in_the_canary_may_name_a_version_further_back(three: Database) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from registry import promotions, rollbacks, unfit
+from registry import approvals, promotions, rollbacks, unfit
 from registry.database import Database
 from tests.unit.registry import kit
 
@@ -93,3 +93,18 @@ def test_the_stable_version_under_a_promotion_is_not_the_promotions_fault(three:
     kit.canary(three, operation)
     assert take_out(three, "2") is None
     assert state(three, operation.id) == "running"
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["validating", "waiting for an approval"])
+def test_a_promotion_that_began_beside_what_is_taken_out_ends_and_is_not_left_without_its_lease(
+    three: Database, waits: bool
+) -> None:
+    operation = kit.begin(three, "3")
+    if waits:
+        approvals.ask(three, operation, deadline_seconds=600.0)
+    assert take_out(three, "2") is not None
+    assert kit.route(three).stable == "1"
+    assert state(three, operation.id) == "withdrawn"
+    again = kit.begin(three, "3")
+    assert (again.stable, again.id == operation.id) == ("1", False)
+    assert kit.verdict(three).holds

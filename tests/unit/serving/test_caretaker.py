@@ -76,6 +76,15 @@ def test_a_version_that_was_idle_or_gone_is_not_blamed(tmp_path: Path) -> None:
     assert CrashMarks(tmp_path / "mark").computing_at_death == []
 
 
+def test_a_stop_in_good_order_blames_nobody_who_is_computing_just_then(tmp_path: Path) -> None:
+    care = Caretaker(tmp_path, Limits())
+    slot = care.begin(wanted("2", "d"))
+    care.loading(wanted("2", "d"), slot)
+    care.end()
+    slot.mark(True)  # a worker that is still at it
+    assert CrashMarks(tmp_path / "computing.mark").computing_at_death == []
+
+
 def test_a_mark_file_of_another_size_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / "mark").write_bytes(b"\x02" * 100)
     assert CrashMarks(tmp_path / "mark").computing_at_death == []
@@ -139,6 +148,32 @@ def test_a_candidate_waits_after_one_crash_and_stays_away_after_two(tmp_path: Pa
     assert [(unfit.model, unfit.version) for unfit in found] == [KEY]
     care.told(found[0])
     assert care.crashed([canary()], versions) == []
+
+
+def test_at_the_start_a_candidate_waits_until_the_stable_version_answers(tmp_path: Path) -> None:
+    clock, versions = Clock(), {("m", "1"): wanted("1"), KEY: wanted()}
+    care = Caretaker(tmp_path, Limits(), monotonic=clock)
+    care.starting()
+    assert "once the stable version answers" in care.hold_back([canary()], versions)[KEY]
+    clock.seconds = 10 * PAUSE_SECONDS
+    assert not care.take_back_due()
+    care.started()
+    assert care.take_back_due()
+    assert care.hold_back([canary()], versions) == {}
+    assert not care.take_back_due()
+
+
+def test_the_end_of_the_start_does_not_cut_the_pause_after_a_crash_short(tmp_path: Path) -> None:
+    clock, versions = Clock(), {("m", "1"): wanted("1"), KEY: wanted()}
+    die(tmp_path)
+    care = Caretaker(tmp_path, Limits(), monotonic=clock)
+    care.starting()
+    assert set(care.hold_back([canary()], versions)) == {KEY}
+    care.started()
+    assert not care.take_back_due()
+    clock.seconds = PAUSE_SECONDS
+    assert care.take_back_due()
+    assert care.hold_back([canary()], versions) == {}
 
 
 def test_what_has_no_stable_version_beside_it_is_never_held_back(tmp_path: Path) -> None:
@@ -248,6 +283,32 @@ def test_an_unhealthy_version_is_loaded_again_once_and_then_taken_out(tmp_path: 
             (care.reloaded if what == "reload" else care.told)(unfit)
     version.close()
     assert steps == ["reload", "take out"]
+
+
+def test_a_version_at_the_limit_of_its_errors_is_not_loaded_again_and_again(tmp_path: Path) -> None:
+    version, clock = load(version="2"), Clock()
+    care = Caretaker(tmp_path, Limits(), monotonic=clock)
+    routes = {"m": Route("m", 7, stable="2")}
+    steps = []
+    for number in range(100):  # the first requests after a reload are well, those that follow are not
+        care.look({KEY: version}, routes)
+        ask(version, 40, errors=0 if number % 2 == 0 else 40)
+        clock.seconds += 1
+        for what, unfit in care.look({KEY: version}, routes):
+            steps.append(what)
+            (care.reloaded if what == "reload" else care.told)(unfit)
+    version.close()
+    assert steps == ["reload", "take out"]
+
+
+def test_a_version_that_is_being_loaded_once_more_does_not_stop_the_routes_from_being_changed() -> None:
+    lifecycle = Lifecycle()
+    for state in (ModelState.DOWNLOADING, ModelState.LOADING, ModelState.DOWNLOADING):
+        lifecycle.move(KEY, state)
+    lifecycle.settle([KEY], {KEY})
+    lifecycle.move(KEY, ModelState.LOADING)
+    lifecycle.settle([KEY], {KEY})
+    assert lifecycle.state(KEY) is ModelState.IN_USE
 
 
 def test_while_a_promotion_is_judged_its_judge_decides_and_nobody_else(tmp_path: Path) -> None:

@@ -41,6 +41,12 @@ def test_other_ids_are_none_of_ours(text: str) -> None:
     assert request_ids.parse(text) is None
 
 
+@pytest.mark.parametrize("text", ["r.abcdef.05.1.7", "r.abcdef.5.1.07", "r.abcdef.5.%31.7"])
+def test_one_answer_has_one_id_so_that_no_spelling_of_it_counts_twice(text: str) -> None:
+    assert request_ids.parse("r.abcdef.5.1.7") is not None
+    assert request_ids.parse(text) is None
+
+
 def test_only_the_last_ids_are_remembered_and_a_repeated_one_is_the_newest() -> None:
     known = Remembered(3)
     for k in (1, 2, 3):
@@ -167,6 +173,21 @@ def test_a_full_inbox_is_answered_429() -> None:
         body = [{"request_id": f"r.abcdef.7.1.{k}", "verdict": "good"} for k in range(2)]
         answer = await tell(server, body)
         assert (answer.status, answer.headers["retry-after"]) == (429, "1")
+        close(version)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    (b"[" * 100_001, "the body has 100001 bytes, the limit is 100000"),
+    ([bytes(60_000)] * 3, "the body is longer than the limit of 100000 bytes"),
+])  # fmt: skip
+def test_a_body_beyond_the_limit_is_answered_413_with_the_limit(body: Any, words: str) -> None:
+    async def scenario() -> None:
+        version = load()
+        server = paged(serve(version))
+        answer = await server.ask("POST", "/api/v2/feedback", body, {"content-type": "application/json"})
+        assert answer is not None and (answer.status, answer.error) == (413, words)
         close(version)
 
     asyncio.run(scenario())

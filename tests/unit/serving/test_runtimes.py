@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from registry.errors import RefusedError, UsageError
-from registry.signature import DATATYPES, TensorSpec
+from registry.signature import DATATYPES, Signature, TensorSpec
 from serving.runtimes import load_runtime
 from tests.unit.serving.helpers import affine_model, identity_model
 
@@ -78,3 +78,25 @@ def test_unknown_formats_and_missing_signatures_are_refused(tmp_path: Path) -> N
         load_runtime(tmp_path / "m.pkl", "pickle", signature=None)
     with pytest.raises(RefusedError, match="give it a signature"):
         load_runtime(tmp_path / "m.pt", "torchscript", signature=None)
+
+
+def test_an_optional_input_has_its_default_unless_it_is_sent(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "factor"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in ("x", "factor")],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])],
+        [numpy_helper.from_array(np.array([2], np.float32), "factor")],
+    )
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(tmp_path / "m.onnx"))
+    x, factor = TensorSpec("x", "FP32", (-1,)), TensorSpec("factor", "FP32", (1,), optional=True)
+    said = Signature((x, factor), (TensorSpec("y", "FP32", (-1,)),))
+    runtime = load_runtime(tmp_path / "m.onnx", "onnx", signature=said)
+    assert [(spec.name, spec.optional) for spec in runtime.signature.inputs] == [("x", False), ("factor", True)]
+    three = np.array([3], np.float32)
+    assert runtime.run({"x": three}, None)["y"].tolist() == [6]
+    assert runtime.run({"x": three, "factor": three}, None)["y"].tolist() == [9]
+    # What the registry does not call an input is none, whatever the file lists.
+    assert load_runtime(tmp_path / "m.onnx", "onnx", signature=None).signature.inputs == (x,)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from registry import promotions
+from registry import approvals, promotions
 from registry.database import Database
 from registry.errors import FencedError, UnavailableError
 from tasks import outage, promotion, servers
@@ -106,7 +106,9 @@ def test_a_registry_that_goes_away_at_a_change_costs_nothing_and_nothing_is_done
     with world.database.read() as session:
         (row,) = promotions.listed(session, model=kit.MODEL, states=["promoted"], limit=1)
         titles = [step["title"] for step in promotions.story(session, row["id"])]
-    changes = [title for title in titles if not title.endswith(" passed")]  # a stage may be judged again, and pass again
+    changes = [
+        title for title in titles if not title.endswith(" passed")
+    ]  # a stage may be judged again, and pass again
     assert len(changes) == len(set(changes)), "each change is on record once"
 
 
@@ -184,3 +186,15 @@ def test_a_rejection_whose_process_died_before_it_could_say_so_stays_one(world: 
         promotion.validate(world.work(operation))
     assert ended.value.outcome == "rejected"
     settled(world.database, "1")
+
+
+def test_a_question_whose_answer_was_lost_waits_though_its_lease_beats_no_more(world: World) -> None:
+    operation = begin(world.database)
+    work = world.work(operation)
+
+    def asked(work: Promoting) -> None:
+        approvals.ask(work.database, work.operation, deadline_seconds=600.0)
+        work.keeper.lost = "the lease has expired or was taken"
+        raise GONE
+
+    assert outage.steadfast(work, asked) is None

@@ -10,7 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
-from registry import promotions, rollbacks, versions
+from registry import commands, promotions, rollbacks, versions
+from registry.actor import Who
 from registry.database import Database
 from registry.errors import FencedError
 from registry.store import DirectoryStore
@@ -60,6 +61,20 @@ def test_the_traffic_moves_back_share_by_share_and_each_step_has_its_time(two: D
     assert (result["from"], result["to"], route(two).stable) == ("2", "1", "1")
 
 
+def test_a_share_that_is_passed_at_the_word_of_a_person_is_on_record_as_that(two: Database) -> None:
+    operation = begun(two)
+
+    def advance(_generation: int) -> None:
+        commands.give(two, operation.id, command="advance", who=Who("os:me"), reason="it is fine")
+
+    driven(two, operation, {0.05: advance, 0.5: advance})
+    with two.read() as session:
+        told = [(step["step"], step["detail"]) for step in promotions.story(session, operation.id)]
+        assert all(given["taken_at"] for given in commands.listed(session, operation.id))
+    assert told.count(("rollback", "Passed at the word of os:me: it is fine.")) == 2
+    assert "advance" not in dict(told)
+
+
 def test_a_target_that_fails_stops_the_rollback_and_the_stable_version_has_all_traffic(two: Database) -> None:
     def fail(generation: int) -> None:
         soaking.report(two, "1", generation, requests=20, errors=15)
@@ -93,6 +108,42 @@ def test_a_gradual_rollback_that_an_emergency_overtook_writes_nothing_more(two: 
 
 
 # answers
+
+
+def test_of_several_servers_that_reach_the_registry_one_goes_back_and_the_others_to_the_same(
+    two: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit.add_version(two, "3")
+    kit.stable_by(two, "3")
+
+    def ask(address: str, body: dict[str, Any], _access: object) -> dict[str, Any] | str:
+        if address == "gone":
+            return "does not answer"
+        done = rollbacks.roll_back(
+            two,
+            environment=ENVIRONMENT,
+            model=body["model"],
+            to=body["to"],
+            reason="",
+            ttl_seconds=30.0,
+            emergency=True,
+        )
+        return {**done, "by": "registry"}
+
+    monkeypatch.setattr(rollback, "_ask", ask)
+    monkeypatch.setattr(answering, "first_answer", lambda *_, **__: answering.Answer(0.1))
+    found = rollback.at_servers(
+        ["gone", "a", "b"],
+        environment=ENVIRONMENT,
+        model=MODEL,
+        to=None,
+        reason="",
+        claimed=None,
+        why="away",
+        began=0.0,
+    )
+    assert (found.to_version, route(two).stable) == ("2", "2")
+    assert (found.followed, found.behind) == (("a", "b"), {"gone": "does not answer"})
 
 
 def test_zeros_fit_any_signature() -> None:

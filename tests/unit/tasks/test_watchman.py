@@ -161,6 +161,44 @@ def test_one_soak_that_cannot_be_judged_keeps_no_other_waiting(
     assert state_of(database, first.id) == "promoted"
 
 
+def test_one_soak_that_cannot_be_taken_up_keeps_no_other_waiting(database: Database) -> None:
+    kit.add_version(database, "1", model="other")
+    operation, monotonic = begin_soak(database), Clock()
+    orphan(database)
+    other = kit.begin(database, "1", model="other", policy=soaking.POLICY)
+    kit.promote(database, other)
+    promotions.let_go(database, other, "its process was killed")
+    with database.write(actor="test") as transaction:
+        row = promotions.get(transaction.session, other.id)
+        row.policy = {**row.policy, "of_a_newer_release": 1}
+    alone = watchman(database, monotonic)
+    rounds(monotonic, 70, alone)
+    assert state_of(database, operation.id) == "promoted"
+    assert state_of(database, other.id) == "soaking"
+
+
+def test_one_soak_that_was_taken_from_a_watchman_that_ends_keeps_it_from_leaving_no_other(database: Database) -> None:
+    for version in "12":
+        kit.add_version(database, version, model="other")
+    operation, monotonic = begin_soak(database), Clock()
+    orphan(database)
+    first = kit.begin(database, "1", model="other")
+    kit.promote(database, first, watch=False)
+    kit.end(database, first, "promoted")
+    other = kit.begin(database, "2", model="other", policy=soaking.POLICY)
+    kit.canary(database, other)
+    kit.promote(database, other)
+    promotions.let_go(database, other, "its process was killed")
+    alone = watchman(database, monotonic)
+    rounds(monotonic, 1, alone)
+    assert alone.carries == [operation.id, other.id]
+    with database.write(actor="test") as transaction:
+        leases.preempt(transaction, operation.held.subject, ENVIRONMENT, reason="")
+    alone.let_go()
+    with database.read() as session:
+        assert other.id in promotions.orphans(session)
+
+
 def test_it_survives_a_registry_that_is_away(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     looks, stopping = [], threading.Event()
 
