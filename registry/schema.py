@@ -54,7 +54,9 @@ class Base(DeclarativeBase):
         dict[str, Any]: JSON,
         list[Any]: JSON,
         dt.datetime: UtcDateTime,
-        float: Float().with_variant(DOUBLE(asdecimal=False), "mysql", "mariadb"),  # MySQL's own FLOAT keeps seven digits
+        float: Float().with_variant(
+            DOUBLE(asdecimal=False), "mysql", "mariadb"
+        ),  # MySQL's own FLOAT keeps seven digits
     }
 
 

@@ -178,7 +178,9 @@ def judge_shadow(
     )
 
 
-def judge_replay(window: Window, policy: PromotionPolicy, *, streams: Sequence[str], agreement: StreamCounts) -> Judgement:
+def judge_replay(
+    window: Window, policy: PromotionPolicy, *, streams: Sequence[str], agreement: StreamCounts
+) -> Judgement:
     """Judge a replay: the same requests through both versions, looked at once, at the end. Judged as a shadow is."""
     evidence = _weigh([window], {}, policy, streams)
     refuted = None

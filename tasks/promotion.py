@@ -232,7 +232,9 @@ def promoted_by(database: Database, flow_run_id: str | None) -> tuple[str, Ended
         row = promotions.of_run(session, flow_run_id) if flow_run_id else None
         if row is None or row.state not in ("promoted", "shadowed"):
             return None
-        return row.id, Ended(cast(promotions.Outcome, row.state), f"{row.reason}; this run had done it before it was started again")
+        return row.id, Ended(
+            cast(promotions.Outcome, row.state), f"{row.reason}; this run had done it before it was started again"
+        )
 
 
 def ended_meanwhile(database: Database, identity: str) -> Ended | None:
