@@ -6,19 +6,14 @@ import json
 import os
 import random
 import subprocess
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from sqlalchemy import select
 
 from modelkeep.demo import answers
@@ -26,18 +21,16 @@ from modelkeep.demo.answers import DirectRuns, Request
 from registry import promotions, store, versions
 from registry.promotions import ACTIVE
 from registry.schema import Promotion
+from tests.e2e.beside import Deaths, Direct, SecondClient, come_late, say
 from tests.e2e.candidates import WAYS, Gate, Way, build, spoil
 from tests.e2e.harness import (
-    LIMIT_INK,
     MODEL,
     POLICY,
     ROOT,
     Box,
     box,
     go,
-    images,
     kill,
-    lives,
     lost_in,
     parallel,
     wait_for,
@@ -52,8 +45,6 @@ SPREAD_SECONDS = 2.0
 VALIDATED_EVERY = 10
 """Of the good candidates, one in so many goes through the probe as well."""
 ENDED_SECONDS = 120.0
-LATE = np.full((1, 1, 8, 8), 2.0, dtype=np.float32)
-"""What the traffic does not send: a second client does, once the version that fails on it is stable."""
 
 QUICK = {
     **POLICY,
@@ -64,9 +55,6 @@ QUICK = {
     "soak_seconds": 0.4,
     "deadline_seconds": 60.0,
 }
-
-PF_EXITING = 0x4
-"""Of the flags in /proc/PID/stat (include/linux/sched.h)."""
 
 Target = Literal["child", "flow", "both"]
 
@@ -124,136 +112,6 @@ def plans(count: int, seed: int) -> list[Plan]:
         made[index] = replace(made[index], target=targets[number % 3], from_share=late, delay_seconds=delay)
     chance.shuffle(made)
     return made
-
-
-class SecondClient:
-    """Requests beside the traffic, one after the other, a connection each, while a promotion goes on. Kept as the traffic's are."""
-
-    def __init__(self, found: Box, act: Callable[[SecondClient], None]) -> None:
-        self.found, self.requests = found, list[Request]()
-        self.http = httpx.Client(
-            base_url=found.url, timeout=60, limits=httpx.Limits(max_keepalive_connections=0), trust_env=False
-        )
-        self._act = act
-        self._stopping = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def infer(self, image: NDArray[np.float32]) -> httpx.Response | None:
-        """None where the connection broke."""
-        tensor = {"name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": image.ravel().tolist()}
-        sent, answer, error = time.monotonic(), None, None
-        try:
-            answer = self.http.post(f"/v2/models/{MODEL}/infer", json={"inputs": [tensor]})
-        except httpx.HTTPError as broken:
-            error = {"ReadError": "reset", "WriteError": "reset", "RemoteProtocolError": "eof"}.get(
-                type(broken).__name__, type(broken).__name__
-            )
-        status = answer.status_code if answer is not None else None
-        error = error if status in (None, 200) else f"http {status}"
-        version = answer.headers.get("x-model-version") if answer is not None else None
-        done = time.monotonic()
-        self.requests.append(Request(-1, -1, False, sent, sent, done, status, error, version, None, None))
-        return answer
-
-    def stop(self) -> list[Request]:
-        self._stopping.set()
-        self._thread.join(timeout=90)
-        assert not self._thread.is_alive()
-        self.http.close()
-        if self._failure is not None:
-            raise self._failure
-        return self.requests
-
-    def _run(self) -> None:
-        try:
-            while not self._stopping.wait(0.01):
-                self._act(self)
-        except BaseException as error:
-            self._failure = error
-
-
-def say(version: str) -> Callable[[SecondClient], None]:
-    """Ask, and tell what is thought of the answer: one of `version` is bad."""
-    light = images()[:1]
-
-    def act(client: SecondClient) -> None:
-        answer = client.infer(light)
-        if answer is None or answer.status_code != 200:
-            return
-        verdict = "bad" if answer.headers["x-model-version"] == version else "good"
-        told = {"request_id": answer.headers["x-request-id"], "verdict": verdict}
-        try:
-            said = client.http.post("/api/v2/feedback", json=told)
-        except httpx.HTTPError:  # the child was killed: the verdict is lost, the next one is not
-            return
-        assert said.status_code == 202, said.text
-
-    return act
-
-
-def come_late(version: str) -> Callable[[SecondClient], None]:
-    """Send what nobody has sent before, once `version` is stable."""
-
-    def act(client: SecondClient) -> None:
-        if client.found.stable() == version:
-            client.infer(LATE)
-
-    return act
-
-
-class Deaths:
-    """The moments between which children died by themselves, while a candidate that segfaults is promoted."""
-
-    def __init__(self, found: Box) -> None:
-        self.windows: list[tuple[float, float]] = []
-        self._found = found
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> list[tuple[float, float]]:
-        self._stopping.set()
-        self._thread.join(timeout=10)
-        return self.windows
-
-    def _run(self) -> None:
-        pid, alive = self._found.child_pid(), time.monotonic()
-        while not self._stopping.wait(0.002):
-            looked = time.monotonic()
-            if lives(pid) and not ending(pid):
-                alive = looked
-                continue
-            while lives(pid) and not self._stopping.is_set():  # its connections are closed by the time that it is gone
-                time.sleep(0.001)
-            self.windows.append((alive, time.monotonic()))
-            while not self._stopping.wait(0.002) and (pid := self._found.child_pid()) and not lives(pid):
-                pass
-
-
-def ending(pid: int) -> bool:
-    """Whether the kernel is about to take a process down: its connections may be closed already, though it still counts as alive."""
-    try:
-        flags = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[6])
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return bool(flags & PF_EXITING)
-
-
-class Direct(DirectRuns):
-    """The versions run directly; what a TorchScript version that segfaults answers is known without running it."""
-
-    def __init__(self, found: Box, segfaulting: set[str]) -> None:
-        super().__init__(found.models, images())
-        self._flat = images().reshape(len(images()), -1)
-        self._segfaulting = segfaulting
-
-    def _run(self, version: str, image: int) -> NDArray[np.float32] | str:
-        if version not in self._segfaulting:
-            return super()._run(version, image)
-        flat = self._flat[image]
-        return flat[:10] if flat.sum() <= LIMIT_INK else "a segmentation fault"
 
 
 def promotion_of(found: Box, version: str) -> Promotion | None:
