@@ -221,7 +221,9 @@ def test_what_another_run_holds_ends_with_exit_code_4(tmp_path: Path) -> None:
         assert second.wait(timeout=30) == 4
         done = one.modelkeep("rollback", MODEL, "--strategy", "emergency", "--reason", "it looks bad", "--json")
         assert document(done)["to"] == "1"
-        assert running.wait(timeout=30) == 4, "the run that was pre-empted must find itself fenced off"
+        # The run that was pre-empted finds itself fenced off, and says how its promotion ended without it.
+        assert running.wait(timeout=30) == 1
+        assert "ended withdrawn: Emergency rollback" in one.log("promote-2").read_text()
         row = one.promotion("2")
         assert row is not None and (row["state"], row["reason"]) == ("withdrawn", "Emergency rollback")
         assert one.held_leases() == [] and one.audit_faults() == []
