@@ -162,6 +162,12 @@ def beats(session: Session, environment: str) -> list[Beat]:
     return [Beat(*row) for row in rows]
 
 
+def is_free(session: Session, subject: str) -> bool:
+    """Whether nobody holds a lease on it, and none waits for an approval."""
+    state = session.scalar(select(Lease.state).where(Lease.subject == subject))
+    return state is None or state == RELEASED
+
+
 def beats_everywhere(session: Session) -> dict[str, list[Beat]]:
     """The same of every environment that has such a lease."""
     rows = session.execute(

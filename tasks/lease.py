@@ -17,6 +17,7 @@ log = logging.getLogger("modelkeep.lease")
 T = TypeVar("T")
 
 _LOOK_SECONDS = 0.2
+_TRIES_AT_A_FREE_LEASE = 5
 
 
 class Keeper:
@@ -72,12 +73,18 @@ def taken(
     same way. Raises LockedError as soon as it moves, or where it waits for an approval.
     """
     observer, subject, first = leases.Observer(monotonic), leases.subject_of(environment, model), None
+    freed = 0
     while True:
         try:
             return begin()
         except LockedError:
             with database.read() as session:
                 seen = next((beat for beat in leases.beats(session, environment) if beat.subject == subject), None)
+                free = seen is None and leases.is_free(session, subject)
+            if free and freed < _TRIES_AT_A_FREE_LEASE:
+                # Somebody else (a server, the watchman) ended it between our try and our look.
+                freed += 1
+                continue
             first = first or seen
             if seen is None or first is None or (seen.token, seen.heartbeat) != (first.token, first.heartbeat):
                 raise
