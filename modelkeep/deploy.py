@@ -16,6 +16,7 @@ from registry import clock, promotions
 from registry.database import Database
 from registry.errors import ModelkeepError, UnavailableError
 from registry.settings import Settings
+from tasks import prefect_api
 
 POOL = "modelkeep"
 _TIMEOUT_SECONDS = 300.0
@@ -73,38 +74,29 @@ def settle_runs(settings: Settings, database: Database) -> list[str]:
     Returns a line for each run that was settled. Raises UnavailableError where Prefect does not answer.
     """
     lines = []
-    try:
-        query = {
-            "flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}},
-            "flows": {"name": {"any_": ["promote-model"]}},
-        }
-        answer = httpx.post(f"{settings.prefect.api_url}/flow_runs/filter", json=query, timeout=10.0)
-        answer.raise_for_status()
-        for run in answer.json():
-            with database.read() as session:
-                row = promotions.of_run(session, run["id"])
-                if row is None or row.state in promotions.ACTIVE or row.finished_at is None:
-                    continue
-                if (clock.now() - row.finished_at).total_seconds() < _SETTLE_AFTER_SECONDS:
-                    continue
-                message = f"{row.reason}: the flow was gone, and the promotion was {row.state} without it"
-            state = {"type": "CRASHED", "name": "Crashed", "message": message}
-            httpx.post(
-                f"{settings.prefect.api_url}/flow_runs/{run['id']}/set_state",
-                json={"state": state, "force": True},
-                timeout=10.0,
-            ).raise_for_status()
-            lines.append(f"run {run['name']}: {message}")
-    except httpx.HTTPError as error:
-        raise UnavailableError(f"Prefect at {settings.prefect.api_url} does not answer: {error}") from error
+    api_url = settings.prefect.api_url
+    query = {
+        "flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}},
+        "flows": {"name": {"any_": ["promote-model"]}},
+    }
+    for run in prefect_api.post(api_url, "/flow_runs/filter", query):
+        with database.read() as session:
+            row = promotions.of_run(session, run["id"])
+            if row is None or row.state in promotions.ACTIVE or row.finished_at is None:
+                continue
+            if (clock.now() - row.finished_at).total_seconds() < _SETTLE_AFTER_SECONDS:
+                continue
+            message = f"{row.reason}: the flow was gone, and the promotion was {row.state} without it"
+        state = {"type": "CRASHED", "name": "Crashed", "message": message}
+        prefect_api.post(api_url, f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+        lines.append(f"run {run['name']}: {message}")
     return lines
 
 
 def _find(settings: Settings, wanted: dict[str, Any]) -> dict[str, Any] | None:
     query = {"deployments": {"name": {"any_": [wanted["name"]]}}}
-    answer = httpx.post(f"{settings.prefect.api_url}/deployments/filter", json=query, timeout=10.0)
-    answer.raise_for_status()
-    found = [row for row in answer.json() if row["entrypoint"] == wanted["entrypoint"]]
+    rows = prefect_api.post(settings.prefect.api_url, "/deployments/filter", query)
+    found = [row for row in rows if row["entrypoint"] == wanted["entrypoint"]]
     return found[0] if found else None
 
 

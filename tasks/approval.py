@@ -16,13 +16,12 @@ import httpx
 from registry import approvals, leases, promotions
 from registry.database import Database
 from registry.errors import ConflictError, UnavailableError
+from tasks import prefect_api
 from tasks.promoting import Promoting
 
 LOOK_AGAIN: Final = "look again"
 """What a form says when it has no answer of its own: somebody answered in another way, so the run shall look."""
 _DEPLOYMENT = "promote-model/promote-model"
-_TIMEOUT_SECONDS = 10.0
-_BUSY_SECONDS = (0.2, 0.5, 1.0, 2.0)
 _START_SECONDS = 120.0
 """A run that has not taken the promotion up for so long does not count as going on with it."""
 
@@ -88,24 +87,24 @@ def wait(
 
 def resume(api_url: str, flow_run_id: str) -> bool:
     """Tell the suspended run to look at the registry again. False where it is not suspended. Raises UnavailableError."""
-    answer = _post(api_url, f"/flow_runs/{flow_run_id}/resume", {"run_input": {"decision": LOOK_AGAIN}})
+    answer = prefect_api.post(api_url, f"/flow_runs/{flow_run_id}/resume", {"run_input": {"decision": LOOK_AGAIN}})
     if answer["status"] == "REJECT" and (run_of(api_url, flow_run_id) or {}).get("state_type") == "PAUSED":
         # Killed after it was suspended and before it left its form: without a form it can only be scheduled again.
         state = {"type": "SCHEDULED", "name": "Resuming"}
-        answer = _post(api_url, f"/flow_runs/{flow_run_id}/set_state", {"state": state, "force": True})
+        answer = prefect_api.post(api_url, f"/flow_runs/{flow_run_id}/set_state", {"state": state, "force": True})
     return bool(answer["status"] == "ACCEPT")
 
 
 def run_of(api_url: str, flow_run_id: str) -> dict[str, Any] | None:
     """The run as Prefect has it, None where that server does not know it. Raises UnavailableError."""
-    answer = _ask(api_url, "GET", f"/flow_runs/{flow_run_id}")
+    answer = prefect_api.ask(api_url, "GET", f"/flow_runs/{flow_run_id}")
     return None if answer.status_code == httpx.codes.NOT_FOUND else dict(answer.json())
 
 
 def start(api_url: str, state: dict[str, Any]) -> str | None:
     """A new run of the deployment that goes on with an approved promotion. None where one is on its way. Raises UnavailableError."""
     tag = f"promotion:{state['promotion']}"
-    runs = _post(api_url, "/flow_runs/filter", {"flow_runs": {"tags": {"all_": [tag]}}})
+    runs = prefect_api.post(api_url, "/flow_runs/filter", {"flow_runs": {"tags": {"all_": [tag]}}})
     for run in runs:
         waits = run["state_type"] in ("SCHEDULED", "PENDING")
         if waits or (run["state_type"] == "RUNNING" and run["estimated_run_time"] < _START_SECONDS):
@@ -116,10 +115,10 @@ def start(api_url: str, state: dict[str, Any]) -> str | None:
         "environment": state["environment"],
         "carry_on": state["promotion"],
     }
-    found = _ask(api_url, "GET", f"/deployments/name/{_DEPLOYMENT}")
+    found = prefect_api.ask(api_url, "GET", f"/deployments/name/{_DEPLOYMENT}")
     if found.status_code == httpx.codes.NOT_FOUND:
         raise UnavailableError(f"Prefect at {api_url} has no deployment {_DEPLOYMENT}: write it with modelkeep deploy")
-    run = _post(
+    run = prefect_api.post(
         api_url,
         f"/deployments/{found.json()['id']}/create_flow_run",
         # Two that start one at the same time get the same run.
@@ -194,7 +193,7 @@ class Carrier:
             "flows": {"name": {"any_": ["promote-model"]}},
         }
         lines = []
-        for run in _post(self._api_url, "/flow_runs/filter", query):
+        for run in prefect_api.post(self._api_url, "/flow_runs/filter", query):
             with self._database.read() as session:
                 row = promotions.of_run(session, run["id"])
             if row is not None and row.state not in promotions.ACTIVE and resume(self._api_url, run["id"]):
@@ -217,23 +216,3 @@ def carried_on(
             if row.state in (promotions.RUNNING, promotions.SOAKING):
                 raise
         return None
-
-
-def _post(api_url: str, path: str, body: dict[str, Any]) -> Any:
-    answer = _ask(api_url, "POST", path, body)
-    if answer.status_code == httpx.codes.NOT_FOUND:
-        raise UnavailableError(f"Prefect at {api_url} knows nothing of {path}")
-    return answer.json()
-
-
-def _ask(api_url: str, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-    """An answer of Prefect's API; 404 is one too. A busy server says 503 (its SQLite is locked) and is asked again, as its own client does."""
-    try:
-        for pause_seconds in (*_BUSY_SECONDS, None):
-            answer = httpx.request(method, f"{api_url}{path}", json=body, timeout=_TIMEOUT_SECONDS)
-            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or pause_seconds is None:
-                break
-            time.sleep(pause_seconds)
-        return answer if answer.status_code == httpx.codes.NOT_FOUND else answer.raise_for_status()
-    except httpx.HTTPError as error:
-        raise UnavailableError(f"Prefect at {api_url} does not answer: {error}") from error

@@ -74,8 +74,7 @@ class Waiting:
         return until(f"an answer to {path}", lambda: self.up.post(path, body), 30)
 
     def run(self, model: str) -> dict[str, Any]:
-        answer = until("an answer", lambda: httpx.get(f"{self.up.api}/flow_runs/{self.runs[model]}", timeout=10), 30)
-        return dict(answer.raise_for_status().json())
+        return dict(until("an answer", lambda: self.up.get(f"/flow_runs/{self.runs[model]}"), 30))
 
     def suspended(self, model: str) -> bool:
         state = self.run(model)["state"]

@@ -16,13 +16,15 @@ import httpx
 import psutil
 import pytest
 
+from registry.errors import UnavailableError
+from tasks import prefect_api
 from tests.e2e.harness import build, free_port
 
 
 def until(what: str, test: Callable[[], Any], seconds: float) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.HTTPError):
+        with contextlib.suppress(httpx.HTTPError, UnavailableError):
             if found := test():
                 return found
         time.sleep(0.2)
@@ -84,9 +86,10 @@ class Up:
         return done.stdout
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        answer = httpx.post(f"{self.api}{path}", json=body, timeout=10)
-        answer.raise_for_status()
-        return answer.json()
+        return prefect_api.post(self.api, path, body)
+
+    def get(self, path: str) -> Any:
+        return prefect_api.ask(self.api, "GET", path).raise_for_status().json()
 
     def deployment(self, name: str) -> dict[str, Any]:
         return next(d for d in self.post("/deployments/filter", {}) if d["name"] == name)
@@ -142,7 +145,7 @@ def test_a_run_that_an_api_call_starts_promotes_and_its_actor_is_the_form(up: Up
     )
 
     def ended() -> str | None:
-        state = httpx.get(f"{up.api}/flow_runs/{run['id']}", timeout=10).json()["state"]
+        state = up.get(f"/flow_runs/{run['id']}")["state"]
         return state["name"] if state["type"] in ("COMPLETED", "FAILED", "CRASHED") else None
 
     assert until("the end of the run", ended, 90) == "Promoted"

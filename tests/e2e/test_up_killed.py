@@ -78,7 +78,7 @@ class Mortal(Up):
         """(state on record, name of Prefect's state), once both are last ones."""
 
         def both() -> tuple[str, str] | None:
-            state = httpx.get(f"{self.api}/flow_runs/{run}", timeout=10).raise_for_status().json()["state"]
+            state = self.get(f"/flow_runs/{run}")["state"]
             on_record = self.record(run)["state"]
             last = state["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
             return (on_record, state["name"]) if last and on_record not in promotions.ACTIVE else None
