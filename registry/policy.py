@@ -120,8 +120,12 @@ class PromotionPolicy(BaseModel):
         le=1,
         description="Least share of the shadow's copies (or of the replay's requests) on which both must agree; empty: reported only.",
     )
+    replay_inputs: Literal["auto", "captured", "golden"] = Field(
+        default="auto",
+        description="What a replay sends through both versions: captured requests, golden inputs, or (auto) the captured ones where there are enough.",
+    )
     replay_requests: int = Field(
-        default=1000, ge=1, description="How many captured and golden requests a replay sends through both versions."
+        default=1000, ge=1, description="How many of them, at most; of captured ones the newest."
     )
     approval: bool = Field(default=False, description="Ask a person before the candidate takes any traffic.")
     four_eyes: bool = Field(

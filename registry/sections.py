@@ -24,7 +24,9 @@ from registry.policy import PromotionPolicy
 DATABASE_SCHEMES = ("sqlite", "mysql+pymysql", "postgresql+psycopg")
 _RATE = re.compile(r"(\d+)\s*/\s*(second|minute|hour|day)")
 _RATE_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
-_OWN_API = ("model-info", "model-health", "update-models", "analytics", "promotions", "rollback", "feedback")
+_OWN_API = (
+    *("model-info", "model-health", "update-models", "analytics", "promotions", "rollback", "feedback", "captured"),
+)
 _OWN_PATHS = (
     *("/v1", "/v2", "/ws", "/health", "/metrics", "/dashboard", "/docs", "/openapi.json", "/api/gpu", "/api/cache"),
     *(f"/api/v2/{name}" for name in _OWN_API),
@@ -245,6 +247,17 @@ class HealthSection(Section):
         True,
         description="Load an unhealthy version again once, then take it out of its route where another version can serve.",
     )
+
+
+class CaptureSection(Section):
+    """Requests that a server keeps on its own disk for a replay (`promote --strategy replay`). They hold what clients sent."""
+
+    share: float = Field(
+        0.0, ge=0, le=1, description="Share of the requests answered by stable versions to keep; 0: none."
+    )
+    requests: int = Field(1000, ge=1, description="The newest so many of a model are kept.")
+    max_mb: int = Field(64, ge=1, description="Most that those of one model may take on the disk.")
+    days: float = Field(7.0, gt=0, description="Older ones are removed.")
 
 
 class SecuritySection(Section):

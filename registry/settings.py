@@ -30,6 +30,7 @@ from registry.redaction import HIDDEN, redact
 from registry.sections import (
     AlertsSection,
     Alias,
+    CaptureSection,
     Database,
     DatabaseSection,
     Entry,
@@ -116,6 +117,7 @@ class Settings(BaseSettings):
     alerts: AlertsSection = AlertsSection()
     security: SecuritySection = SecuritySection()
     health: HealthSection = HealthSection()
+    capture: CaptureSection = CaptureSection()
     databases: list[Database] = []
     vectors: VectorsSection = VectorsSection()
     queues: QueuesSection = QueuesSection()

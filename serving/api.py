@@ -218,7 +218,11 @@ class V2:
         else:
             named += (_OCTETS, (b"inference-header-content-length", b"%d" % header_length))
         await _send(send, 200, answer, named)
-        if route is not None and route.shadow and route.candidate is not None and loaded.version == route.stable:
+        if route is None or loaded.version != route.stable:
+            return
+        if serving.capture is not None and serving.capture.wants():
+            serving.capture.offer(loaded.model, body, _header_length(headers))
+        if route.shadow and route.candidate is not None:
             candidate = serving.loaded.get((model, route.candidate))
             if candidate is not None and (route.shadow_share >= 1 or serving.random() < route.shadow_share):
                 shadow.offer(route, loaded, candidate, request.inputs, request.outputs, work.answer)

@@ -23,9 +23,10 @@ from registry.connect import open_database
 from registry.errors import ModelkeepError
 from registry.settings import Settings, load_settings
 from registry.store import open_store
-from serving import feedback_page, operations, rollback_page
+from serving import captured_page, feedback_page, operations, rollback_page
 from serving.api import create_app, freeze_startup_objects
 from serving.auth import Guard, Rules, is_local
+from serving.capture import Capture
 from serving.emergency import REGISTRY_SECONDS, Emergency
 from serving.keyring import Keyring
 from serving.protocol import BoundedHttpProtocol, bounded_protocol
@@ -92,8 +93,10 @@ def replica_identity(folder: Path) -> str:
 def routers(reconciler: Reconciler) -> list[APIRouter]:
     """What this server answers beside inference and its own pages, a module each."""
     settings = reconciler.settings
+    capture = reconciler.serving.capture
     quick = open_database(settings, answer_seconds=REGISTRY_SECONDS, statement_seconds=REGISTRY_SECONDS)
     return [
+        *([captured_page.router(capture)] if capture is not None else []),
         feedback_page.router(reconciler.serving),
         operations.router(reconciler.database),
         rollback_page.router(Emergency(reconciler, quick), lease_seconds=settings.lease_seconds),
@@ -115,6 +118,8 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
     serving = Serving(
         replica_id=replica_identity(folder), boot_id=secrets.token_hex(8), environment=settings.environment
     )
+    serving.capture = Capture(folder / "captured", settings.capture)
+    serving.capture.start()
     rules = rules_of(settings, listener)
     reconciler = Reconciler(
         serving,
@@ -163,6 +168,7 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
             await polling
         for version in serving.loaded.values():
             version.close()
+        serving.capture.end()
         reconciler.caretaker.end()
         await reconciler.stop()
 

@@ -67,12 +67,15 @@ class Job:
     metric: str = METRICS[0]
     tolerances: Mapping[str, float] = field(default_factory=dict)
     replay: int = 0
-    """So many of the golden inputs through one version after the other (serving.replay), instead of a validation."""
+    """So many of the captured requests, or else golden inputs, through one version after the other (serving.replay), instead of a
+    validation."""
     slow_factor: float = 1.25
+    captured: Path | None = None
+    """A folder of captured requests (serving.capture)."""
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Job:
-        stable, golden = value.get("stable"), value.get("golden")
+        stable, golden, captured = value.get("stable"), value.get("golden"), value.get("captured")
         return cls(
             candidate=ModelJob.from_dict(value["candidate"]),
             stable=None if stable is None else ModelJob.from_dict(stable),
@@ -86,6 +89,7 @@ class Job:
             tolerances={str(name): float(limit) for name, limit in value.get("tolerances", {}).items()},
             replay=int(value.get("replay", 0)),
             slow_factor=float(value.get("slow_factor", 1.25)),
+            captured=None if captured is None else Path(captured),
         )
 
 

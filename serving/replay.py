@@ -9,14 +9,17 @@ import gc
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from registry.errors import ModelkeepError, UsageError
+from serving.capture import parse_name
 from serving.golden import Arrays, Golden, chosen_metric, feed, read_golden
-from serving.runtimes import first_line, load_runtime
+from serving.runtimes import Runtime, first_line, load_runtime
 from serving.shadow import compare
+from serving.v2 import Codec
 
 if TYPE_CHECKING:
     from serving.probe import Job, ModelJob
@@ -29,34 +32,87 @@ SLICES = 5
 
 
 def measure(job: Job, begin: Callable[[str], None]) -> dict[str, Any]:
-    """Run the golden inputs, `job.replay` of them at most, through both versions.
+    """Run the captured requests, or else the golden inputs, `job.replay` of them at most, through both versions.
 
-    There are no captured requests in this release: golden inputs are all there is to replay. An input that there is no time for in the
-    candidate counts for neither. Raises UsageError without golden cases, or without a stable version.
+    A request that there is no time for in the candidate counts for neither. Raises UsageError without either, or without a stable version.
     """
     started = time.monotonic()
-    if job.golden is None or job.stable is None:
-        raise UsageError("a replay needs golden inputs and a stable version to compare with")
-    begin("reading the golden cases")
-    golden = read_golden(job.golden)
-    chosen_metric(golden, job.metric, job.golden.name)
-    rows = min(job.replay, golden.cases)
+    if job.stable is None or (job.golden is None and job.captured is None):
+        raise UsageError("a replay needs captured requests or golden inputs, and a stable version to compare with")
+    begin("reading the requests")
+    requests: Requests = _Captured(job.captured) if job.captured is not None else _golden(job)
     document: dict[str, Any] = {
         "candidate": None,
         "stable": None,
-        "golden": {"cases": golden.cases},
-        "inputs": "golden",
+        "golden": {"cases": requests.count} if requests.kind == "golden" else None,
+        "inputs": requests.kind,
     }
     begin("replaying through the stable version")
-    before = _run(job.stable, golden, rows, job, until=started + 0.4 * job.seconds)
+    wanted = min(job.replay, requests.count)
+    before = _run(job.stable, requests, wanted, job, until=started + 0.4 * job.seconds)
     if before.error is None:
         begin("replaying through the candidate")
-        after = _run(job.candidate, golden, before.requests, job, until=started + 0.9 * job.seconds)
-        document["replay"] = _compared(before, after, golden, job)
+        after = _run(job.candidate, requests, before.requests, job, until=started + 0.9 * job.seconds)
+        document["replay"] = _compared(before, after, requests, job)
     else:
         document["replay"] = {"problem": f"the stable version does not load: {before.error}"}
     document["seconds"] = time.monotonic() - started
     return document
+
+
+class Requests(Protocol):
+    """What is replayed."""
+
+    kind: str
+    count: int
+
+    def call(self, runtime: Runtime, number: int) -> Callable[[], Arrays]:
+        """What runs one of them; made beforehand, so that reading it from the disk is not in its time."""
+
+
+class _Golden:
+    """The inputs of golden cases, one case a request."""
+
+    kind = "golden"
+
+    def __init__(self, golden: Golden) -> None:
+        self.golden, self.count = golden, golden.cases
+
+    def call(self, runtime: Runtime, number: int) -> Callable[[], Arrays]:
+        def run() -> Arrays:
+            return runtime.run(feed(runtime.signature, self.golden.inputs, slice(number, number + 1)), None)
+
+        return run
+
+
+class _Captured:
+    """Requests as clients sent them (serving.capture), decoded as they were live: what the codec refuses is an error of the version."""
+
+    kind = "captured"
+
+    def __init__(self, folder: Path) -> None:
+        found = [(parse_name(path.name), path) for path in sorted(folder.iterdir(), key=lambda path: path.name)]
+        self._files = [(parsed[1], path) for parsed, path in found if parsed is not None]
+        self.count = len(self._files)
+        if not self.count:
+            raise UsageError(f"no captured requests are in {folder.name}")
+
+    def call(self, runtime: Runtime, number: int) -> Callable[[], Arrays]:
+        header_length, path = self._files[number]
+        body = path.read_bytes()
+
+        def run() -> Arrays:
+            request = Codec(runtime.signature).decode(body, header_length)
+            return runtime.run(request.inputs, request.outputs)
+
+        return run
+
+
+def _golden(job: Job) -> _Golden:
+    assert job.golden is not None
+    golden = read_golden(job.golden)
+    chosen_metric(golden, job.metric, job.golden.name)
+    return _Golden(golden)
 
 
 class _Run:
@@ -73,7 +129,7 @@ class _Run:
         return len(self.answers)
 
 
-def _run(model: ModelJob, golden: Golden, rows: int, job: Job, *, until: float) -> _Run:
+def _run(model: ModelJob, requests: Requests, wanted: int, job: Job, *, until: float) -> _Run:
     found = _Run()
     try:
         runtime = load_runtime(model.path, model.format, signature=model.signature, threads=job.threads)
@@ -82,15 +138,16 @@ def _run(model: ModelJob, golden: Golden, rows: int, job: Job, *, until: float) 
         found.error = _text(error)
         return found
     try:
-        for row in range(min(WARM_UP_CALLS, rows)):
-            _answer(runtime, golden, row)
-        for row in range(rows):
+        for number in range(min(WARM_UP_CALLS, wanted)):
+            _answer(requests.call(runtime, number))
+        for number in range(wanted):
+            call = requests.call(runtime, number)
             begun = time.perf_counter()
-            answer, problem = _answer(runtime, golden, row)
+            answer, problem = _answer(call)
             found.seconds.append(time.perf_counter() - begun)
             found.answers.append(answer)
             if problem is not None:
-                found.first_error = found.first_error or f"request {row}: {problem}"
+                found.first_error = found.first_error or f"request {number}: {problem}"
             if time.monotonic() > until:
                 break
     finally:
@@ -100,15 +157,14 @@ def _run(model: ModelJob, golden: Golden, rows: int, job: Job, *, until: float) 
     return found
 
 
-def _answer(runtime: Any, golden: Golden, row: int) -> tuple[Arrays | None, str | None]:
+def _answer(call: Callable[[], Arrays]) -> tuple[Arrays | None, str | None]:
     try:
-        answer: Arrays = runtime.run(feed(runtime.signature, golden.inputs, slice(row, row + 1)), None)
+        return call(), None
     except Exception as error:  # a model may fail in any way it likes: that is what is counted
         return None, _text(error)
-    return answer, None
 
 
-def _compared(before: _Run, after: _Run, golden: Golden, job: Job) -> dict[str, Any]:
+def _compared(before: _Run, after: _Run, requests: Requests, job: Job) -> dict[str, Any]:
     if after.error is not None:
         return {"problem": f"the candidate does not load: {after.error}"}
     n = after.requests
@@ -127,8 +183,8 @@ def _compared(before: _Run, after: _Run, golden: Golden, job: Job) -> dict[str, 
     return {
         "problem": None,
         "requests": n,
-        "of": golden.cases,
-        "captured": 0,
+        "of": requests.count,
+        "inputs": requests.kind,
         "stable_p95_seconds": p95,
         "slow_threshold_seconds": threshold,
         "candidate": _counts(after, n, threshold),

@@ -7,6 +7,7 @@ from random import random as uniform
 from typing import Any
 
 from registry.errors import NotFoundError, UnavailableError
+from serving.capture import Capture
 from serving.engine import LoadedVersion
 from serving.feedback import Inbox, Remembered
 from serving.routing import Route, choose, mark_of, position_of
@@ -46,6 +47,8 @@ class Serving:
         """Verdicts on answers, on their way to the registry."""
         self.remembered = Remembered()
         """Who answered the requests that came with an id of their own, while their route is watched."""
+        self.capture: Capture | None = None
+        """Where requests are kept for replays."""
         self._telemetry: dict[tuple[str, str], VersionTelemetry] = {}
         self._watch: dict[tuple[str, str], dict[int, WatchCounts]] = {}
 

@@ -43,7 +43,8 @@ class ProbeModel:
 @dataclass(frozen=True, slots=True)
 class ProbeJob:
     """What to measure. `rtol` and `atol` are for expected outputs in the golden file (as in numpy.allclose), `tolerances` (absolute,
-    by output) instead of them. With `replay` the two versions get so many of the golden inputs one after the other, and nothing else."""
+    by output) instead of them. With `replay` the two versions get so many of the captured requests (a folder of them), or else of the
+    golden inputs, one after the other, and nothing else."""
 
     candidate: ProbeModel
     stable: ProbeModel | None = None
@@ -57,6 +58,7 @@ class ProbeJob:
     tolerances: Mapping[str, float] = field(default_factory=dict)
     replay: int = 0
     slow_factor: float = 1.25
+    captured: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -71,6 +73,7 @@ class ProbeJob:
             "tolerances": dict(self.tolerances),
             "replay": self.replay,
             "slow_factor": self.slow_factor,
+            "captured": None if self.captured is None else str(self.captured.resolve()),
         }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from registry import promotions, versions
 from registry.promotions import STAGING
-from tasks import judgement, probe, promotion
+from tasks import captured, judgement, probe, promotion
 from tasks.judgement import StreamCounts, Window
 from tasks.promoting import Ended, Promoting
 
@@ -29,7 +31,7 @@ def no_shadow(work: Promoting, why: str) -> Ended:
 
 
 def replay(work: Promoting) -> None:
-    """Run the golden inputs through both versions, one after the other, and judge the counts as a shadow's.
+    """Run captured requests or golden inputs through both versions, one after the other, and judge the counts as a shadow's.
 
     Raises Ended("withdrawn") where the candidate fails, is slow or disagrees by the policy, Ended("held") where there is too little to
     judge by.
@@ -38,11 +40,12 @@ def replay(work: Promoting) -> None:
     if operation.progress.get("replayed"):
         return  # an earlier process of this run has passed it
     promotion.place_staging(work)
-    job = _job(work)
-    work.tell(f"{work.name} and {operation.stable} get the same requests, one after the other (at most {job.replay})")
-    result = probe.run_probe(
-        job, timeout_seconds=policy.validation_timeout_seconds, memory_mb=policy.validation_memory_mb
-    )
+    with captured.folder() as folder:
+        job, where = _job(work, folder)
+        work.tell(f"{work.name} and {operation.stable} get the same requests, one after the other: {where}")
+        result = probe.run_probe(
+            job, timeout_seconds=policy.validation_timeout_seconds, memory_mb=policy.validation_memory_mb
+        )
     work.keeper.check()
     found = dict(result.replay or {})
     problem = result.problem or found.get("problem")
@@ -59,7 +62,7 @@ def replay(work: Promoting) -> None:
             "held",
             f"{work.name} is held",
             f"{requests} requests are too few to judge a replay by, at least {LEAST_REQUESTS} are needed: register it with more golden "
-            "cases, promote it by canary where there is traffic, or force it with --force --reason TEXT",
+            "cases, capture live requests (capture.share), promote it by canary where there is traffic, or force it with --force --reason TEXT",
             {"replay": found},
         )
     verdict = judgement.judge_replay(
@@ -68,7 +71,7 @@ def replay(work: Promoting) -> None:
     figures = {**verdict.as_dict(), "replay": found}
     if verdict.verdict == "withdraw":
         raise work.end("withdrawn", f"{work.name} is withdrawn", verdict.reason, figures)
-    detail = f"{verdict.reason} {_in_words(found)}"
+    detail = f"{verdict.reason} {_in_words(found, where)}"
     promotions.note(
         work.database, operation, "replay", "replay passed", detail, figures,
         progress={"replayed": True}, placements=[(STAGING, "passed")],
@@ -97,7 +100,7 @@ def _agreement(found: dict[str, Any], kind: str) -> StreamCounts:
     return StreamCounts(int(found["compared"]), int(found["disagreements"][kind]))
 
 
-def _in_words(found: dict[str, Any]) -> str:
+def _in_words(found: dict[str, Any], where: str) -> str:
     compared, agreed = (
         int(found["compared"]),
         {k: int(found["compared"]) - n for k, n in found["disagreements"].items()},
@@ -106,14 +109,15 @@ def _in_words(found: dict[str, Any]) -> str:
         ", ".join(f"{kind} {count / compared:.1%}" for kind, count in agreed.items()) if compared else "none compared"
     )
     gap = "" if found["slow_threshold_seconds"] is not None else " Slowness is not judged: too few answers for a p95."
-    return (
-        f"Agreement of {compared} answers: {words}.{gap} The requests are {found['requests']} of {found['of']} golden inputs; "
-        "this release captures none of the live ones."
-    )
+    return f"Agreement of {compared} answers: {words}.{gap} The requests: {found['requests']} of {where}."
 
 
-def _job(work: Promoting) -> probe.ProbeJob:
-    operation = work.operation
+def _job(work: Promoting, folder: Path) -> tuple[probe.ProbeJob, str]:
+    """What the probe is to do, and in words where its requests are from. `folder` takes the captured ones.
+
+    Raises Ended("held") where there is nothing to replay.
+    """
+    operation, policy = work.operation, work.policy
     if operation.stable is None:
         raise ValueError("a replay needs a stable version to compare with")
     with work.database.read() as session:
@@ -122,16 +126,33 @@ def _job(work: Promoting) -> probe.ProbeJob:
         golden = versions.golden_for(session, row, operation.environment)
         candidate = promotion.probe_model(row, work.artifacts, work.cache)
         stable = promotion.probe_model(base, work.artifacts, work.cache)
-    if golden is None:
+    gathered = None
+    if policy.replay_inputs != "golden":
+        gathered = captured.gather(
+            work.database, operation.environment, operation.model, folder, newest=policy.replay_requests
+        )
+        work.keeper.check()
+    job = probe.ProbeJob(
+        candidate=candidate, stable=stable, replay=policy.replay_requests, slow_factor=policy.slow_factor
+    )
+    if gathered is not None and gathered.requests >= (LEAST_REQUESTS if policy.replay_inputs == "auto" else 1):
+        words = f"{gathered.requests} requests captured by {', '.join(gathered.servers)}"
+        missing = f" (without {'; '.join(gathered.problems)})" if gathered.problems else ""
+        return replace(job, captured=folder), words + missing
+    without = "" if gathered is None else _without(gathered)
+    if golden is None or policy.replay_inputs == "captured":
+        cases = "it has no golden cases" if golden is None else "the policy wants captured ones (replay_inputs)"
         raise work.end(
             "held",
             f"{work.name} is held",
-            "there is nothing to replay: it has no golden cases, and this release captures no live requests; register it with --golden",
+            f"there is nothing to replay: {cases}{without}; register it with --golden, or have the servers capture live requests "
+            "(capture.share)",
         )
-    return probe.ProbeJob(
-        candidate=candidate,
-        stable=stable,
-        golden=work.artifacts.path(golden),
-        replay=work.policy.replay_requests,
-        slow_factor=work.policy.slow_factor,
-    )
+    return replace(job, golden=work.artifacts.path(golden)), f"its golden inputs{without}"
+
+
+def _without(gathered: captured.Gathered) -> str:
+    """Why there are no captured requests to replay."""
+    if gathered.requests:
+        return f"; {gathered.requests} captured requests are fewer than the {LEAST_REQUESTS} that are needed"
+    return f"; no captured requests: {'; '.join(gathered.problems) or 'no server is alive'}"

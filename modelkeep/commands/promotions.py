@@ -30,7 +30,11 @@ def promote(
     version: Annotated[str, typer.Argument(help="The version to promote.")],
     environment: Where = None,
     strategy: Annotated[
-        str, typer.Option("--strategy", help="canary, blue-green, shadow (copies only) or replay (golden inputs).")
+        str,
+        typer.Option(
+            "--strategy",
+            help="canary, blue-green, shadow (copies only) or replay (captured requests or golden inputs).",
+        ),
     ] = "canary",
     force: Annotated[
         bool, typer.Option("--force", help="All of the traffic whatever the validation says. Needs --reason.")

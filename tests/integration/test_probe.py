@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import textwrap
@@ -14,6 +15,7 @@ import pytest
 from registry.formats import inspect
 from registry.policy import PromotionPolicy
 from registry.signature import Signature, TensorSpec
+from serving.capture import name_of
 from tasks.probe import ProbeJob, ProbeModel, ProbeResult, run_probe
 from tasks.validation import decide
 
@@ -349,7 +351,7 @@ def test_a_replay_runs_the_same_requests_through_both_versions_one_after_the_oth
     assert result.outcome == "done", result.problem
     found = result.replay
     assert found is not None
-    assert (found["requests"], found["of"], found["captured"]) == (30, CASES, 0)
+    assert (found["requests"], found["of"], found["inputs"]) == (30, CASES, "golden")
     assert found["compared"] == 30 and found["disagreements"]["top"] == 30
     assert found["candidate"]["errors"] == found["stable"]["errors"] == 0
     assert found["slow_threshold_seconds"] == pytest.approx(1.25 * found["stable_p95_seconds"])
@@ -368,6 +370,36 @@ def test_a_version_that_fails_in_a_replay_is_counted_and_one_that_does_not_load_
     (tmp_path / "cut.onnx").write_bytes(good.path.read_bytes()[:60])
     found = probe(ProbeJob(ProbeModel(tmp_path / "cut.onnx", "onnx"), good, golden, replay=30)).replay
     assert found is not None and str(found["problem"]).startswith("the candidate does not load")
+
+
+def test_captured_requests_are_replayed_as_their_clients_sent_them(tmp_path: Path) -> None:
+    folder = tmp_path / "captured"
+    folder.mkdir()
+    value = np.eye(4, dtype="<f4")
+    tensor = {"name": "x", "datatype": "FP32"}
+    for number in range(12):
+        if number % 3 == 0:  # JSON, two rows
+            document = {"inputs": [{**tensor, "shape": [2, 4], "data": value[:2].tolist()}]}
+            header, body = None, json.dumps(document).encode()
+        elif number % 3 == 1:  # binary, one row
+            document = {"inputs": [{**tensor, "shape": [1, 4], "parameters": {"binary_data_size": 16}}]}
+            text = json.dumps(document).encode()
+            header, body = len(text), text + value[2:3].tobytes()
+        else:  # raw
+            header, body = 0, value.tobytes()
+        (folder / name_of(1_700_000_000_000_000_000 + number, header)).write_bytes(body)
+    good, flipped = linear(tmp_path / "good.onnx"), linear(tmp_path / "flipped.onnx", flipped=True)
+    found = probe(ProbeJob(flipped, good, replay=1000, captured=folder)).replay
+    assert found is not None
+    assert (found["requests"], found["of"], found["inputs"]) == (12, 12, "captured")
+    assert found["stable"]["errors"] == 0 and found["compared"] == 12 and found["disagreements"]["top"] == 12
+    wide = save(tmp_path / "wide.onnx", [helper.make_node("Relu", ["x"], ["y"])], x=["n", 9], y=["n", 9])
+    found = probe(ProbeJob(wide, good, replay=1000, captured=folder)).replay
+    assert found is not None
+    assert found["candidate"]["errors"] == 12 and "the model takes [-1, 9]" in found["candidate"]["first_error"]
+    (tmp_path / "empty").mkdir()
+    refused = probe(ProbeJob(flipped, good, replay=10, captured=tmp_path / "empty"))
+    assert refused.outcome == "refused" and "no captured requests" in str(refused.problem)
 
 
 # --- how it ends: a stand-in for a model whose native code does what Python cannot make one do

@@ -268,12 +268,15 @@ def test_the_api_page_has_every_endpoint_of_the_server(tmp_path: Path) -> None:
     from registry.store import open_store
     from serving import child
     from serving.api import create_app
+    from serving.capture import Capture
     from serving.reconcile import Reconciler
     from serving.state import Serving
 
     settings = Settings(home=tmp_path)
+    serving = Serving(environment="production", replica_id="replica", boot_id="boot")
+    serving.capture = Capture(tmp_path / "captured", settings.capture)
     made = Reconciler(
-        Serving(environment="production", replica_id="replica", boot_id="boot"),
+        serving,
         settings,
         open_database(settings),
         open_store(settings.artifacts),

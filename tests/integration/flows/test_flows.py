@@ -26,7 +26,7 @@ def world(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         made.register("1", build(made.folder / "quiet-1.onnx", seed=31), model=QUIET)
         made.settle_by_hand("1", model=QUIET)
         made.models["1"] = made.folder / "v1.onnx"
-        made.serve()
+        made.serve(MODELKEEP_CAPTURE__SHARE="1")
         made.start_traffic(rate=120)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in made.environment.items():
@@ -99,8 +99,29 @@ def test_a_gradual_rollback_moves_the_traffic_by_steps_and_is_on_record_among_th
     assert world.infer().headers["x-model-version"] == "2"
     refused = roll_back(MODEL, to="2", strategy="gradual")
     assert refused.name == "Refused", refused.message
-    assert roll_back(MODEL).name == "RolledBack" and world.stable() == "1"
+    assert roll_back(MODEL, to="1").name == "RolledBack" and world.stable() == "1"
     assert world.held_leases() == []
+
+
+def test_a_rollback_whose_first_answer_is_lost_is_done_once_and_goes_no_further(
+    world: Box, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from registry import rollbacks
+    from registry.errors import UnavailableError
+
+    assert roll_back(MODEL, to="2").name == "RolledBack"
+    real, lost = rollbacks.roll_back, [UnavailableError("it went away while a change was committed")]
+
+    def answered(*arguments: Any, **options: Any) -> dict[str, Any]:
+        done = real(*arguments, **options)
+        if lost:
+            raise lost.pop()
+        return done
+
+    monkeypatch.setattr(rollbacks, "roll_back", answered)
+    state = roll_back(MODEL)
+    assert (state.name, state.data.result["to"], lost) == ("RolledBack", "1", [])
+    assert world.stable() == "1" and world.held_leases() == []
 
 
 def test_a_worse_version_ends_rejected_with_the_figures_of_both(world: Box, prefect_api: str) -> None:
@@ -142,6 +163,26 @@ def test_a_version_that_nobody_asks_is_promoted_by_a_replay_of_its_golden_cases(
     text = page(prefect_api, "promotion-quiet-4")
     assert "replay passed" in text and "the replay is passed" in text and "canary at" not in text
     assert roll_back(QUIET).name == "RolledBack" and world.stable(QUIET) == "1"
+
+
+def test_a_replay_sends_the_requests_that_the_server_has_captured(world: Box, prefect_api: str) -> None:
+    path = build(world.folder / "v8.onnx", seed=1)
+    world.register("8", path, golden=write_golden(world.folder / "golden-8.npz", path))
+    wait_for("enough captured requests", lambda: captured(world) >= 40)
+    state = promote(MODEL, "8", strategy="replay", changes={"soak_seconds": 1.0, "shadow_agreement": 0.9})
+    assert (state.name, run_state(prefect_api, state)) == ("Promoted", ("COMPLETED", "Promoted")), state.message
+    assert "requests captured by" in page(prefect_api, "promotion-digits-8")
+    assert roll_back(MODEL).name == "RolledBack" and world.stable() == "1"
+    other = build(world.folder / "v9.onnx", seed=9)  # another network: other answers to the same requests
+    world.register("9", other, golden=write_golden(world.folder / "golden-9.npz", other))
+    worse = promote(MODEL, "9", strategy="replay", changes={"shadow_agreement": 0.9})
+    assert worse.name == "RolledBack" and "the answers agree in" in worse.message
+    assert world.stable() == "1"
+
+
+def captured(world: Box) -> int:
+    found = httpx.get(f"{world.url}/api/v2/captured", timeout=10).raise_for_status().json()["models"]
+    return int(found.get(MODEL, {"requests": 0})["requests"])
 
 
 def test_a_version_that_was_to_see_copies_only_ends_shadowed_and_the_stable_one_stays(

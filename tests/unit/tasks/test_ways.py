@@ -14,7 +14,9 @@ from registry.errors import ConflictError
 from registry.policy import PromotionPolicy
 from registry.promotions import STAGING, Operation
 from registry.schema import AuditEvent
+from registry.store import DirectoryStore
 from tasks import judgement, ways
+from tasks.captured import Gathered
 from tasks.lease import Keeper
 from tasks.probe import ProbeResult
 from tasks.promoting import Ended, Promoting
@@ -41,7 +43,7 @@ def counts(
         return {"errors": bad, "slow": late, "first_error": None, "p50_seconds": 0.001, "p95_seconds": 0.002}
 
     return {
-        "problem": None, "requests": requests, "of": requests, "captured": 0, "stable_p95_seconds": 0.002,
+        "problem": None, "requests": requests, "of": requests, "inputs": "golden", "stable_p95_seconds": 0.002,
         "slow_threshold_seconds": None if slow is None else 0.0025, "candidate": side(errors, slow),
         "stable": side(0, None if slow is None else stable_slow), "compared": requests - errors,
         "disagreements": {"top": disagreed, "tolerance": disagreed, "exact": requests - errors},
@@ -52,7 +54,8 @@ def replayed(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: ProbeResult, **policy: Any
 ) -> Operation:
     operation = kit.begin(database, "2", strategy="replay", policy=PromotionPolicy(**policy))
-    monkeypatch.setattr(ways, "_job", lambda work: ways.probe.ProbeJob(None, replay=work.policy.replay_requests))  # type: ignore[arg-type]
+    job = ways.probe.ProbeJob(None, replay=operation.policy.replay_requests)  # type: ignore[arg-type]
+    monkeypatch.setattr(ways, "_job", lambda work, folder: (job, "its golden inputs"))
     monkeypatch.setattr(ways.probe, "run_probe", lambda job, **_: result)
     ways.replay(working(database, tmp_path, operation))
     return operation
@@ -73,7 +76,7 @@ def test_a_version_that_answers_as_the_stable_one_passes_the_replay_and_staging(
         place = states.placement(session, kit.MODEL, "2", STAGING)
         step = promotions.story(session, operation.id)[-1]
     assert place is not None and place.status == "passed"
-    assert "200 requests" in step["detail"] and "none of the live ones" in step["detail"]
+    assert "The requests: 200 of its golden inputs." in step["detail"]
     assert operation.progress["replayed"] is True
     kit.promote(database, operation)
     with database.read() as session:
@@ -135,6 +138,74 @@ def test_a_replay_that_is_on_record_is_not_made_again(
     operation = replayed(database, tmp_path, monkeypatch, ProbeResult("done", replay=counts()))
     monkeypatch.setattr(ways.probe, "run_probe", lambda job, **_: pytest.fail("it ran again"))
     ways.replay(working(database, tmp_path, operation))
+
+
+def chosen(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Gathered, *, golden: bool, inputs: str
+) -> tuple[ways.probe.ProbeJob, str]:
+    """The job that a replay would give to the probe, with so many captured requests at the servers."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"model")
+    store = DirectoryStore(tmp_path / "artifacts")
+    operation = kit.begin(database, "2", strategy="replay", policy=PromotionPolicy(replay_inputs=inputs))  # type: ignore[arg-type]
+    work = Promoting(database, store, tmp_path, operation, Keeper(operation.held), sleep=lambda _: None)
+    monkeypatch.setattr(ways.captured, "gather", lambda *_, **__: found)
+    monkeypatch.setattr(ways.promotion, "probe_model", lambda *_: ways.probe.ProbeModel(path, "onnx"))
+    monkeypatch.setattr(ways.versions, "golden_for", lambda *_: store.put(path).digest if golden else None)
+    return ways._job(work, tmp_path / "captured")
+
+
+MANY = Gathered(500, ("box-1", "box-2"), ("box-3: has none",))
+FEW = Gathered(7, ("box-1",), ())
+NONE = Gathered(0, (), ("box-1: has none",))
+
+
+@pytest.mark.parametrize(
+    ("found", "inputs", "captured", "words"),
+    [
+        (MANY, "auto", True, "500 requests captured by box-1, box-2 (without box-3: has none)"),
+        (FEW, "auto", False, "its golden inputs; 7 captured requests are fewer than the 20 that are needed"),
+        (NONE, "auto", False, "its golden inputs; no captured requests: box-1: has none"),
+        (FEW, "captured", True, "7 requests captured by box-1"),
+        (MANY, "golden", False, "its golden inputs"),
+    ],
+)
+def test_what_is_replayed_is_as_the_policy_says(
+    database: Database,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    found: Gathered,
+    inputs: str,
+    captured: bool,
+    words: str,
+) -> None:
+    job, where = chosen(database, tmp_path, monkeypatch, found, golden=True, inputs=inputs)
+    assert (job.captured is not None, job.golden is None) == (captured, captured)
+    assert where == words
+
+
+@pytest.mark.parametrize(
+    ("found", "golden", "inputs", "why"),
+    [
+        (NONE, False, "auto", "it has no golden cases; no captured requests: box-1: has none"),
+        (NONE, True, "captured", "the policy wants captured ones (replay_inputs); no captured requests"),
+        (FEW, False, "auto", "7 captured requests are fewer than the 20"),
+        (MANY, False, "golden", "it has no golden cases; register it"),
+    ],
+)
+def test_with_nothing_to_replay_it_is_held_and_says_what_to_do(
+    database: Database,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    found: Gathered,
+    golden: bool,
+    inputs: str,
+    why: str,
+) -> None:
+    with pytest.raises(Ended) as caught:
+        chosen(database, tmp_path, monkeypatch, found, golden=golden, inputs=inputs)
+    assert caught.value.outcome == "held"
+    assert why in caught.value.reason and "capture.share" in caught.value.reason
 
 
 def test_slowness_without_a_p95_is_not_judged() -> None:

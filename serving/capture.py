@@ -1,0 +1,275 @@
+"""Requests kept for a replay: a share of those that a stable version answered, on this server's disk, as their clients sent them.
+
+Off unless `capture.share` is set: the files hold what clients sent. A file is the body of one V2 request; its name is the time (Unix
+nanoseconds) and, for binary tensors, the length of the JSON header: `1763726400000000000-412.v2`. `serving.replay` decodes them with the
+codec that decoded them live.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from random import random as uniform
+from typing import IO, NamedTuple, Protocol
+
+from registry.errors import NotFoundError
+from registry.names import check_model_name
+
+log = logging.getLogger("modelkeep.capture")
+
+SUFFIX = ".v2"
+QUEUE_BYTES = 32 << 20
+"""Of bodies that wait for the disk. What comes on top is not kept."""
+_LOOK_SECONDS = 600.0
+"""How often what has grown old is looked for where nothing new comes."""
+_LOG_EVERY_SECONDS = 60.0
+_SECONDS_A_DAY = 86400.0
+
+
+class Limits(Protocol):
+    """What this needs of the settings (registry.sections.CaptureSection)."""
+
+    @property
+    def share(self) -> float: ...
+    @property
+    def requests(self) -> int: ...
+    @property
+    def max_mb(self) -> int: ...
+    @property
+    def days(self) -> float: ...
+
+
+class _Offered(NamedTuple):
+    model: str
+    at: int
+    header_length: int | None
+    body: bytes
+
+
+class _File(NamedTuple):
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What is kept of one model. Times are Unix seconds."""
+
+    requests: int
+    bytes: int
+    oldest: float
+    newest: float
+
+
+def name_of(at: int, header_length: int | None) -> str:
+    return f"{at:019d}-{'' if header_length is None else header_length}{SUFFIX}"
+
+
+def parse_name(name: str) -> tuple[int, int | None] | None:
+    """(Unix nanoseconds, length of the JSON header or None), or None where it is not the name of a captured request."""
+    stem, suffix = name[: -len(SUFFIX)], name[-len(SUFFIX) :]
+    at, mark, header = stem.partition("-")
+    plain = at.isascii() and at.isdigit() and (not header or (header.isascii() and header.isdigit()))
+    if suffix != SUFFIX or not mark or not plain or len(stem) > 60:
+        return None
+    return int(at), int(header) if header else None
+
+
+class Capture:
+    """`wants` and `offer` are called on the event loop and never wait; one thread writes and clears away; the rest is for any thread."""
+
+    def __init__(
+        self,
+        folder: Path,
+        limits: Limits,
+        *,
+        random: Callable[[], float] = uniform,
+        wall_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.folder = folder
+        self.share = limits.share
+        self.counts: Counter[str] = Counter()
+        """Requests by what became of them: kept, dropped (the disk was behind), failed (it could not be written)."""
+        self._most_requests = limits.requests
+        self._most_bytes = limits.max_mb << 20
+        self._most_seconds = limits.days * _SECONDS_A_DAY
+        self._random = random
+        self._wall_ns = wall_ns
+        self._last_ns = 0
+        self._queue: SimpleQueue[_Offered | None] = SimpleQueue()
+        self._waiting_bytes = 0
+        self._lock = threading.Lock()  # of what follows; held for moments, but for the removal of a model
+        self._files: dict[str, deque[_File]] = {}
+        self._bytes: Counter[str] = Counter()
+        self._logged_at = -_LOG_EVERY_SECONDS
+        self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
+
+    def start(self) -> None:
+        """Find what is there already, clear away what is too old, then write what is offered."""
+        self._thread.start()
+
+    def end(self, *, seconds: float = 2.0) -> None:
+        """Write what waits, for so long at most."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join(seconds)
+
+    # On the event loop
+
+    def wants(self) -> bool:
+        return self.share > 0 and (self.share >= 1 or self._random() < self.share)
+
+    def offer(self, model: str, body: bytes, header_length: int | None) -> bool:
+        """Take a request that was answered. False where too much waits for the disk already, or where it is larger than all may be."""
+        if self._waiting_bytes + len(body) > QUEUE_BYTES or len(body) > self._most_bytes:
+            self.counts["dropped"] += 1
+            return False
+        self._last_ns = at = max(self._wall_ns(), self._last_ns + 1)  # a name each, in the order in which they came
+        with self._lock:
+            self._waiting_bytes += len(body)
+        self._queue.put(_Offered(model, at, header_length, body))
+        return True
+
+    # For anybody
+
+    def held(self) -> dict[str, Held]:
+        """What is kept, by model."""
+        with self._lock:
+            return {
+                model: Held(len(files), self._bytes[model], _seconds(files[0].name), _seconds(files[-1].name))
+                for model, files in sorted(self._files.items())
+                if files
+            }
+
+    def pack(self, model: str, newest: int, into: IO[bytes]) -> int:
+        """Write the newest requests of a model as a zip, oldest first; returns how many. Raises NotFoundError where there are none."""
+        import zipfile  # a server that keeps nothing does without
+
+        with self._lock:
+            files = list(self._files.get(check_model_name(model), ()))[-newest:]
+        packed = 0
+        with zipfile.ZipFile(into, "w", zipfile.ZIP_STORED) as archive:
+            for file in files:
+                try:
+                    body = (self.folder / model / file.name).read_bytes()
+                except FileNotFoundError:
+                    continue  # cleared away meanwhile
+                archive.writestr(zipfile.ZipInfo(file.name), body)
+                packed += 1
+        if not packed:
+            hint = (
+                ""
+                if self.share
+                else "; requests are kept where capture.share is above 0 (modelkeep.toml of this server)"
+            )
+            raise NotFoundError(f"no captured requests of {model} are on this server{hint}")
+        return packed
+
+    def remove(self, model: str) -> int:
+        """Remove what is kept of a model; returns how many requests that were. What cannot be removed is in the log."""
+        with self._lock:
+            return self._shrink(check_model_name(model), requests=0)
+
+    # On the thread
+
+    def _run(self) -> None:
+        try:
+            self._find()
+        except OSError as error:
+            self._complain("the captured requests in %s cannot be read: %s", self.folder, error)
+        while True:
+            self._forget_the_old()
+            try:
+                offered = self._queue.get(timeout=_LOOK_SECONDS)
+            except Empty:
+                continue
+            if offered is None:
+                return
+            try:
+                self._write(offered)
+                self.counts["kept"] += 1
+            except OSError as error:
+                self.counts["failed"] += 1
+                self._complain("a request could not be kept in %s: %s", self.folder, error)
+            finally:
+                with self._lock:
+                    self._waiting_bytes -= len(offered.body)
+
+    def _find(self) -> None:
+        if not self.folder.is_dir():
+            return
+        for place in sorted(path for path in self.folder.iterdir() if path.is_dir()):
+            files = []
+            for path in sorted(place.iterdir()):
+                if path.suffix == ".new":
+                    path.unlink(missing_ok=True)  # half written by a process that was killed
+                elif parse_name(path.name) is not None:
+                    files.append(_File(path.name, path.stat().st_size))
+            with self._lock:
+                self._files[place.name] = deque(files)
+                self._bytes[place.name] = sum(file.size for file in files)
+                self._shrink(place.name, requests=self._most_requests)
+
+    def _write(self, offered: _Offered) -> None:
+        place = self.folder / offered.model
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        name = name_of(offered.at, offered.header_length)
+        fresh = place / f"{name}.new"
+        try:
+            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(offered.body)
+            fresh.replace(place / name)
+        except OSError:
+            with suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            raise
+        with self._lock:
+            self._files.setdefault(offered.model, deque()).append(_File(name, len(offered.body)))
+            self._bytes[offered.model] += len(offered.body)
+            self._shrink(offered.model, requests=self._most_requests)
+
+    def _forget_the_old(self) -> None:
+        limit = self._wall_ns() / 1e9 - self._most_seconds
+        with self._lock:
+            for model in list(self._files):
+                self._shrink(model, requests=self._most_requests, before=limit)
+
+    def _shrink(self, model: str, *, requests: int, before: float = 0.0) -> int:
+        """Remove the oldest until no more than so many, none from before that time, and no more than the bytes allowed, are left.
+
+        Returns how many went.
+        """
+        files, removed = self._files.get(model, deque()), 0
+        while files and (
+            len(files) > requests or self._bytes[model] > self._most_bytes or _seconds(files[0].name) < before
+        ):
+            file = files.popleft()
+            self._bytes[model] -= file.size
+            removed += 1
+            try:
+                (self.folder / model / file.name).unlink(missing_ok=True)
+            except OSError as error:
+                self._complain("a captured request could not be removed from %s: %s", self.folder / model, error)
+        if not files:
+            self._files.pop(model, None)
+            self._bytes.pop(model, None)
+        return removed
+
+    def _complain(self, text: str, *values: object) -> None:
+        now = time.monotonic()
+        if now - self._logged_at >= _LOG_EVERY_SECONDS:
+            self._logged_at = now
+            log.error(text, *values)
+
+
+def _seconds(name: str) -> float:
+    found = parse_name(name)
+    return 0.0 if found is None else found[0] / 1e9
