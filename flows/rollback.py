@@ -14,8 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flows.common import Connections, artifact_key, connect, logger, run_id, when_unavailable
 from registry import history, moments, rollbacks
-from registry.errors import FencedError, LockedError, NotFoundError, RefusedError, UsageError
-from tasks import lease, outage, rollback
+from registry.errors import (
+    ConflictError,
+    FencedError,
+    LockedError,
+    NotFoundError,
+    RefusedError,
+    UnavailableError,
+    UsageError,
+)
+from registry.rollbacks import Aim
+from tasks import lease, rollback
 from tasks.promoting import Ended, Promoting
 
 
@@ -40,8 +49,15 @@ class RollbackModel(BaseModel):
     reason: str = Field(default="", description="Why; it goes on record.")
 
 
-# The change is one transaction that either happened or did not, so repeating it after "no answer" is not safe; following is.
-change = task(name="change-route", persist_result=False, cache_policy=NO_CACHE)(rollback.change)
+# Where it goes is decided before, and over what: to repeat it after a lost answer goes there and no further.
+change = task(
+    name="change-route",
+    retries=5,
+    retry_delay_seconds=2,
+    retry_condition_fn=when_unavailable,
+    persist_result=False,
+    cache_policy=NO_CACHE,
+)(rollback.change)
 by_steps = task(name="move-traffic-back", persist_result=False, cache_policy=NO_CACHE)(rollback.gradual)
 follow = task(
     name="follow",
@@ -64,35 +80,38 @@ def rollback_model(request: RollbackModel) -> State[Any]:
     began, with_all = time.monotonic(), connect()
     environment = request.environment or with_all.settings.environment
     try:
-        to = _target(with_all, environment, request)
         done = rollbacks.done_by(with_all.database, run_id(), environment, request.model)
         if done is not None:
             result = done
-        elif request.strategy == "gradual":
-            result = _gradual(with_all, environment, to, request)
         else:
-            result = change(
-                with_all.database,
-                environment=environment,
-                model=request.model,
-                to=to,
-                reason=request.reason,
-                ttl_seconds=with_all.settings.lease_seconds,
-                emergency=request.strategy == "emergency",
-                flow_run_id=run_id(),
-            )
+            aim = _aim(with_all, environment, request)
+            carry = _gradual if request.strategy == "gradual" else _at_once
+            result = carry(with_all, environment, aim, request)
     except Ended as ended:
         return Failed(name="Stopped", message=ended.reason)
     except (LockedError, FencedError) as error:
         return Failed(name="Locked", message=str(error))
-    except (RefusedError, NotFoundError, UsageError) as error:
+    except (RefusedError, NotFoundError, UsageError, ConflictError) as error:
         return Failed(name="Refused", message=str(error))
-    outcome = follow(with_all.database, result, artifacts=with_all.artifacts, strategy=request.strategy, began=began)
+    try:
+        outcome = follow(
+            with_all.database, result, artifacts=with_all.artifacts, strategy=request.strategy, began=began
+        )
+    except UnavailableError as error:
+        told = f"{request.model} is back on {result['to']}, on record; whether the servers follow could not be seen: {error}"
+        return Failed(name="Behind", message=told, data=result)
     logger().info(outcome.summary())
     create_markdown_artifact(outcome.as_markdown(), key=artifact_key("rollback", request.model), description="Rollback")
     if outcome.complete:
         return Completed(name="RolledBack", message=outcome.summary(), data=outcome.as_dict())
     return Failed(name="Behind", message=outcome.summary(), data=outcome.as_dict())
+
+
+def _aim(with_all: Connections, environment: str, request: RollbackModel) -> Aim:
+    """Where it goes, decided once. Raises NotFoundError, UsageError."""
+    to = _target(with_all, environment, request)
+    with with_all.database.read() as session:
+        return rollbacks.aim(session, environment, request.model, to=to, emergency=request.strategy == "emergency")
 
 
 def _target(with_all: Connections, environment: str, request: RollbackModel) -> str | None:
@@ -104,18 +123,39 @@ def _target(with_all: Connections, environment: str, request: RollbackModel) -> 
         return history.stable_at(session, environment, request.model, moments.parse(request.at))
 
 
-def _gradual(with_all: Connections, environment: str, to: str | None, request: RollbackModel) -> dict[str, Any]:
+def _at_once(with_all: Connections, environment: str, aim: Aim, request: RollbackModel) -> dict[str, Any]:
+    """Raises UnavailableError, which says how to repeat it, where the registry does not come back in time."""
+    try:
+        return change(
+            with_all.database,
+            environment=environment,
+            model=request.model,
+            to=aim.to,
+            seen=aim.seen,
+            reason=request.reason,
+            ttl_seconds=with_all.settings.lease_seconds,
+            emergency=request.strategy == "emergency",
+            flow_run_id=run_id(),
+        )
+    except UnavailableError as error:
+        raise UnavailableError(
+            f"{error}. It may be on record all the same: repeat it with --to {aim.to}, which goes there and no further"
+        ) from error
+
+
+def _gradual(with_all: Connections, environment: str, aim: Aim, request: RollbackModel) -> dict[str, Any]:
     """Under a lease, on record among the promotions. A run that is started again goes on from its step."""
     settings = with_all.settings
-    operation = rollbacks.begin_gradual(
+    operation = rollback.begin_gradual(
         with_all.database,
+        aim,
         environment=environment,
         model=request.model,
-        to=to,
         policy=settings.promotion,
         ttl_seconds=settings.lease_seconds,
         reason=request.reason,
         flow_run_id=run_id(),
+        tell=logger().warning,
     )
     with lease.kept(with_all.database, operation.held) as keeper:
         work = Promoting(
@@ -127,9 +167,4 @@ def _gradual(with_all: Connections, environment: str, to: str | None, request: R
             poll_seconds=settings.poll_seconds,
             tell=logger().info,
         )
-        found = outage.steadfast(work, lambda work: by_steps(work, reason=request.reason))
-        if found is None:
-            raise FencedError(
-                f"promotion {operation.id} waits for an approval, which a rollback does not: nothing was written"
-            )
-        return dict(found)
+        return rollback.carry(work, lambda work: by_steps(work, reason=request.reason))

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from registry import actor, history, keys
+from registry.attempts import Attempt
 from registry.connect import open_database
 from registry.database import Database
 from registry.errors import StorageError, UnavailableError
+from registry.rollbacks import Aim
 from registry.settings import Settings
 from registry.store import open_store
-from tasks import rollback, servers
+from tasks import emergency, rollback, servers
 from tasks.rollback import RollbackResult
 
 REGISTRY_SECONDS = 2.5
@@ -29,15 +31,17 @@ def roll_back(
 ) -> RollbackResult:
     """Go back at once. Raises what the registry refuses; where it does not answer, nothing: the result says who did what."""
     began, where = time.monotonic(), environment or settings.environment
-    attempt = _Attempt(settings, where, model, to, when, reason)
+    call = _Call(settings, where, model, to, when, reason)
     try:
-        database, result = attempt.wait(REGISTRY_SECONDS)
+        database, aim, result = call.wait(REGISTRY_SECONDS)
     except (UnavailableError, StorageError) as error:
-        if when is not None and to is None:
+        # Where this has been decided it may still come to be on record: the servers are asked for the very same.
+        decided = call.attempt.give_up()
+        if decided is None and when is not None and to is None:
             raise UnavailableError(
                 f"{error}. Without the registry nobody knows what was stable then: give --to VERSION"
             ) from error
-        return _at_servers(settings, where, model, to, reason, str(error), began)
+        return _at_servers(settings, where, model, to, decided, reason, str(error), began)
     try:
         outcome = rollback.follow(
             database, result, artifacts=open_store(settings.artifacts), strategy="emergency", began=began,
@@ -45,14 +49,14 @@ def roll_back(
         )  # fmt: skip
         living = servers.alive(database, where) if outcome.behind else {}
     except (UnavailableError, StorageError) as error:
-        return _at_servers(settings, where, model, result["to"], reason, str(error), began)
+        return _at_servers(settings, where, model, result["to"], aim, reason, str(error), began)
     finally:
         database.dispose()
     late = {address: replica for replica, address in living.items() if replica in outcome.behind}
     if not late:
         return outcome
     # The registry has it, and these servers do not follow: it may be gone for them alone.
-    told = _ask(settings, list(late), where, model, result["to"], reason, "", began)
+    told = _ask(settings, list(late), where, model, result["to"], aim, reason, "", began)
     return replace(
         outcome,
         followed=(*outcome.followed, *(late[address] for address in told.followed)),
@@ -66,7 +70,7 @@ def roll_back(
 def release(settings: Settings, environment: str | None, model: str, reason: str) -> dict[str, str]:
     """Take the holds of a model away, at every server that can be found."""
     addresses = known_servers(settings, environment or settings.environment)
-    return rollback.release_at(addresses, model=model, reason=reason, access=_access(settings))
+    return emergency.release_at(addresses, model=model, reason=reason, access=_access(settings))
 
 
 def known_servers(settings: Settings, environment: str) -> list[str]:
@@ -94,9 +98,16 @@ def _runs(path: Path) -> bool:
 
 
 def _at_servers(
-    settings: Settings, environment: str, model: str, to: str | None, reason: str, why: str, began: float
+    settings: Settings,
+    environment: str,
+    model: str,
+    to: str | None,
+    aim: Aim | None,
+    reason: str,
+    why: str,
+    began: float,
 ) -> RollbackResult:
-    return _ask(settings, known_servers(settings, environment), environment, model, to, reason, why, began)
+    return _ask(settings, known_servers(settings, environment), environment, model, to, aim, reason, why, began)
 
 
 def _ask(
@@ -105,12 +116,14 @@ def _ask(
     environment: str,
     model: str,
     to: str | None,
+    aim: Aim | None,
     reason: str,
     why: str,
     began: float,
 ) -> RollbackResult:
-    return rollback.at_servers(
-        addresses, environment=environment, model=model, to=to, reason=reason, claimed=actor.user(), why=why,
+    return emergency.at_servers(
+        addresses, environment=environment, model=model, to=to if aim is None else aim.to,
+        seen=None if aim is None else aim.seen, reason=reason, claimed=actor.user(), why=why,
         access=_access(settings), began=began, timeout_seconds=_FOLLOW_SECONDS,
     )  # fmt: skip
 
@@ -119,28 +132,27 @@ def _access(settings: Settings) -> servers.Access:
     return servers.Access(key=keys.presented(settings))
 
 
-class _Attempt:
+class _Call:
     """The rollback in the registry, on a thread that the command does not wait for longer than it may.
 
-    One that is late is no harm: the servers' holds are then met by what it wrote.
+    One that is late is no harm: what it writes is what the servers were asked for.
     """
 
     def __init__(
         self, settings: Settings, environment: str, model: str, to: str | None, when: dt.datetime | None, reason: str
     ) -> None:
+        self.attempt = Attempt()
         self._asked = (settings, environment, model, to, when, reason)
-        self._done: tuple[Database, dict[str, Any]] | None = None
+        self._done: tuple[Database, Aim, dict[str, Any]] | None = None
         self._error: BaseException | None = None
-        self._late = False
         self._thread = threading.Thread(target=self._run, name="registry", daemon=True)
         self._thread.start()
 
-    def wait(self, seconds: float) -> tuple[Database, dict[str, Any]]:
+    def wait(self, seconds: float) -> tuple[Database, Aim, dict[str, Any]]:
         self._thread.join(seconds)
         if self._error is not None:
             raise self._error
         if self._done is None:
-            self._late = True
             raise UnavailableError(f"the registry did not answer within {seconds:g} s")
         return self._done
 
@@ -150,7 +162,7 @@ class _Attempt:
         except BaseException as error:
             self._error = error
 
-    def _change(self) -> tuple[Database, dict[str, Any]]:
+    def _change(self) -> tuple[Database, Aim, dict[str, Any]]:
         settings, environment, model, to, when, reason = self._asked
         database = open_database(settings, answer_seconds=_ANSWER_SECONDS, statement_seconds=_ANSWER_SECONDS)
         path = database.url.database
@@ -163,10 +175,9 @@ class _Attempt:
         if when is not None:
             with database.read() as session:
                 to = history.stable_at(session, environment, model, when)
-        if self._late:  # the servers have been asked: without a version named, this would go one further back than they
-            raise UnavailableError("the registry answered too late")
-        result = rollback.change(
-            database, environment=environment, model=model, to=to, reason=reason,
-            ttl_seconds=settings.lease_seconds, emergency=True, actor=who.actor,
+        aim = self.attempt.decide(database, environment=environment, model=model, to=to, emergency=True)
+        result = self.attempt.roll_back(
+            database, environment=environment, model=model, to=to, reason=reason, ttl_seconds=settings.lease_seconds,
+            emergency=True, who=who,
         )  # fmt: skip
-        return database, result
+        return database, aim, result

@@ -1,4 +1,7 @@
-"""What a person tells a promotion under way: pause, resume, advance, stop. Each is on record, and is taken exactly once."""
+"""What a person tells a promotion under way: pause, resume, advance, stop. Each is on record, and is taken once or not at all.
+
+They are taken in the order given. A pause calls off an advance that was not carried out yet: who pauses wants nothing to move.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from registry.actor import Who
 from registry.database import Database, Transaction
 from registry.errors import FencedError, RefusedError, UsageError
 from registry.promotions import Operation, writing
-from registry.schema import Lease, Promotion, PromotionCommand
+from registry.schema import Lease, Promotion, PromotionCommand, PromotionStep
 from registry.stories import ACTIVE, AWAITING, SOAKING
 
 Command = Literal["pause", "resume", "advance", "stop"]
@@ -46,6 +49,8 @@ class Standing:
 def give(database: Database, promotion_id: str, *, command: str, who: Who, reason: str) -> dict[str, Any]:
     """Tell a promotion something. A stop happens at once; the rest is taken by whoever carries it, at its next look.
 
+    An advance while one waits is that one: whoever lost the answer may ask again, and no stage is skipped by it.
+
     Returns promotion, command, state, step, paused, taken and a message that says what comes of it. Raises NotFoundError,
     UsageError (no such command), RefusedError (it has ended, or the command makes no sense now; the message says what it is doing).
     """
@@ -61,10 +66,15 @@ def give(database: Database, promotion_id: str, *, command: str, who: Who, reaso
             raise RefusedError(f"promotion {row.id} has ended ({doing}): there is nothing to {command}")
         paused = _paused(session, row.id)
         _check(row, command, paused, doing)
-        given = _add(transaction, row, command, who, reason)
-        before = row.state
-        if command == "stop":
-            _stop(transaction, row, given)
+        before, told_before = row.state, _waiting_advance(session, row.id) if command == "advance" else None
+        if told_before is None:
+            given = _add(transaction, row, command, who, reason)
+            if command == "pause":
+                stories.leave_untaken(
+                    transaction, row, f"paused by {given} before it was carried out", command="advance"
+                )
+            elif command == "stop":
+                _stop(transaction, row, given)
         return {
             "promotion": row.id,
             "model": row.model,
@@ -75,7 +85,7 @@ def give(database: Database, promotion_id: str, *, command: str, who: Who, reaso
             "step": row.step,
             "paused": command == "pause" or (paused is not None and command not in ("resume", "stop")),
             "taken": command == "stop",
-            "message": _message(row, command, before),
+            "message": _message(row, command, before) if told_before is None else _told_before(row, told_before),
         }
 
 
@@ -111,7 +121,8 @@ def take(database: Database, operation: Operation, given: Given) -> bool:
 
 
 def listed(session: Session, promotion_id: str) -> list[dict[str, Any]]:
-    """All commands that a promotion was given, the oldest first."""
+    """All commands that a promotion was given, the oldest first. `outcome`: waiting, taken, or "not taken: " and why."""
+    closed = _not_taken(session, promotion_id)
     rows = session.scalars(
         select(PromotionCommand).where(PromotionCommand.promotion == promotion_id).order_by(PromotionCommand.number)
     )
@@ -122,10 +133,37 @@ def listed(session: Session, promotion_id: str) -> list[dict[str, Any]]:
             "actor": row.actor,
             "reason": row.reason,
             "at": clock.text(row.at),
-            "taken_at": clock.text(row.taken_at) if row.taken_at else None,
+            "taken_at": clock.text(row.taken_at) if row.taken_at and row.number not in closed else None,
+            "outcome": closed.get(row.number, "taken" if row.taken_at else "waiting"),
         }
         for row in rows
     ]
+
+
+def _not_taken(session: Session, promotion_id: str) -> dict[int, str]:
+    """The commands that were closed because nothing was left for them to do: why, as the story says it."""
+    steps = session.scalars(
+        select(PromotionStep.figures).where(PromotionStep.promotion == promotion_id, PromotionStep.step.in_(COMMANDS))
+    )
+    return {
+        int(figures["command"]): f"not taken: {figures['not_taken']}" for figures in steps if "not_taken" in figures
+    }
+
+
+def _waiting_advance(session: Session, promotion_id: str) -> PromotionCommand | None:
+    query = select(PromotionCommand).where(
+        PromotionCommand.promotion == promotion_id,
+        PromotionCommand.command == "advance",
+        PromotionCommand.taken_at.is_(None),
+    )
+    return session.scalars(query.order_by(PromotionCommand.number)).first()
+
+
+def _told_before(row: Promotion, given: PromotionCommand) -> str:
+    return (
+        f"{_doing(row)}: told to advance at {clock.text(given.at)} already, by {_given(given)}; that one waits for the next look, "
+        "and this one adds nothing"
+    )
 
 
 def _check(row: Promotion, command: str, paused: Given | None, doing: str) -> None:
@@ -159,6 +197,7 @@ def _doing(row: Promotion) -> str:
 
 def _stop(transaction: Transaction, row: Promotion, given: Given) -> None:
     """End it here and now: its carrier may be dead, waiting, or busy for minutes; its lease is taken from it."""
+    transaction.session.get_one(PromotionCommand, (row.id, given.number)).taken_at = clock.now()
     subject = leases.subject_of(row.environment, row.model)
     lease = transaction.session.get(Lease, subject)
     if lease is not None and lease.promotion == row.id:
@@ -168,7 +207,6 @@ def _stop(transaction: Transaction, row: Promotion, given: Given) -> None:
         endings.close(transaction, row, "promoted", "The watch was stopped", detail, {})
     else:
         endings.close(transaction, row, "withdrawn", "Stopped", f"by {given}. The stable version stays.", {})
-    transaction.session.get_one(PromotionCommand, (row.id, given.number)).taken_at = clock.now()
 
 
 def _message(row: Promotion, command: str, before: str) -> str:

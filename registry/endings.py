@@ -11,7 +11,7 @@ from registry import clock, leases, routes, states
 from registry.database import Database, Transaction
 from registry.errors import ConflictError
 from registry.schema import Lease, Promotion, Route
-from registry.stories import ACTIVE, SOAKING, add_step
+from registry.stories import ACTIVE, SOAKING, add_step, leave_untaken
 
 Outcome = Literal["promoted", "shadowed", "rejected", "withdrawn", "held", "failed"]
 STAGING = "staging"
@@ -141,6 +141,7 @@ def close(
     if "soak" in row.progress:  # how the soak was cut is of use to the next carrier only, and there is none any more
         soak = {key: value for key, value in row.progress["soak"].items() if key != "parts"}
         row.progress = {**row.progress, "soak": soak}
+    leave_untaken(transaction, row, "the promotion had ended")
     row.state, row.reason, row.finished_at = outcome, title, clock.now()
     add_step(transaction, row, outcome, title, detail, figures)
 

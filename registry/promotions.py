@@ -30,11 +30,15 @@ from registry.stories import (
 )  # fmt: skip
 
 __all__ = [
-    "ACTIVE", "AWAITING", "RUNNING", "SOAKING", "STAGING", "Operation", "Outcome", "add_step", "begin", "carried",
-    "carry_on", "close", "describe", "end", "expire", "get", "let_go", "listed", "make_stable", "note",
+    "ACTIVE", "AWAITING", "RUNNING", "SOAKING", "STAGING", "Operation", "Outcome", "OvertakenError", "add_step", "begin",
+    "carried", "carry_on", "close", "describe", "end", "expire", "get", "let_go", "listed", "make_stable", "note",
     "note_validation", "of_run", "operation_of", "orphaned", "orphans", "promote", "remember", "stage", "story",
     "supersede", "writing",
 ]  # fmt: skip
+
+
+class OvertakenError(ConflictError):
+    """A command was called off between the look that found it and the decision that follows it. Nothing was written: look again."""
 
 
 @dataclass(slots=True)
@@ -188,7 +192,7 @@ def note(
 ) -> None:
     """Add a decision to the story, and remember the step (and what a restart needs) in the same transaction.
 
-    `taken` is the number of the command that it follows.
+    `taken` is the number of the command that it follows. Raises OvertakenError.
     """
     with writing(database, operation) as transaction:
         _taken(transaction, operation, taken)
@@ -242,13 +246,15 @@ def stage(
 ) -> tuple[str, int]:
     """Change the route for this promotion. Returns (epoch, generation), which `window` is kept under.
 
-    `placements` are moves of the candidate: (environment, status). Raises ConflictError for a version that is stable by now.
+    `placements` are moves of the candidate: (environment, status). Raises ConflictError for a version that is stable by now, or where
+    the promotion waits for an approval.
     """
     with writing(database, operation) as transaction:
         if operation.progress.get("promoted"):
             raise ConflictError(
                 f"promotion {operation.id} is past its stages: {operation.version} is the stable version"
             )
+        _not_awaiting(transaction, operation)
         _void_advances(transaction, operation, title)
         _place(transaction, operation, placements, title)
         route = routes.change(
@@ -275,8 +281,12 @@ def stage(
 def promote(
     database: Database, operation: Operation, *, title: str, detail: str, watch: bool, window: dict[str, Any]
 ) -> int:
-    """Make the candidate the stable version; the one before it is retired. With `watch` it is counted on for the soak."""
+    """Make the candidate the stable version; the one before it is retired. With `watch` it is counted on for the soak.
+
+    Raises ConflictError for one that waits for an approval.
+    """
     with writing(database, operation) as transaction:
+        _not_awaiting(transaction, operation)
         _void_advances(transaction, operation, title)
         make_stable(transaction, operation.environment, operation.model, operation.version, reason=title)
         threshold = operation.progress.get("slow_threshold_seconds")
@@ -316,7 +326,7 @@ def end(
 ) -> None:
     """Close the promotion and free the lease; take the candidate out of the route unless it was promoted.
 
-    `taken` is the number of the command that it follows.
+    `taken` is the number of the command that it follows. Raises OvertakenError.
     """
     with writing(database, operation) as transaction:
         _taken(transaction, operation, taken)
@@ -460,8 +470,20 @@ def let_go(database: Database, operation: Operation, why: str) -> None:
 
 
 def _taken(transaction: Transaction, operation: Operation, number: int | None) -> None:
-    if number is not None:
-        transaction.session.get_one(PromotionCommand, (operation.id, number)).taken_at = clock.now()
+    if number is None:
+        return
+    row = transaction.session.get_one(PromotionCommand, (operation.id, number), populate_existing=True)
+    if row.taken_at is not None:
+        raise OvertakenError(f"promotion {operation.id}: its {row.command} by {row.actor} was called off just now")
+    row.taken_at = clock.now()
+
+
+def _not_awaiting(transaction: Transaction, operation: Operation) -> None:
+    """No traffic before the answer, also by the process that asked: its token lives on while it waits."""
+    if transaction.session.get_one(Promotion, operation.id, populate_existing=True).state == AWAITING:
+        raise ConflictError(
+            f"promotion {operation.id} waits for an approval: modelkeep approve {operation.id}, then it goes on when its run does"
+        )
 
 
 def _void_advances(transaction: Transaction, operation: Operation, next_stage: str) -> None:
@@ -476,7 +498,8 @@ def _void_advances(transaction: Transaction, operation: Operation, next_stage: s
         command.taken_at = clock.now()
         row = session.get_one(Promotion, operation.id)
         detail = f"{command.actor} asked for it before {next_stage}, which was reached without it"
-        add_step(transaction, row, "advance", "Sped up by itself already", detail, {"command": command.number})
+        figures = {"command": command.number, "not_taken": f"{next_stage} was reached without it"}
+        add_step(transaction, row, "advance", "Sped up by itself already", detail, figures)
 
 
 def _place(

@@ -8,12 +8,12 @@ from typing import Any, Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import endings, leases, promotions, routes, versions
+from registry import clock, endings, leases, promotions, routes, versions
 from registry.actor import Who
 from registry.database import Database, Transaction
-from registry.errors import NotFoundError, RefusedError
+from registry.errors import ConflictError, NotFoundError, RefusedError, UsageError
 from registry.policy import PromotionPolicy
-from registry.schema import Promotion, Route, RouteChange
+from registry.schema import Environment, Lease, Promotion, Route, RouteChange
 
 GRADUAL = "rollback"
 """The strategy under which a gradual rollback is on record among the promotions."""
@@ -43,6 +43,39 @@ class Hold:
 Written = Literal["written-back", "met", "superseded"]
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The route that a rollback was decided over. The generation is the route's own: changes of other models do not touch it."""
+
+    epoch: str
+    generation: int
+    stable: str
+    candidate: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What a rollback comes to, decided once: whoever asks again because no answer came goes there, and no further."""
+
+    to: str
+    seen: Seen
+
+
+def aim(session: Session, environment: str, model: str, *, to: str | None, emergency: bool) -> Aim:
+    """Decide where a rollback goes: to the version named; else what is under way is undone, else to the stable version before.
+
+    Changes nothing. Raises NotFoundError.
+    """
+    row, route = session.get(Environment, environment), routes.read(session, environment, model)
+    if row is None or route is None or route.stable is None:
+        raise _nothing(environment, model)
+    seen = Seen(row.epoch, route.generation, route.stable, route.candidate)
+    return Aim(to or _target(session, route, emergency=emergency), seen)
+
+
 def roll_back(
     database: Database,
     *,
@@ -52,20 +85,21 @@ def roll_back(
     reason: str,
     ttl_seconds: float,
     emergency: bool = False,
+    seen: Seen | None = None,
     flow_run_id: str | None = None,
-    actor: str | None = None,
     who: Who | None = None,
 ) -> dict[str, Any]:
     """Make an earlier version stable at once. One transaction: lease, route, placements, events.
 
     An emergency pre-empts any lease and closes the promotion that held it. `who` is the author where it is not this process.
-    Raises LockedError, NotFoundError, RefusedError.
+    With `seen` and `to` (see `aim`) it can be asked for again: what is done already is not done twice. Raises LockedError,
+    NotFoundError, RefusedError, and ConflictError where another version has become stable since what was seen.
     """
-    actor = who.actor if who is not None else actor
-    with database.write(flow_run_id=flow_run_id, actor=actor) as transaction:
+    with database.write(flow_run_id=flow_run_id, actor=None if who is None else who.actor) as transaction:
         return take_back(
-            transaction, environment, model, to, reason=reason, ttl_seconds=ttl_seconds, emergency=emergency, who=who
-        )
+            transaction, environment, model, to, reason=reason, ttl_seconds=ttl_seconds, emergency=emergency, seen=seen,
+            who=who,
+        )  # fmt: skip
 
 
 def done_by(database: Database, flow_run_id: str | None, environment: str, model: str) -> dict[str, Any] | None:
@@ -91,14 +125,7 @@ def done_by(database: Database, flow_run_id: str | None, environment: str, model
             )
         earlier = made.where(RouteChange.epoch == change.epoch, RouteChange.generation < change.generation)
         before = session.scalars(earlier.order_by(RouteChange.generation.desc())).first()
-        return {
-            "model": model,
-            "environment": environment,
-            "from": None if before is None else before.stable,
-            "to": change.stable,
-            "withdrawn": None,
-            "generation": change.generation,
-        }
+        return _outcome(route, before=None if before is None else before.stable, to=str(change.stable))
 
 
 def take_back(
@@ -110,27 +137,21 @@ def take_back(
     reason: str,
     ttl_seconds: float = 0.0,
     emergency: bool = False,
+    seen: Seen | None = None,
     who: Who | None = None,
 ) -> dict[str, Any]:
     """What `roll_back` does, inside a transaction."""
     subject, session = leases.subject_of(environment, model), transaction.session
-    routes.lock_environment(transaction, environment)
+    row = routes.lock_environment(transaction, environment)
     route = routes.read(session, environment, model)
     if route is None or route.stable is None:
-        raise NotFoundError(f"{model} serves nothing in {environment}: there is nothing to roll back")
-    before, closed = route.stable, False
-    exposed = route.candidate is not None and route.weight > 0
-    withdrawn: str | None = None
-    if emergency:
-        under_way = leases.preempt(transaction, subject, environment, reason=reason)
-        promotion = session.get(Promotion, under_way) if under_way else None
-        if promotion is not None and promotion.state in promotions.ACTIVE:
-            promotions.close(transaction, promotion, "withdrawn", "Emergency rollback", reason, {})
-            if promotion.strategy == GRADUAL:
-                to = to or promotion.version  # what was on its way back by steps goes back at once
-            else:
-                closed, withdrawn = True, promotion.version
-    else:
+        raise _nothing(environment, model)
+    if seen is not None:
+        if to is None:
+            raise UsageError("a rollback by what was seen needs the version to go back to: give `to` beside `seen`")
+        if _done_since(session, route, row.epoch, seen, to):
+            return _outcome(route, before=seen.stable, to=to)
+    if not emergency:
         held = leases.acquire(
             transaction,
             subject,
@@ -140,15 +161,20 @@ def take_back(
             promotion=None,
         )
         leases.release(transaction, held)
-    if not closed and (soak := promotions.supersede(transaction, environment, model, "withdrawn", by="a rollback")):
-        closed, withdrawn = True, soak.version
-    # To withdraw what answered requests is the rollback that was asked for, unless a version was named. What had no traffic
-    # yet (it was validated, waited for an approval, saw copies) cannot be what is wrong: then the stable version goes back.
-    undone = closed and (exposed or route.stable != before)
-    target = to or (str(route.stable) if undone else _before(session, environment, model, stay=closed))
+    before, withdrawn = route.stable, None
+    target = to or _target(session, route, emergency=emergency)
+    if emergency:
+        under_way = leases.preempt(transaction, subject, environment, reason=reason)
+        promotion = session.get(Promotion, under_way) if under_way else None
+        if promotion is not None and promotion.state in promotions.ACTIVE:
+            promotions.close(transaction, promotion, "withdrawn", "Emergency rollback", reason, {})
+            withdrawn = None if promotion.strategy == GRADUAL else promotion.version
+    if withdrawn is None:
+        soak = promotions.supersede(transaction, environment, model, "withdrawn", by="a rollback")
+        withdrawn = None if soak is None else soak.version
     _check(transaction, environment, model, target)
     if route.stable == target:
-        if not emergency and not closed:
+        if not emergency and withdrawn is None:
             raise RefusedError(f"{model} {target} is the stable version in {environment} already")
     else:
         promotions.make_stable(transaction, environment, model, target, reason=reason)
@@ -156,25 +182,87 @@ def take_back(
         transaction, environment, model, routes.Desired(stable=target), kind="rollback", reason=reason
     )
     _record(transaction, environment, model, before, target, reason, who)
-    return {
-        "model": model,
-        "environment": environment,
-        "from": before,
-        "to": target,
-        "withdrawn": withdrawn,
-        "generation": changed.generation,
-    }
+    return _outcome(changed, before=before, to=target, withdrawn=withdrawn)
 
 
-def _before(session: Session, environment: str, model: str, *, stay: bool) -> str:
-    """The stable version before this one; with `stay`, this one where there is none before."""
+def _target(session: Session, route: Route, *, emergency: bool) -> str:
+    """Where a rollback goes that names no version.
+
+    To withdraw what answered requests is the rollback that was asked for. What had no traffic yet (it was validated, waited for an
+    approval, saw copies) cannot be what is wrong: then the stable version goes back.
+    """
+    environment, model = route.environment, route.model
+    closing = None
+    if emergency:
+        lease = session.get(Lease, leases.subject_of(environment, model))
+        if lease is not None and lease.state != leases.RELEASED and lease.promotion is not None:
+            closing = session.get(Promotion, lease.promotion)
+    if closing is not None and closing.state not in promotions.ACTIVE:
+        closing = None
+    if closing is not None and closing.strategy == GRADUAL:
+        return closing.version  # what was on its way back by steps goes back at once
+    closing = closing or promotions.orphaned(session, environment, model)
+    if closing is None:
+        return routes.previous_stable(session, environment, model)
+    back = route.stable
+    if route.promotion == closing.id and closing.progress.get("promoted"):
+        back = closing.from_version
+        if back is None:
+            raise NotFoundError(
+                f"{model} {route.stable} is the first version in {environment}: there is none before it to go back to"
+            )
+    if back is not None and (back != route.stable or (route.candidate is not None and route.weight > 0)):
+        return back
     try:
         return routes.previous_stable(session, environment, model)
     except NotFoundError:
-        route = routes.read(session, environment, model)
-        if stay and route is not None and route.stable is not None:
-            return route.stable
-        raise
+        return str(route.stable)  # what is under way is withdrawn, and this one stays
+
+
+def _done_since(session: Session, route: Route, epoch: str, seen: Seen, to: str) -> bool:
+    """Whether the rollback that was decided over `seen` has been done since, by whoever it was.
+
+    What the promotion does that was under way then is no reason to stop an emergency. Raises ConflictError where somebody has
+    made another version stable.
+    """
+    since: list[RouteChange] = []
+    if epoch == seen.epoch:
+        query = select(RouteChange).where(
+            RouteChange.environment == route.environment, RouteChange.model == route.model,
+            RouteChange.epoch == epoch, RouteChange.generation > seen.generation,
+        )  # fmt: skip
+        since = list(session.scalars(query.order_by(RouteChange.generation)))
+        if not since:
+            return False
+    backs = [change for change in since if change.kind == "rollback"]
+    if route.stable == to and (route.candidate is None or backs):
+        return True
+    others = [
+        change for change in since if change.kind == "rollback" or change.stable not in (seen.stable, seen.candidate)
+    ]
+    if epoch == seen.epoch and not others:
+        return False
+    told = [f"{change.stable} by {change.actor} at {clock.text(change.at)} ({change.kind})" for change in others]
+    raise ConflictError(
+        f"{route.model} has changed in {route.environment} since this rollback from {seen.stable} to {to} was decided: "
+        + ("; ".join(f"to {one}" for one in told) or "the registry was restored meanwhile")
+        + f". {route.stable} is stable now, and nothing was done: look at it (modelkeep status), then ask for a new rollback"
+    )
+
+
+def _outcome(route: Route, *, before: str | None, to: str, withdrawn: str | None = None) -> dict[str, Any]:
+    return {
+        "model": route.model,
+        "environment": route.environment,
+        "from": before,
+        "to": to,
+        "withdrawn": withdrawn,
+        "generation": route.generation,
+    }
+
+
+def _nothing(environment: str, model: str) -> NotFoundError:
+    return NotFoundError(f"{model} serves nothing in {environment}: there is nothing to roll back")
 
 
 def write_back(database: Database, hold: Hold, *, replica: str) -> Written:
@@ -238,7 +326,7 @@ def begin_gradual(
     with database.read() as session:
         route = routes.read(session, environment, model)
         if route is None or route.stable is None:
-            raise NotFoundError(f"{model} serves nothing in {environment}: there is nothing to roll back")
+            raise _nothing(environment, model)
         target = to or routes.previous_stable(session, environment, model)
         if route.stable == target:  # in its orphaned soak, promotions.begin would take up that promotion instead
             raise RefusedError(f"{model} {target} is the stable version in {environment} already")
@@ -261,8 +349,7 @@ def begin_gradual(
 
 def finish_gradual(database: Database, operation: promotions.Operation, *, reason: str, detail: str) -> dict[str, Any]:
     """All traffic goes to the version that was gone back to: it is the stable one, the record is closed, the lease is free."""
-    with database.write(flow_run_id=operation.flow_run_id) as transaction:
-        leases.check(transaction, operation.held)
+    with promotions.writing(database, operation) as transaction:
         row = transaction.session.get_one(Promotion, operation.id)
         route = routes.read(transaction.session, operation.environment, operation.model)
         before = None if route is None else route.stable
@@ -280,14 +367,22 @@ def finish_gradual(database: Database, operation: promotions.Operation, *, reaso
         endings.close(transaction, row, "promoted", "Rolled back by steps", detail, {"generation": changed.generation})
         _record(transaction, operation.environment, operation.model, before, operation.version, reason, None)
         leases.release(transaction, operation.held)
-        return {
-            "model": operation.model,
-            "environment": operation.environment,
-            "from": before,
-            "to": operation.version,
-            "withdrawn": None,
-            "generation": changed.generation,
-        }
+        return _outcome(changed, before=before, to=operation.version)
+
+
+def finished(session: Session, identity: str) -> dict[str, Any] | None:
+    """What a gradual rollback came to, from its record: its process may not have heard that it was done. None where it was not."""
+    row = session.get(Promotion, identity)
+    if row is None or row.strategy != GRADUAL or row.state != "promoted":
+        return None
+    return {
+        "model": row.model,
+        "environment": row.environment,
+        "from": row.from_version,
+        "to": row.version,
+        "withdrawn": None,
+        "generation": promotions.story(session, identity)[-1]["figures"].get("generation"),
+    }
 
 
 def _check(transaction: Transaction, environment: str, model: str, target: str) -> None:

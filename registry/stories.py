@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from registry import clock
 from registry.database import Transaction
 from registry.errors import NotFoundError
-from registry.schema import Promotion, PromotionStep
+from registry.schema import Promotion, PromotionCommand, PromotionStep
 
 RUNNING, AWAITING, SOAKING = "running", "awaiting", "soaking"
 ACTIVE = (RUNNING, AWAITING, SOAKING)
@@ -128,3 +128,18 @@ def add_step(
         )
     )
     transaction.record(f"promotion.{step}", f"promotion:{row.id}", after={"title": title}, reason=detail[:2000])
+
+
+def leave_untaken(transaction: Transaction, row: Promotion, why: str, *, command: str | None = None) -> None:
+    """Close the commands that wait for a carrier (those of one name, or all): none will take them. The story says why."""
+    query = select(PromotionCommand).where(
+        PromotionCommand.promotion == row.id, PromotionCommand.taken_at.is_(None)
+    )  # fmt: skip
+    if command is not None:
+        query = query.where(PromotionCommand.command == command)
+    for waiting in transaction.session.scalars(query.order_by(PromotionCommand.number)).all():
+        waiting.taken_at = clock.now()
+        figures = {"command": waiting.number, "not_taken": why}
+        add_step(
+            transaction, row, waiting.command, "Not taken", f"{waiting.command} by {waiting.actor}: {why}", figures
+        )

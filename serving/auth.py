@@ -31,11 +31,16 @@ OPEN = frozenset({"/", "/health", "/v2/health/live", "/v2/health/ready", "/favic
 _UNCHECKED = OPEN - {"/"}
 _FEEDBACK = "/api/v2/feedback"
 _NUDGE = "/api/v2/update-models"
+_CAPTURED = "/api/v2/captured/"
 _INDEX = "/v2/repository/index"
 _LONGEST_KEY = 256
 _LOG_EVERY_SECONDS = 10.0
 _READING = ("GET", "HEAD", "OPTIONS")
-_LOOKED_AT = frozenset({b"authorization", b"x-api-key", b"host", b"origin"})
+_FORWARDED = frozenset(
+    {b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip", b"forwarded", b"via"}
+)
+"""What proxies add. Any of them may be there several times."""
+_LOOKED_AT = frozenset({b"authorization", b"x-api-key", b"host", b"origin"}) | _FORWARDED
 _POLICY_VIOLATION = 1008
 
 _FAILURES: dict[Failure, str] = {
@@ -69,6 +74,8 @@ def role_needed(method: str, path: str) -> Role | None:
         if path == _FEEDBACK:
             return "infer"
         return "view" if path.rstrip("/") == _INDEX else "operate"
+    if path.startswith(_CAPTURED):
+        return "operate"  # what clients sent
     if method in _READING:
         return None if path in OPEN and method != "OPTIONS" else "view"
     return "operate"
@@ -152,7 +159,7 @@ class Guard:
             scope.setdefault("state", {})["role"] = None
             return None
         try:
-            text, by_browser, host, origin = self._read(scope["headers"])
+            text, by_browser, host, origin, forwarded = self._read(scope["headers"])
         except _Malformed as error:
             return _Refusal(400, "malformed", str(error))
         principal: Principal | None = None
@@ -167,6 +174,14 @@ class Guard:
             principal = found
         elif not self._open and needed is not None:
             return _Refusal(401, "missing", f"this server asks for an API key; {_how(needed, self.keyring.empty)}")
+        elif forwarded and self._local_only and needed is not None and self._open:
+            return _Refusal(
+                401,
+                "forwarded",
+                "a proxy passes this request on, so it may come from anywhere: send an API key, and set "
+                "MODELKEEP_SECURITY__REQUIRE_KEYS=true; where the proxy itself decides who may come in, set "
+                "MODELKEEP_SECURITY__ALLOW_UNAUTHENTICATED=true",
+            )
         elif self._open and self._local_only and not _names_this_machine(host):
             return _Refusal(
                 403,
@@ -187,10 +202,14 @@ class Guard:
             )
         state: dict[str, Any] = scope.setdefault("state", {})
         if principal is None:
-            state["who"], state["role"] = ANONYMOUS, "operate" if self._open else None
+            trusted = self._open and not (forwarded and self._local_only)
+            state["who"], state["role"] = ANONYMOUS, "operate" if trusted else None
             return None
-        nudging = principal.key_id == INTERNAL and path == _NUDGE and method == "POST"
-        if needed is not None and not nudging and not keys.allows(principal.role, needed):
+        # A promotion of ours hurries the servers, and replays what they have captured.
+        ours = principal.key_id == INTERNAL and (
+            (method == "POST" and path == _NUDGE) or (method == "GET" and path.startswith(_CAPTURED))
+        )
+        if needed is not None and not ours and not keys.allows(principal.role, needed):
             return _Refusal(
                 403,
                 "role",
@@ -200,16 +219,21 @@ class Guard:
         state["role"] = principal.role
         return None
 
-    def _read(self, headers: Sequence[tuple[bytes, bytes]]) -> tuple[str | None, bool, bytes | None, bytes | None]:
-        """The key, whether a browser may have added it by itself, Host and Origin. Raises _Malformed where there are two of one."""
+    def _read(
+        self, headers: Sequence[tuple[bytes, bytes]]
+    ) -> tuple[str | None, bool, bytes | None, bytes | None, bool]:
+        """The key, whether a browser may have added it by itself, Host and Origin, and whether a proxy passed the request on.
+
+        Raises _Malformed where there are two of one.
+        """
         seen: dict[bytes, bytes] = {}
         for name, value in headers:
             if name in _LOOKED_AT:
-                if name in seen:
+                if name in seen and name not in _FORWARDED:
                     raise _Malformed(f"the request has more than one {name.decode()} header: send one")
                 seen[name] = value
         if not seen:
-            return None, False, None, None
+            return None, False, None, None, False
         text, by_browser = None, False
         if (authorization := seen.get(b"authorization")) is not None:
             text, by_browser = self._credentials(authorization)
@@ -220,7 +244,7 @@ class Guard:
             text, by_browser = other, False
         if text is not None and self.rules.allow_unauthenticated and not text.startswith(PREFIX):
             text = None  # it is meant for what stands in front, which has let it in
-        return text, by_browser, seen.get(b"host"), seen.get(b"origin")
+        return text, by_browser, seen.get(b"host"), seen.get(b"origin"), not _FORWARDED.isdisjoint(seen)
 
     @staticmethod
     def _credentials(value: bytes) -> tuple[str, bool]:

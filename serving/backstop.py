@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from registry import clock, points, rollbacks, store
+from registry import clock, points, rollbacks, routes, store
 from registry.actor import Who
 from registry.database import Database
-from registry.errors import ModelkeepError, NotFoundError, RefusedError
+from registry.errors import ModelkeepError, NotFoundError, RefusedError, StorageError, UnavailableError
 from registry.rollbacks import Hold
 from registry.schema import Version
-from serving.holds import Holds
+from serving.holds import Holds, Refused
 from serving.keeping import Kept
 from serving.laststate import LastState, Wanted
 from serving.routing import Route
@@ -28,6 +28,8 @@ T = TypeVar("T")
 _AGAIN_SECONDS = 0.5
 _LOOK_SECONDS = 60.0
 """How often the points are read again though no route has changed: they may have been let go, or a file was missing."""
+_REFUSED_FIRST_SECONDS, _REFUSED_MOST_SECONDS = 2.0, 300.0
+"""Between the tries to write a hold back that the registry refuses: doubled each time, since a person has to do something first."""
 
 
 class Backstop:
@@ -65,19 +67,27 @@ class Backstop:
         """The state as it is to be served: with the holds over it."""
         return self.holds.over(state, self.kept.version)
 
-    async def write_back(self) -> bool:
-        """Bring the holds into the registry, which answers. Whether there was something to do."""
+    async def write_back(self, seen: tuple[str, int]) -> bool:
+        """Bring the holds into the registry, which answers. Whether there was something to do.
+
+        `seen` is the epoch and generation that it has now. One that it refused is tried again after a growing pause, or once the
+        route of its model has changed. Raises UnavailableError, StorageError.
+        """
         done = False
         for hold in list(self.holds.by_model.values()):
+            if not await self._due(hold, seen):
+                continue
             write = partial(rollbacks.write_back, self.database, hold, replica=self.replica_id)
             try:
                 outcome = await self._in(self._urgent, write)
-            except (RefusedError, NotFoundError) as error:
-                if self.holds.refused.get(hold.model) != str(error):
-                    log.error(
-                        "the hold of %s on %s stays, the registry does not take it: %s", hold.model, hold.to, error
-                    )
-                self.holds.refused[hold.model] = str(error)
+            except (UnavailableError, StorageError):
+                raise
+            except ModelkeepError as error:
+                await self._note_refused(hold, seen, str(error))
+                continue
+            except Exception as error:
+                # A reason that cannot be written, say: it shall not keep this server from following its routes.
+                await self._note_refused(hold, seen, f"{type(error).__name__}: {error}", unexpected=error)
                 continue
             log.warning("the hold of %s on version %s is over: %s", hold.model, hold.to, outcome)
             self.holds.drop(hold)
@@ -85,10 +95,43 @@ class Backstop:
             done = True
         return done
 
+    async def _due(self, hold: Hold, seen: tuple[str, int]) -> bool:
+        refused = self.holds.refused.get(hold.model)
+        if refused is None or self._monotonic() >= refused.due:
+            return True
+        if seen == refused.seen:
+            return False
+        route = await self._in(self._urgent, partial(self._route, hold.model, seen[0]))
+        refused.seen = seen  # the change was of another model, or it is tried now
+        if route != refused.route:
+            self.holds.refused.pop(hold.model, None)
+            return True
+        return False
+
+    async def _note_refused(
+        self, hold: Hold, seen: tuple[str, int], why: str, *, unexpected: Exception | None = None
+    ) -> None:
+        route = await self._in(self._urgent, partial(self._route, hold.model, seen[0]))
+        before = self.holds.refused.get(hold.model)
+        pause = _REFUSED_FIRST_SECONDS if before is None else min(2 * before.pause_seconds, _REFUSED_MOST_SECONDS)
+        if before is None or (before.pause_seconds, before.why) != (pause, why):
+            log.error(
+                "the hold of %s on %s stays, the registry does not take it: %s; asked again in %g s",
+                hold.model, hold.to, why, pause, exc_info=unexpected,
+            )  # fmt: skip
+        if self.holds.by_model.get(hold.model) == hold:  # else there is a newer one, or it was released meanwhile
+            self.holds.refused[hold.model] = Refused(why, route, seen, pause, self._monotonic() + pause)
+
+    def _route(self, model: str, epoch: str) -> tuple[str, int | None]:
+        with self.database.read() as session:
+            found = routes.read(session, self.environment, model)
+            return epoch, None if found is None else found.generation
+
     def target(self, state: LastState, model: str, to: str | None) -> tuple[Route, str, Wanted]:
         """The route to hold, the version to hold it on, and what it takes to load that.
 
-        Without a version: what is under way is taken out, else the stable version before this one. Raises NotFoundError, RefusedError.
+        Without a version, as registry.rollbacks: a candidate that has traffic is taken out, else it is the stable version before this
+        one. Raises NotFoundError, RefusedError.
         """
         route = next((route for route in state.routes if route.model == model), None)
         if route is None or route.stable is None:
@@ -96,8 +139,10 @@ class Backstop:
         now = self.holds.of(route, state.epoch)
         found: str | None = to
         if found is None:
-            under_way = now is None and route.candidate is not None
-            found = route.stable if under_way else self.kept.below(model, now.to if now else route.stable)
+            exposed = now is None and route.candidate is not None and route.weight > 0
+            found = route.stable if exposed else self.kept.below(model, now.to if now else route.stable)
+            if found is None and now is None and route.candidate is not None:
+                found = route.stable
         if found is None:
             raise NotFoundError(
                 f"this server knows no stable version of {model} before {route.stable}: name one with --to VERSION"
@@ -114,8 +159,13 @@ class Backstop:
             )
         return route, found, wanted
 
-    async def put(self, state: LastState, route: Route, to: str, *, who: Who, reason: str) -> tuple[Hold, str | None]:
-        """Hold a route, and keep the hold on the disk. Returns it, and why it could not be kept (a restart would forget it)."""
+    async def put(
+        self, state: LastState, route: Route, to: str, *, who: Who, reason: str, serve: Callable[[Hold], None]
+    ) -> tuple[Hold, str | None]:
+        """Hold a route, have it served, and keep the hold on the disk.
+
+        Returns it, and why it could not be kept (a restart would forget it).
+        """
         hold = Hold(
             model=route.model,
             environment=self.environment,
@@ -130,6 +180,7 @@ class Backstop:
             at=clock.text(clock.now()),
         )
         self.holds.put(hold)
+        serve(hold)
         log.warning("%s is held on version %s by %s: %s", hold.model, hold.to, hold.actor, hold.reason)
         return hold, await self._save()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from registry.rollbacks import Hold
@@ -18,14 +18,27 @@ log = logging.getLogger("modelkeep.holds")
 _FORMAT = 1
 
 
+@dataclass(slots=True)
+class Refused:
+    """A hold that the registry did not take: why, when it is tried again, and over which route it was refused."""
+
+    why: str
+    route: tuple[str, int | None]
+    """Epoch, and the generation of the model's route, as the registry had them."""
+    seen: tuple[str, int]
+    """Epoch and generation of the environment when that was last looked at."""
+    pause_seconds: float
+    due: float
+
+
 class Holds:
     """The holds of this replica, one a model, on its disk. Changed on the event loop; `save` may run on any thread."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.by_model: dict[str, Hold] = {}
-        self.refused: dict[str, str] = {}
-        """Why the registry did not take one over, where it answers."""
+        self.refused: dict[str, Refused] = {}
+        """Those that the registry did not take over, though it answers."""
 
     def recall(self) -> None:
         """Read what a process before this one held. A file that cannot be read is said loudly: what it held is not held."""
@@ -83,9 +96,17 @@ class Holds:
     def as_list(self) -> list[dict[str, object]]:
         """For model-info."""
         return [
-            {**hold.as_dict(), "not_written_back": self.refused.get(model)}
+            {**hold.as_dict(), "not_written_back": refused.why if (refused := self.refused.get(model)) else None}
             for model, hold in sorted(self.by_model.items())
         ]
+
+    def errors(self) -> dict[str, str]:
+        """For the errors in model-info: what the registry refuses, and how often it is asked again."""
+        return {
+            f"hold of {model}": f"the registry does not take it: {refused.why}; asked again every {refused.pause_seconds:g} s, or when "
+            "its route changes"
+            for model, refused in sorted(self.refused.items())
+        }
 
 
 def held(route: Route, hold: Hold) -> Route:

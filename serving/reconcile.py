@@ -219,7 +219,11 @@ class Reconciler:
                 }
                 for (model, version), loaded in sorted(self.serving.loaded.items())
             ],
-            "errors": {f"{model}/{version}": error for (model, version), error in sorted(self.errors.items())},
+            "errors": {
+                **{f"{model}/{version}": error for (model, version), error in sorted(self.errors.items())},
+                **self.backstop.holds.errors(),
+                **self.reporter.refused,
+            },
             **self.backstop.info(),
             **self.caretaker.as_dict(),
         }
@@ -244,7 +248,7 @@ class Reconciler:
             await self.keyring.follow(self.database, "", None, self._in_thread)
             return None
         await self.keyring.follow(self.database, pulse.epoch, pulse.keys, self._in_thread)
-        if await self.backstop.write_back():
+        if await self.backstop.write_back((pulse.epoch, pulse.generation)):
             pulse = await self._in_thread(self._pulse) or pulse
         due = self._retry is not None and self._monotonic() >= self._retry[0]
         due |= self.caretaker.take_back_due()
@@ -373,7 +377,7 @@ class Reconciler:
         self.reporter.reached(replicas.Reached(state.epoch, state.generation, clock.now(), tuple(behind)))
         self.applied = wanted
         self.caretaker.settled(state.routes, routes, loaded)
-        self._let_go(unneeded, loaded)
+        self.let_go(unneeded, loaded)
         if remember and not errors:
             self._last = wanted
             try:
@@ -389,7 +393,7 @@ class Reconciler:
             self.serving.epoch,
             self.serving.generation,
         )
-        self._let_go(self.serving.install(routes, loaded, epoch, generation), loaded)
+        self.let_go(self.serving.install(routes, loaded, epoch, generation), loaded)
         self.reporter.reached(replicas.Reached(epoch, generation, clock.now(), (route.model,)))
         if self._tidying is None or self._tidying.done():
             self._tidying = asyncio.create_task(self.again())
@@ -400,7 +404,7 @@ class Reconciler:
             if self.applied is not None:
                 await self._apply(self.applied, remember=False)
 
-    def _let_go(self, unneeded: list[LoadedVersion], loaded: Collection[Key]) -> None:
+    def let_go(self, unneeded: list[LoadedVersion], loaded: Collection[Key]) -> None:
         for old in unneeded:
             self.caretaker.leaving(old, replaced=(old.model, old.version) in loaded)
             task = asyncio.create_task(self._drain(old))

@@ -1,19 +1,29 @@
-"""What this server tells the registry: its row, its counts, its switches, the verdicts of its clients, and what it could not load."""
+"""What this server tells the registry: its row, its counts, its switches, the verdicts of its clients, and what it could not load.
+
+What the registry does not take of it (a text that it refuses, say) is left out and said; the rest still arrives.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import itertools
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
+from sqlalchemy.exc import DBAPIError, StatementError
+
 from registry import feedback, replicas, unfit
 from registry.database import Database
+from registry.errors import RefusedError, StorageError, UnavailableError
 from serving.routing import Route
 from serving.state import Serving
+
+log = logging.getLogger("modelkeep.reporting")
 
 Key = tuple[str, str]
 
@@ -21,6 +31,7 @@ _HEARTBEAT_SECONDS = 10.0
 _COUNTS_KEPT_SECONDS = 60.0
 _REACHED_KEPT = 1000
 _FEEDBACK_BATCH, _FEEDBACK_BATCHES = 500, 20
+_LONGEST_TEXT = 2000
 
 
 class InThread(Protocol):
@@ -50,6 +61,10 @@ class Reporter:
         self._errors: set[tuple[Key, str]] = set()
         self._reached: deque[replicas.Reached] = deque(maxlen=_REACHED_KEPT)  # switches that no report has told of yet
         self._superseded: dict[tuple[str, int], float] = {}  # (model, generation) no longer routed -> since when
+        self._left_out: set[tuple[str, str, int]] = set()  # counts that the registry lacks as they are now
+        self._batch = _FEEDBACK_BATCH
+        self.refused: dict[str, str] = {}
+        """What the registry did not take of the last reports, and why; for the errors in model-info."""
 
     def reached(self, switch: replicas.Reached) -> None:
         """The routes were switched; the next report says when."""
@@ -64,12 +79,30 @@ class Reporter:
                 self._superseded[name, route.generation] = now
 
     async def report(self, in_thread: InThread, said: Callable[[], Said]) -> None:
-        """Tell the registry: at once when something changed or is being counted, else now and then. Raises ModelkeepError."""
-        await self._tell(in_thread, said)
-        await self._send_feedback(in_thread)
+        """Tell the registry: at once when something changed or is being counted, else now and then. Raises ModelkeepError.
 
-    async def _tell(self, in_thread: InThread, said: Callable[[], Said]) -> None:
-        serving, now_said = self._serving, said()
+        A part that fails keeps none of the others: the first failure is raised when all had their turn.
+        """
+        now_said, failed = said(), list[Exception]()
+        parts = (
+            partial(self._tell, in_thread, now_said),
+            partial(self._tell_errors, in_thread, dict(now_said.errors)),
+            partial(self._send_feedback, in_thread),
+        )
+        for part in parts:
+            try:
+                await part()
+            except (UnavailableError, StorageError):
+                raise  # the others would fare no better
+            except Exception as error:
+                if failed:
+                    log.error("%s", error)
+                failed.append(error)
+        if failed:
+            raise failed[0]
+
+    async def _tell(self, in_thread: InThread, now_said: Said) -> None:
+        serving = self._serving
         counts = serving.watch_counts()
         fresh = [row for row in counts if self._counts.get(_count_key(row)) != row]
         state = (serving.epoch, serving.generation, tuple(sorted(now_said.errors.items())))
@@ -88,14 +121,57 @@ class Reporter:
             counts=tuple(fresh),
             reached=tuple(self._reached),
         )
-        await in_thread(lambda: replicas.report(self._database, what))
+        self._left_out &= {_count_key(row) for row in counts}
+        await self._write(in_thread, what)
         for told in what.reached:
             with contextlib.suppress(ValueError):  # pushed out by newer ones meanwhile
                 self._reached.remove(told)
         self._at, self._state = self._monotonic(), state
         self._counts = {_count_key(row): row for row in counts}
         self._forget()
-        await self._tell_errors(in_thread, dict(now_said.errors))
+
+    async def _write(self, in_thread: InThread, what: replicas.Report) -> None:
+        """Write a report; where the registry does not take it, without the pieces that it does not take."""
+
+        async def taken(report: replicas.Report, reasons: list[str]) -> bool:
+            try:
+                await in_thread(partial(replicas.report, self._database, report))
+            except Exception as error:
+                reasons.append(_not_taken(error))
+                return False
+            return True
+
+        reasons: list[str] = []
+        if await taken(what, reasons):
+            self._left_out -= {_count_key(counts) for counts in what.counts}
+            if not self._left_out:
+                self._note_taken("report")
+            return
+        last = what.reached[-1:]  # first: when the row's generation was reached is that of the newest
+        bare = {"models": what.serving.get("models", {}), "loaded": [], "errors": {"report": reasons[0]}}
+        row = replace(what, counts=(), reached=())
+        for serving, reached in itertools.product((what.serving, _plain(what.serving), bare), (last, ())):
+            if await taken(replace(row, serving=serving, reached=reached), reasons):
+                row = replace(row, serving=serving)
+                break
+        else:
+            raise RefusedError(f"the registry takes no report of this server: {reasons[-1]}")
+        for one in what.reached[:-1]:
+            await taken(replace(row, reached=(one,)), reasons)
+        for counts in what.counts:
+            if await taken(replace(row, counts=(counts,)), reasons):
+                self._left_out.discard(_count_key(counts))
+            else:
+                self._left_out.add(_count_key(counts))
+        self._note_refused("report", "a part of it was left out: " + reasons[-1])
+
+    def _note_refused(self, part: str, text: str) -> None:
+        if self.refused.get(part) != text:
+            log.error("the registry did not take everything (%s): %s", part, text)
+        self.refused[part] = text
+
+    def _note_taken(self, part: str) -> None:
+        self.refused.pop(part, None)
 
     def _forget(self) -> None:
         now = self._monotonic()
@@ -109,24 +185,69 @@ class Reporter:
         inbox = self._serving.feedback
         observer = f"replica:{self._serving.replica_id}"
         for _ in range(_FEEDBACK_BATCHES):
-            batch = inbox.peek(_FEEDBACK_BATCH)
+            batch = inbox.peek(self._batch)
             if not batch:
                 return
             environment = self._serving.environment
             record = partial(feedback.record, self._database, environment, batch, observer=observer)
-            written = await in_thread(record)
-            inbox.done(len(batch), written.outcome())
+            try:
+                written = await in_thread(record)
+            except Exception as error:
+                why = _not_taken(error)
+                if len(batch) > 1:  # one among them: those before it go first, until it stands alone
+                    self._batch = len(batch) // 2
+                    continue
+                self._note_refused("feedback", f"a verdict was left out: {why}")
+                inbox.done(1, (("not_taken", 1),))
+            else:
+                inbox.done(len(batch), written.outcome())
+                if self._batch == _FEEDBACK_BATCH:
+                    self._note_taken("feedback")
+            self._batch = min(_FEEDBACK_BATCH, 2 * self._batch)
 
     async def _tell_errors(self, in_thread: InThread, errors: dict[Key, str]) -> None:
         """What could not be loaded goes on record, once for each version and reason."""
         self._errors &= set(errors.items())
+        if not errors:
+            self._note_taken("unloadable")
         environment, observer = self._serving.environment, f"replica:{self._serving.replica_id}"
         for key, error in errors.items():
-            if (key, error) not in self._errors:
-                await in_thread(
-                    partial(unfit.note_unloadable, self._database, environment, *key, observer=observer, error=error)
-                )
-                self._errors.add((key, error))
+            if (key, error) in self._errors:
+                continue
+            for text in (error, _plain(error)):
+                note = partial(unfit.note_unloadable, self._database, environment, *key, observer=observer, error=text)
+                try:
+                    await in_thread(note)
+                except Exception as refused:
+                    why = _not_taken(refused)
+                    self._note_refused("unloadable", f"{key[0]} {key[1]} is not on record: {why}")
+                else:
+                    break
+            self._errors.add((key, error))
+
+
+def _not_taken(error: Exception) -> str:
+    """What a database or its driver says of a value that it does not take: too long, out of range, not to be encoded.
+
+    Raises any other error again.
+    """
+    if isinstance(error, RefusedError):
+        return str(_plain(str(error)))
+    of_a_value = isinstance(error, StatementError) and not isinstance(error, DBAPIError)
+    if not of_a_value and not isinstance(error, ValueError | TypeError | OverflowError):
+        raise error
+    return str(_plain(f"{type(error).__name__}: {error}"))
+
+
+def _plain(value: Any) -> Any:
+    """Of texts as much as every database takes: not too long, and without control characters and halves of characters."""
+    if isinstance(value, str):
+        return "".join(sign if sign.isprintable() else " " for sign in value[:_LONGEST_TEXT])
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value
 
 
 def _count_key(row: dict[str, Any]) -> tuple[str, str, int]:

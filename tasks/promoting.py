@@ -30,7 +30,7 @@ class Stint:
     """The time of one stage on the carrier's monotonic clock: all of it, and what counts for the judgement (without pauses).
 
     `most` (seconds) is what one look may add: where nobody looked for longer, say because the registry was away, that time was not
-    watched. `advanced` is the word of a person to pass the stage.
+    watched. `advanced` is the word of a person to pass the stage, as long as nobody has called it off.
     """
 
     def __init__(
@@ -113,10 +113,10 @@ class Promoting:
             standing = commands.standing(session, self.operation.id)
         if standing.state not in promotions.ACTIVE:
             raise FencedError(f"promotion {self.operation.id} was ended by another process: {standing.reason}")
+        # Taken with the decision that follows it. A pause that came after it has called it off.
+        stint.advanced = next((given for given in standing.waiting if given.command == "advance"), None)
         for given in standing.waiting:
-            if given.command == "advance":
-                stint.advanced = stint.advanced or given  # taken with the decision that follows it
-            elif commands.take(self.database, self.operation, given):
+            if given.command != "advance" and commands.take(self.database, self.operation, given):
                 self.tell(f"{given.command} by {given}")
         self.paused = standing.paused
 

@@ -126,11 +126,17 @@ def baseline(work: Promoting) -> None:
     stint, looks = Stint(work.monotonic), list[list[dict[str, Any]]]()
     while True:
         work.hear(stint)
-        if work.paused is None and (stint.judged >= policy.baseline_seconds or stint.advanced is not None):
-            break
+        over = work.paused is None and (stint.judged >= policy.baseline_seconds or stint.advanced is not None)
+        if over and _freeze(work, stint, looks):
+            return
         if stint.total >= (len(looks) + 1) * policy.baseline_seconds / observation.BASELINE_SLICES:
             looks.append(observation.baseline_rows(work.database, work.operation))
         work.rest()
+
+
+def _freeze(work: Promoting, stint: Stint, looks: list[list[dict[str, Any]]]) -> bool:
+    """Put the baseline on record. False where the word to end it was called off meanwhile, by a pause."""
+    policy = work.policy
     work.sleep(2 * work.poll_seconds)  # the servers' last reports
     rows = observation.baseline_rows(work.database, work.operation)
     requests = sum(int(row["requests"]) for row in rows)
@@ -141,17 +147,21 @@ def baseline(work: Promoting) -> None:
         if p95 is not None and threshold is not None
         else f"{requests} requests are too few to freeze a p95 (at least {observation.P95_LEAST_REQUESTS}), so slowness is not judged"
     )
-    promotions.note(
-        work.database,
-        operation,
-        "baseline",
-        "baseline measured",
-        detail,
-        {"requests": requests, "stable_p95_seconds": p95, "slow_threshold_seconds": threshold},
-        progress={"slow_threshold_seconds": threshold},
-        taken=stint.advanced.number if stint.advanced else None,
-    )
+    try:
+        promotions.note(
+            work.database,
+            work.operation,
+            "baseline",
+            "baseline measured",
+            detail,
+            {"requests": requests, "stable_p95_seconds": p95, "slow_threshold_seconds": threshold},
+            progress={"slow_threshold_seconds": threshold},
+            taken=stint.advanced.number if stint.advanced else None,
+        )
+    except promotions.OvertakenError:
+        return False
     work.tell(detail)
+    return True
 
 
 def shadow(work: Promoting) -> None:
@@ -193,10 +203,13 @@ def shadow(work: Promoting) -> None:
         )
         if verdict.verdict == "withdraw":
             raise _withdrawn(work, verdict)
-        if _passed(work, stint, verdict):
-            break
+        if _passed(work, stint, verdict) and _shadow_passed(work, stint, verdict):
+            return
         work.rest()
-    agreed = {kind: observation.agreement(work.database, operation, kind) for kind in observation.AGREEMENTS}
+
+
+def _shadow_passed(work: Promoting, stint: Stint, verdict: Judgement) -> bool:
+    agreed = {kind: observation.agreement(work.database, work.operation, kind) for kind in observation.AGREEMENTS}
     seen, disagreed = agreed["top"].requests, agreed["top"].bad
     detail = verdict.reason + (f" Same top answer in {1 - disagreed / seen:.1%} of {seen} copies." if seen else "")
     figures = {
@@ -205,7 +218,7 @@ def shadow(work: Promoting) -> None:
         "disagreements": disagreed,
         "agreement": {kind: 1 - found.bad / found.requests for kind, found in agreed.items() if found.requests},
     }
-    _note_passed(work, stint, "shadow", "shadow passed", detail, figures)
+    return _note_passed(work, stint, "shadow", "shadow passed", detail, figures)
 
 
 def canary(work: Promoting) -> None:
@@ -387,8 +400,8 @@ def _stage(work: Promoting, share: float) -> None:
         )
         if verdict.verdict == "withdraw":
             raise _withdrawn(work, verdict)
-        if _passed(work, stint, verdict):
-            _note_passed(work, stint, "canary", f"{stage} passed", verdict.reason, verdict.as_dict())
+        passed = _passed(work, stint, verdict)
+        if passed and _note_passed(work, stint, "canary", f"{stage} passed", verdict.reason, verdict.as_dict()):
             return
         if work.paused is None and stint.judged >= policy.deadline_seconds:
             raise work.end(
@@ -406,14 +419,19 @@ def _passed(work: Promoting, stint: Stint, verdict: Judgement) -> bool:
     return work.paused is None and (verdict.verdict == "advance" or stint.advanced is not None)
 
 
-def _note_passed(work: Promoting, stint: Stint, step: str, title: str, detail: str, figures: dict[str, Any]) -> None:
+def _note_passed(work: Promoting, stint: Stint, step: str, title: str, detail: str, figures: dict[str, Any]) -> bool:
+    """False where the word that it passed by was called off meanwhile, by a pause."""
     given = stint.advanced
     if given is not None:
         detail = f"Passed at the word of {given}. {detail}"
-    promotions.note(
-        work.database, work.operation, step, title, detail, figures, taken=given.number if given else None
-    )  # fmt: skip
+    try:
+        promotions.note(
+            work.database, work.operation, step, title, detail, figures, taken=given.number if given else None
+        )  # fmt: skip
+    except promotions.OvertakenError:
+        return False
     work.tell(detail)
+    return True
 
 
 def _promote(work: Promoting, why: str, *, watch: bool) -> None:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
-
 from registry import promotions, rollbacks, states
 from registry.database import Database
+from registry.errors import ConflictError, FencedError, UnavailableError
+from registry.policy import PromotionPolicy
+from registry.rollbacks import Aim, Seen
 from registry.routes import Desired
 from registry.store import ArtifactStore
-from tasks import answering, lease, observation, servers
+from tasks import answering, lease, observation, outage, servers
 from tasks.answering import Answer
 from tasks.promoting import Ended, Promoting, Stint
 
 FOLLOW_SECONDS = 30.0
 DWELL_SECONDS = 10.0
 """How long each step of a gradual rollback lasts at most; a policy with shorter stages has shorter steps."""
-_ASK_SECONDS = 4.0
+_BEGIN_SECONDS = 60.0
+_UNDO_SECONDS = 15.0
+"""How long a registry is waited for where there is nothing to lose yet, and where what went wrong waits to be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +106,13 @@ def change(
     reason: str,
     ttl_seconds: float,
     emergency: bool = False,
+    seen: Seen | None = None,
     flow_run_id: str | None = None,
-    actor: str | None = None,
 ) -> dict[str, Any]:
-    """Set the route back, in one transaction; a lease whose holder has died is ended first. Raises LockedError, NotFoundError, RefusedError."""
+    """Set the route back, in one transaction; a lease whose holder has died is ended first.
+
+    With `seen` it can be repeated where no answer came. Raises LockedError, NotFoundError, RefusedError, ConflictError.
+    """
     return lease.taken(
         database,
         environment,
@@ -119,8 +125,8 @@ def change(
             reason=reason,
             ttl_seconds=ttl_seconds,
             emergency=emergency,
+            seen=seen,
             flow_run_id=flow_run_id,
-            actor=actor,
         ),
     )
 
@@ -150,11 +156,112 @@ def follow(
             living, model, target, tensors=tensors, access=shown, since=began,
             deadline=time.monotonic() + timeout_seconds,
         )  # fmt: skip
-    followed, behind, seconds, notes = _sorted(answers)
+    followed, behind, seconds, notes = sorted_answers(answers)
     return RollbackResult(
         model, environment, result["from"], target, result["generation"], followed, behind, result.get("withdrawn"),
         strategy=strategy, seconds=seconds, notes=notes,
     )  # fmt: skip
+
+
+def begin_gradual(
+    database: Database,
+    aim: Aim,
+    *,
+    environment: str,
+    model: str,
+    policy: PromotionPolicy,
+    ttl_seconds: float,
+    reason: str,
+    flow_run_id: str | None,
+    tell: Callable[[str], None] = print,
+    sleep: Callable[[float], None] = time.sleep,
+    monotonic: Callable[[], float] = time.monotonic,
+) -> promotions.Operation:
+    """Take the lease for a gradual rollback; a lease whose holder has died is ended first, and a lost answer is asked for again.
+
+    Raises what registry.rollbacks.begin_gradual raises, and ConflictError where another version has become stable since the aim.
+    """
+    away = outage.Outage(tell=tell, patience_seconds=_BEGIN_SECONDS, sleep=sleep, monotonic=monotonic)
+
+    def begin() -> promotions.Operation:
+        return rollbacks.begin_gradual(
+            database, environment=environment, model=model, to=aim.to, policy=policy, ttl_seconds=ttl_seconds,
+            reason=reason, flow_run_id=flow_run_id,
+        )  # fmt: skip
+
+    while True:
+        try:
+            operation = lease.taken(database, environment, model, begin, sleep=sleep, monotonic=monotonic)
+            break
+        except UnavailableError as error:
+            away.met(error)
+    if operation.stable != aim.seen.stable:
+        why = f"{operation.stable} has become the stable version since this rollback from {aim.seen.stable} was decided"
+        promotions.end(database, operation, "withdrawn", title="Not begun", detail=why)
+        raise ConflictError(
+            f"{model}: {why}; nothing was moved: look at it (modelkeep status), then ask for a new rollback"
+        )
+    return operation
+
+
+def carry(work: Promoting, steps: Callable[[Promoting], dict[str, Any]]) -> dict[str, Any]:
+    """Do the steps of a gradual rollback, and bring it to an end that is on record, whatever happens on the way.
+
+    A registry that goes away is waited for. What was done though nobody heard so is done. Any error undoes it: the stable version
+    has all traffic again, the record says why, the lease is free. Where even that cannot be written the lease runs out, to the same
+    effect. Raises Ended where it was stopped, FencedError where another process carries it on, and the error that ended it.
+    """
+    from tasks import promotion  # late: an emergency, which has no steps, shall not wait for what it imports
+
+    operation = work.operation
+    try:
+        found = outage.steadfast(work, steps)
+        if found is None:
+            raise FencedError(
+                f"promotion {operation.id} waits for an approval, which a rollback does not: nothing was written"
+            )
+        return found
+    except Ended:
+        raise
+    except FencedError:
+        away = outage.Outage(tell=work.tell, sleep=work.sleep, monotonic=work.monotonic)
+        done, ended = outage.answered(
+            work.database,
+            lambda session: (rollbacks.finished(session, operation.id), promotion.ended_in(session, operation.id)),
+            away,
+        )
+        if done is not None:
+            return done
+        if ended is not None:
+            raise ended from None
+        raise
+    except BaseException as error:
+        _undo(work, error)
+        raise
+
+
+def _undo(work: Promoting, error: BaseException) -> None:
+    why = f"{type(error).__name__}: {error}" if str(error) else f"interrupted ({type(error).__name__})"
+    away = outage.Outage(tell=work.tell, patience_seconds=_UNDO_SECONDS, sleep=work.sleep, monotonic=work.monotonic)
+    while True:
+        try:
+            work.end("failed", f"The rollback to {work.operation.version} failed", why)
+            return
+        except FencedError:
+            return  # it has ended: by another, or by us before an answer that was lost
+        except UnavailableError as unavailable:
+            try:
+                away.met(unavailable)
+            except UnavailableError:
+                work.tell(
+                    f"that the rollback ended ({why}) could not be written: {unavailable}; its lease runs out instead"
+                )
+                return
+        except Exception as other:
+            work.tell(
+                f"that the rollback ended ({why}) could not be written: {type(other).__name__}: {other}; its lease runs out instead"
+            )
+            return
 
 
 def gradual(work: Promoting, *, reason: str, dwell_seconds: float | None = None) -> dict[str, Any]:
@@ -178,121 +285,16 @@ def gradual(work: Promoting, *, reason: str, dwell_seconds: float | None = None)
             found = _failing(work, stage)
             if found:
                 raise work.end("withdrawn", f"The rollback to {operation.version} is stopped", found)
-            if work.paused is None and (stint.judged >= dwell or stint.advanced is not None):
+            if (
+                work.paused is None
+                and (stint.judged >= dwell or stint.advanced is not None)
+                and _noted(work, stint, stage)
+            ):
                 break
             work.rest()
-        if (given := stint.advanced) is not None:
-            promotions.note(
-                work.database, operation, "rollback", f"{stage} passed", f"Passed at the word of {given}.", taken=given.number
-            )  # fmt: skip
         work.tell(f"{operation.model} {operation.version} answers {share:.0%} of the requests")
     detail = f"all traffic is back on {operation.version}"
     return rollbacks.finish_gradual(work.database, operation, reason=reason or "gradual rollback", detail=detail)
-
-
-def at_servers(
-    addresses: Sequence[str],
-    *,
-    environment: str,
-    model: str,
-    to: str | None,
-    reason: str,
-    claimed: str | None,
-    why: str,
-    access: servers.Access = servers.NOBODY,
-    began: float,
-    timeout_seconds: float = FOLLOW_SECONDS,
-) -> RollbackResult:
-    """An emergency at each server's own API, all at a time once the version is known: what is left when the registry does not answer.
-
-    `why` it does not.
-    """
-    asked: dict[str, dict[str, Any] | str] = {}
-    body = {"model": model, "to": to, "strategy": "emergency", "reason": reason, "claimed": claimed}
-    rest = list(addresses)
-    # Servers may reach the registry where this process does not, and each would go one further back: the first that answers
-    # says to which version, for all.
-    while body["to"] is None and rest:
-        asked[rest[0]] = found = _ask(rest[0], body, access)
-        if isinstance(found, dict):
-            body = {**body, "to": str(found["to"])}
-        del rest[0]
-    with ThreadPoolExecutor(max(1, len(rest)), thread_name_prefix="rollback") as pool:
-        futures = {address: pool.submit(_ask, address, body, access) for address in rest}
-        for address, future in futures.items():
-            asked[address] = future.result()
-    behind = {address: found for address, found in asked.items() if isinstance(found, str)}
-    done = {address: found for address, found in asked.items() if isinstance(found, dict)}
-    answers: dict[str, Answer] = {}
-    deadline = time.monotonic() + timeout_seconds
-    with ThreadPoolExecutor(max(1, len(done)), thread_name_prefix="answer") as pool:
-        waiting = {
-            address: pool.submit(
-                answering.first_answer, address, model, found["to"], tensors=None, access=access, since=began,
-                deadline=deadline,
-            )
-            for address, found in done.items()
-        }  # fmt: skip
-        answers = {address: future.result() for address, future in waiting.items()}
-    followed, late, seconds, notes = _sorted(answers)
-    targets = sorted({str(found["to"]) for found in done.values()})
-    if len(targets) > 1:
-        notes = {**notes, **{address: f"went back to {found['to']}" for address, found in done.items()}}
-    for address, found in done.items():
-        if found.get("not_kept"):
-            notes[address] = f"a restart of this server would forget it: {found['not_kept']}"
-    first = next(iter(done.values()), {})
-    return RollbackResult(
-        model,
-        environment,
-        first.get("from"),
-        targets[0] if targets else str(to),
-        None,
-        followed,
-        {**behind, **late},
-        first.get("withdrawn"),
-        strategy="emergency",
-        seconds=seconds,
-        notes=notes,
-        registry=why,
-        held=tuple(address for address, found in done.items() if found["by"] == "hold"),
-    )
-
-
-def release_at(
-    addresses: Sequence[str], *, model: str, reason: str, access: servers.Access = servers.NOBODY
-) -> dict[str, str]:
-    """Let go of the holds of a model by hand: {address: what came of it}."""
-    found = {}
-    for address in addresses:
-        try:
-            answer = httpx.delete(
-                f"{address}/api/v2/rollback/{model}", params={"reason": reason}, headers=access.headers(address),
-                timeout=_ASK_SECONDS,
-            )  # fmt: skip
-            found[address] = "released" if answer.status_code == 200 else f"{answer.status_code}: {_text(answer)}"
-        except httpx.HTTPError as error:
-            found[address] = f"does not answer: {error}"
-    return found
-
-
-def _ask(address: str, body: Mapping[str, Any], access: servers.Access) -> dict[str, Any] | str:
-    try:
-        answer = httpx.post(
-            f"{address}/api/v2/rollback", json=body, headers=access.headers(address), timeout=_ASK_SECONDS
-        )
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        return f"does not answer: {error}"
-    if answer.status_code != 200:
-        return f"refused ({answer.status_code}): {_text(answer)}"
-    return dict(answer.json())
-
-
-def _text(answer: httpx.Response) -> str:
-    try:
-        return str(answer.json()["error"])
-    except (ValueError, KeyError, TypeError):
-        return answer.text[:300]
 
 
 def _step(work: Promoting, stage: str, share: float, *, first: bool, reason: str) -> None:
@@ -320,6 +322,20 @@ def _step(work: Promoting, stage: str, share: float, *, first: bool, reason: str
         raise work.end("withdrawn", f"The rollback to {operation.version} is stopped", f"at {share:.0%}: {why}")
 
 
+def _noted(work: Promoting, stint: Stint, stage: str) -> bool:
+    """Put on record that a person passed the step. False where that was called off meanwhile, by a pause."""
+    if (given := stint.advanced) is None:
+        return True
+    detail = f"Passed at the word of {given}."
+    try:
+        promotions.note(
+            work.database, work.operation, "rollback", f"{stage} passed", detail, taken=given.number
+        )  # fmt: skip
+    except promotions.OvertakenError:
+        return False
+    return True
+
+
 def _failing(work: Promoting, stage: str) -> str | None:
     """Why the target is no better: in this step it fails at the share that stops a canary at once, and the other does not."""
     operation, policy = work.operation, work.policy
@@ -337,7 +353,7 @@ def _failing(work: Promoting, stage: str) -> str | None:
     )
 
 
-def _sorted(
+def sorted_answers(
     answers: Mapping[str, Answer],
 ) -> tuple[tuple[str, ...], dict[str, str], dict[str, float], dict[str, str]]:
     """(who follows, who does not and why, seconds, notes)."""
@@ -348,4 +364,4 @@ def _sorted(
     return followed, behind, seconds, notes
 
 
-__all__ = ["Ended", "RollbackResult", "at_servers", "change", "follow", "gradual", "release_at"]
+__all__ = ["Ended", "RollbackResult", "begin_gradual", "carry", "change", "follow", "gradual", "sorted_answers"]

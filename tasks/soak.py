@@ -46,9 +46,12 @@ class Soak:
         verdict = self._judged()
         if verdict.verdict == "withdraw":
             return self._end("withdrawn", f"{work.name} is withdrawn", verdict)
-        if stint.advanced is not None:
+        if stint.advanced is not None and work.paused is None:
             title = f"{work.name} is the stable version"
-            return self._end("promoted", title, verdict, taken=stint.advanced)
+            try:
+                return self._end("promoted", title, verdict, taken=stint.advanced)
+            except promotions.OvertakenError:
+                return None  # paused between the look and the end
         if verdict.verdict == "advance" and work.paused is None:
             return self._end("promoted", f"{work.name} is the stable version", verdict)
         if stint.total - self._kept_at >= KEEP_SECONDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import event, func, select, text
@@ -18,7 +20,10 @@ from sqlalchemy import event, func, select, text
 from registry import clock
 from registry.database import Database
 from registry.errors import RefusedError, StorageError, UnavailableError
-from registry.schema import AuditEvent, Model, PromotionStep
+from registry.feedback import Verdict
+from registry.schema import AuditEvent, Feedback, Model, PromotionStep, ReplicaCount
+from serving.reporting import Reporter, Said
+from serving.state import Serving
 from tests.integration.registry.test_at_once import add_models, count, url_of
 from tests.registry_servers import PROGRAMS, Server, starter
 from tests.unit.registry import kit
@@ -148,6 +153,38 @@ def test_what_does_not_fit_a_column_is_refused_and_nothing_is_cut(database: Data
     with pytest.raises(RefusedError, match=r"does not take a value: .*; shorten it"):
         add_models(database, "x" * 129)
     assert (count(database, Model), kit.verdict(database).events) == (0, 0)
+
+
+def test_what_a_server_cannot_be_told_as_a_whole_it_is_told_in_pieces(database: Database) -> None:
+    """Names that are too long, a number out of range, and a text with a zero byte: the last only PostgreSQL refuses."""
+    for version in ("1", "2"):
+        kit.add_version(database, version)
+    kit.stable_by(database, "1")
+    generation = kit.canary(database, kit.begin(database, "2"))[1]
+    serving = Serving(environment=kit.ENVIRONMENT, replica_id="r1", boot_id="boot")
+    serving.epoch, serving.generation = "e", generation
+    counts = [
+        {"model": kit.MODEL, "version": version, "generation": number, "epoch": "e", "requests": 1}
+        for version, number in (("1", 1), ("x" * 129, 1), ("2", 1 << 40), ("2", 1))
+    ]
+    serving.watch_counts = lambda: counts  # type: ignore[method-assign]
+    texts = ["good", "zero\0byte", "good"]
+    serving.feedback.put([Verdict(str(n), "2", generation, bad=True, reason=text) for n, text in enumerate(texts)])
+    reporter = Reporter(serving, database, monotonic=time.monotonic)
+
+    async def in_thread(work: Callable[[], Any]) -> Any:
+        return await asyncio.to_thread(work)
+
+    errors = {("digits", "x" * 400): "does not load", ("digits", "1"): "neither does this"}
+    asyncio.run(reporter.report(in_thread, lambda: Said("http://127.0.0.1:1", clock.now(), {}, errors)))
+    with database.read() as session:
+        told = session.scalars(select(ReplicaCount.version).order_by(ReplicaCount.version)).all()
+        verdicts = set(session.scalars(select(Feedback.request_id)))
+        unloadable = session.scalars(select(AuditEvent.subject).where(AuditEvent.action == "version.unloadable")).all()
+    assert list(told) == ["1", "2"]
+    assert {"0", "2"} <= verdicts and len(serving.feedback) == 0
+    assert list(unloadable) == ["version:digits/1"]
+    assert {"report", "unloadable"} <= set(reporter.refused)
 
 
 def test_a_number_that_is_none_is_absent_and_not_an_error(database: Database) -> None:

@@ -466,3 +466,12 @@ def _try(database: Database, acts: list[str], four_eyes: bool) -> None:
     if not went_on:
         assert kit.route(database).stable == "1"
     assert kit.verdict(database).faults == []
+
+
+@pytest.mark.parametrize("step", [kit.shadow, kit.promote])
+def test_the_process_that_asked_gives_no_traffic_before_the_answer(database: Database, step: Any) -> None:
+    operation = asked(database)
+    before = kit.places(database)
+    with pytest.raises(ConflictError, match="waits for an approval"):
+        step(database, operation)
+    assert kit.places(database) == before

@@ -105,6 +105,69 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(
     assert kit.last_event(two) == seen
 
 
+def outcomes(database: Database, operation: Operation) -> list[tuple[str, str]]:
+    with database.read() as session:
+        return [(row["command"], row["outcome"]) for row in commands.listed(session, operation.id)]
+
+
+def test_a_second_advance_is_the_one_that_waits_and_skips_no_stage(two: Database) -> None:
+    operation = kit.begin(two, "2")
+    kit.canary(two, operation)
+    first = give(two, operation, "advance", "it is fine")
+    seen = kit.last_event(two)
+    again = give(two, operation, "advance", "has it arrived?")
+    assert kit.last_event(two) == seen
+    assert {key: value for key, value in again.items() if key != "message"} == {
+        key: value for key, value in first.items() if key != "message"
+    }
+    assert re.search("told to advance at 20.*Z already, by key:ops: it is fine; .* adds nothing", again["message"])
+    (waiting,) = standing(two, operation).waiting
+    promotions.note(two, operation, "canary", "passed", "at the word of somebody", taken=waiting.number)
+    assert outcomes(two, operation) == [("advance", "taken")]
+    give(two, operation, "advance")
+    assert outcomes(two, operation) == [("advance", "taken"), ("advance", "waiting")], "this one is for the next stage"
+
+
+def test_a_pause_calls_off_an_advance_that_was_not_carried_out(two: Database) -> None:
+    operation = kit.begin(two, "2")
+    kit.canary(two, operation)
+    give(two, operation, "advance")
+    (looked_at,) = standing(two, operation).waiting
+    give(two, operation, "pause", "wait")
+    called_off = ("advance", "not taken: paused by key:ops: wait before it was carried out")
+    assert outcomes(two, operation) == [called_off, ("pause", "waiting")]
+    with two.read() as session:
+        assert promotions.story(session, operation.id)[-1]["title"] == "Not taken"
+    with pytest.raises(promotions.OvertakenError, match="advance by key:ops was called off"):
+        promotions.note(two, operation, "canary", "passed", "", taken=looked_at.number)
+    give(two, operation, "resume")
+    give(two, operation, "advance")
+    assert [one.command for one in standing(two, operation).waiting] == ["pause", "resume", "advance"]
+    assert outcomes(two, operation)[-1] == ("advance", "waiting")
+
+
+@pytest.mark.parametrize("how", ["end", "stop"])
+def test_what_waits_when_the_promotion_ends_is_closed_with_it(two: Database, how: str) -> None:
+    operation = kit.begin(two, "2")
+    kit.canary(two, operation)
+    for command in ("pause", "resume", "advance"):
+        give(two, operation, command)
+    if how == "end":
+        kit.end(two, operation, "withdrawn")
+    else:
+        give(two, operation, "stop")
+    late = "not taken: the promotion had ended"
+    stops = [("stop", "taken")] if how == "stop" else []
+    assert outcomes(two, operation) == [("pause", late), ("resume", late), ("advance", late), *stops]
+    assert standing(two, operation).waiting == ()
+    with two.read() as session:
+        story = promotions.story(session, operation.id)
+        assert {row["taken_at"] is None for row in commands.listed(session, operation.id)[:3]} == {True}
+    assert [step["title"] for step in story].count("Not taken") == 3
+    assert story[-1]["step"] == "withdrawn", "how it ended is said last"
+    assert kit.verdict(two).faults == []
+
+
 def test_before_the_first_stage_there_is_nothing_to_pass(two: Database) -> None:
     operation = kit.begin(two, "2")
     with pytest.raises(RefusedError, match="validating: there is no stage to pass"):

@@ -211,7 +211,7 @@ class Promotions(RuleBasedStateMachine):
             lease = session.get(Lease, leases.subject_of(ENVIRONMENT, MODEL))
             active = session.scalars(select(Promotion).where(Promotion.state.in_(promotions.ACTIVE))).all()
             archived = set(session.scalars(select(Version.version).where(Version.state == "archived")))
-            stops = session.scalars(select(PromotionCommand).where(PromotionCommand.command == "stop")).all()
+            told_all = session.scalars(select(PromotionCommand)).all()
             known = set(session.scalars(select(Version.version)))
             changes = session.scalars(select(RouteChange).order_by(RouteChange.generation)).all()
             events = session.scalars(select(AuditEvent.action).where(AuditEvent.action.startswith("route.")))
@@ -244,7 +244,12 @@ class Promotions(RuleBasedStateMachine):
         if active and active[0].state == promotions.SOAKING:
             assert route is not None and (route.stable, route.promotion) == (active[0].version, active[0].id)
         assert len({o.held.token for o in self.operations if self.lives(o)}) <= 1, "never two live carriers"
-        assert all(row.taken_at is not None for row in stops), "a stop never waits"
+        waiting = [row for row in told_all if row.taken_at is None]
+        assert all(row.command != "stop" for row in waiting), "a stop never waits"
+        assert {row.promotion for row in waiting} <= {promotion.id for promotion in active}, (
+            "nothing waits after the end"
+        )
+        assert len([row for row in waiting if row.command == "advance"]) <= 1, "a repeated advance skips no stage"
         assert told == [f"route.{change.kind}" for change in changes]
         assert [change.generation for change in changes] == list(range(1, len(changes) + 1))
 

@@ -26,6 +26,7 @@ from registry.store import open_store
 from serving import child, pages
 from serving.api import create_app
 from serving.auth import ANONYMOUS, Guard, Rules, is_local, role_needed
+from serving.capture import Capture
 from serving.keyring import Keyring
 from serving.reconcile import Reconciler
 from serving.state import Serving
@@ -161,9 +162,13 @@ MATRIX: dict[tuple[str, str], str | None] = {
     ("POST", "/api/v2/promotions/{promotion}/resume"): OPERATE,
     ("POST", "/api/v2/promotions/{promotion}/advance"): OPERATE,
     ("POST", "/api/v2/promotions/{promotion}/stop"): OPERATE,
+    ("GET", "/api/v2/captured"): VIEW,
+    ("GET", "/api/v2/captured/{model}"): OPERATE,
+    ("DELETE", "/api/v2/captured/{model}"): OPERATE,
     ("POST", "/api/v2/feedback"): INFER,
     ("POST", "/api/v2/rollback"): OPERATE,
     ("DELETE", "/api/v2/rollback/{model}"): OPERATE,
+    ("GET", "/api/v2/rollback/{model}"): VIEW,
     ("GET", "/v2"): VIEW,
     ("GET", "/v2/health/live"): OPEN,
     ("GET", "/v2/health/ready"): OPEN,
@@ -181,6 +186,7 @@ def reconciler(folder: Path) -> Reconciler:
     """One that is never started."""
     settings = Settings(home=folder, profile="cpu")
     serving = Serving(environment="production", replica_id="box", boot_id="boot")
+    serving.capture = Capture(folder / "captured", settings.capture)
     return Reconciler(
         serving, settings, open_database(settings), open_store(settings.artifacts), state_folder=folder, address=ADDRESS
     )
@@ -390,13 +396,15 @@ def test_before_any_key_is_known_the_server_says_that_it_cannot_tell() -> None:
     assert ask("GET", "/health") == 200
 
 
-def test_our_own_processes_read_infer_and_nudge_and_do_nothing_else() -> None:
+def test_our_own_processes_read_infer_nudge_and_fetch_captured_requests_and_do_nothing_else() -> None:
     ask = guarded()
     assert ask("GET", "/api/v2/model-info", INTERNAL) == 200
     assert ask("POST", "/v2/models/m/infer", INTERNAL) == 200
     assert ask("POST", "/api/v2/update-models", INTERNAL) == 200
     assert ask("POST", "/api/v2/promotions/p/approve", INTERNAL) == 403
     assert ask("PUT", "/api/v2/update-models", INTERNAL) == 403
+    assert ask("GET", "/api/v2/captured/m", INTERNAL) == 200
+    assert ask("DELETE", "/api/v2/captured/m", INTERNAL) == 403
 
 
 # --- without a key
@@ -409,6 +417,42 @@ def test_on_this_machine_nobody_needs_a_key_unless_it_is_asked_for() -> None:
     assert ask.reached[-1]["state"]["role"] == "operate"
     assert ask("POST", "/api/v2/promotions/p/approve", text("viewer")) == 403, "who shows a key is held to it"
     assert guarded(Rules(local=True, require_keys=True))("GET", "/metrics") == 401
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-IP", "Forwarded", "Via", "x-forwarded-FOR"],
+)
+def test_what_a_proxy_passes_on_to_this_machine_needs_a_key(header: str) -> None:
+    failures: dict[str, int] = {}
+    ask = guarded(Rules(local=True), failures=failures)
+    lines = [("Host", "127.0.0.1:8000"), (header, "203.0.113.9"), (header, "10.1.1.1")]
+    for method, path in (("GET", "/metrics"), ("POST", "/v2/models/m/infer"), ("POST", "/api/v2/rollback")):
+        assert ask(method, path, headers=lines) == 401
+        assert "MODELKEEP_SECURITY__REQUIRE_KEYS=true" in ask.error and "ALLOW_UNAUTHENTICATED=true" in ask.error
+        assert ask.reached == []
+    assert failures == {"forwarded": 3}
+    assert ask("POST", "/v2/models/m/infer", text("sender"), headers=lines) == 200
+    assert ask("GET", "/metrics", text("nobody"), headers=lines) == 401
+    for path in ("/health", "/v2/health/live", "/v2/health/ready"):
+        assert ask("GET", path, headers=lines) == 200
+    assert ask("GET", "/", headers=lines) == 200
+    assert ask.reached[-1]["state"]["role"] is None, "it may know that a server is here, and not what it serves"
+
+
+def test_a_proxy_that_decides_itself_who_may_come_in_is_believed() -> None:
+    lines = [("Host", "models.example.org"), ("X-Forwarded-For", "203.0.113.9")]
+    assert guarded(Rules(local=True, allow_unauthenticated=True))("GET", "/metrics", headers=lines) == 200
+    closed = guarded(Rules(local=True, require_keys=True))
+    assert closed("GET", "/metrics", headers=lines) == 401
+    assert "asks for an API key" in closed.error
+    assert closed("GET", "/metrics", text("viewer"), headers=lines) == 200
+
+
+def test_a_websocket_through_a_proxy_needs_a_key() -> None:
+    ask = guarded(Rules(local=True))
+    ask("GET", "/v2/stream", headers={"Host": "127.0.0.1", "X-Forwarded-For": "203.0.113.9"}, kind="websocket")
+    assert ask.reached == [] and ask.messages[0]["type"] == "websocket.close"
 
 
 def test_what_stands_in_front_may_be_trusted_with_it() -> None:

@@ -10,17 +10,18 @@ import httpx
 import numpy as np
 import pytest
 
-from registry import commands, promotions, rollbacks, versions
+from registry import commands, leases, promotions, rollbacks, versions
 from registry.actor import Who
 from registry.database import Database
-from registry.errors import FencedError
+from registry.errors import ConflictError, FencedError, StorageError, UnavailableError
 from registry.store import DirectoryStore
-from tasks import answering, rollback
-from tasks.promoting import Ended
+from tasks import answering, rollback, servers
+from tasks.promoting import Ended, Promoting
 from tests.unit.registry import kit
 from tests.unit.registry.conftest import database, engine, template  # noqa: F401  (fixtures)
 from tests.unit.registry.kit import ENVIRONMENT, MODEL, POLICY, Clock, route
 from tests.unit.tasks import soaking
+from tests.unit.tasks.test_outage import Failing
 
 
 @pytest.fixture
@@ -107,43 +108,154 @@ def test_a_gradual_rollback_that_an_emergency_overtook_writes_nothing_more(two: 
     assert route(two).stable == "1"
 
 
-# answers
+# to a defined end
 
 
-def test_of_several_servers_that_reach_the_registry_one_goes_back_and_the_others_to_the_same(
+def working(two: Database, operation: promotions.Operation, told: list[str] | None = None) -> Promoting:
+    """At work with a clock that goes on by what is slept."""
+    clock = Clock()
+    work = soaking.at_work(two, operation, clock, told=told)
+
+    def sleep(seconds: float) -> None:
+        clock.seconds += max(seconds, 2.0)
+
+    work.sleep = sleep
+    return work
+
+
+def by_steps(work: Promoting) -> dict[str, Any]:
+    return rollback.gradual(work, reason="slowly")
+
+
+def ended(two: Database, operation: promotions.Operation) -> tuple[str, str | None, str | None, bool]:
+    """(state of the record, stable version, candidate, whether the lease is free)."""
+    found = route(two)
+    with two.read() as session:
+        state = promotions.get(session, operation.id).state
+        free = leases.is_free(session, leases.subject_of(ENVIRONMENT, MODEL))
+    return state, found.stable, found.candidate, free
+
+
+@pytest.mark.parametrize("committed", [True, False])
+@pytest.mark.parametrize("number", range(1, 5))  # three shares, and the end
+def test_a_registry_that_goes_away_at_any_write_is_waited_for_and_the_rollback_is_done_once(
+    two: Database, monkeypatch: pytest.MonkeyPatch, number: int, committed: bool
+) -> None:
+    monkeypatch.setattr(servers, "follow", lambda *_, **__: servers.Following(reached=("r",)))
+    operation, before = begun(two), kit.last_event(two)
+    failing = Failing(monkeypatch, number, committed=committed)
+    result = rollback.carry(working(two, operation), by_steps)
+    assert (result["from"], result["to"], result["generation"]) == ("2", "1", route(two).generation)
+    assert ended(two, operation) == ("promoted", "1", None, True)
+    assert failing.writes >= number
+    assert kit.actions(two, before).count("model.rolled-back") == 1
+
+
+@pytest.mark.parametrize("error", [StorageError("the disk is full"), ZeroDivisionError("oops"), KeyboardInterrupt()])
+def test_any_error_in_the_middle_undoes_a_gradual_rollback_at_once_and_says_why_on_its_record(
+    two: Database, error: BaseException
+) -> None:
+    operation = begun(two)
+
+    def break_down(work: Promoting) -> dict[str, Any]:
+        kit.canary(two, work.operation, 0.25)
+        raise error
+
+    with pytest.raises(type(error)):
+        rollback.carry(working(two, operation), break_down)
+    assert ended(two, operation) == ("failed", "2", None, True)
+    with two.read() as session:
+        last = promotions.story(session, operation.id)[-1]
+    assert last["title"] == "The rollback to 1 failed" and type(error).__name__ in last["detail"]
+
+
+def test_where_even_the_end_cannot_be_written_that_is_told_and_the_error_is_the_one_that_ended_it(
     two: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    operation, told = begun(two), list[str]()
+
+    def break_down(_work: Promoting) -> dict[str, Any]:
+        raise ZeroDivisionError("oops")
+
+    def gone(*_: object, **__: object) -> None:
+        raise UnavailableError("it is gone")
+
+    monkeypatch.setattr(promotions, "end", gone)
+    with pytest.raises(ZeroDivisionError):
+        rollback.carry(working(two, operation, told), break_down)
+    assert "ZeroDivisionError: oops" in told[-1] and "its lease runs out" in told[-1]
+
+
+def test_a_gradual_rollback_that_a_person_stopped_ends_as_that_and_not_as_locked(two: Database) -> None:
+    operation = begun(two)
+
+    def stopped(work: Promoting) -> dict[str, Any]:
+        commands.give(two, work.operation.id, command="stop", who=Who("os:me"), reason="wrong model")
+        work.hear(rollback.Stint(work.monotonic))
+        raise AssertionError("it has ended")
+
+    with pytest.raises(Ended) as found:
+        rollback.carry(working(two, operation), stopped)
+    assert found.value.outcome == "withdrawn"
+    assert ended(two, operation) == ("withdrawn", "2", None, True)
+
+
+def test_one_that_another_process_carries_on_is_left_to_it(two: Database) -> None:
+    operation = begun(two)
+
+    def lost(_work: Promoting) -> dict[str, Any]:
+        raise FencedError("the token is dead")
+
+    with pytest.raises(FencedError):
+        rollback.carry(working(two, operation), lost)
+    assert ended(two, operation) == ("running", "2", None, False)
+
+
+def aimed(two: Database) -> rollbacks.Aim:
+    with two.read() as session:
+        return rollbacks.aim(session, ENVIRONMENT, MODEL, to=None, emergency=False)
+
+
+def opened(two: Database, aim: rollbacks.Aim, **options: Any) -> promotions.Operation:
+    return rollback.begin_gradual(
+        two, aim, environment=ENVIRONMENT, model=MODEL, policy=POLICY, ttl_seconds=30.0, reason="slowly",
+        flow_run_id="run-1", sleep=lambda _: None, **options,
+    )  # fmt: skip
+
+
+def test_a_lost_answer_to_the_beginning_is_asked_for_again_and_one_record_is_opened(
+    two: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, lost = rollbacks.begin_gradual, [UnavailableError("gone")]
+
+    def begin(*arguments: Any, **options: Any) -> promotions.Operation:
+        operation = real(*arguments, **options)
+        if lost:
+            raise lost.pop()
+        return operation
+
+    monkeypatch.setattr(rollbacks, "begin_gradual", begin)
+    operation = opened(two, aimed(two))
+    assert operation.resumed
+    with two.read() as session:
+        assert [row["id"] for row in promotions.listed(session, model=MODEL) if row["strategy"] == "rollback"] == [
+            operation.id
+        ]
+
+
+def test_a_gradual_rollback_that_was_decided_over_another_stable_version_is_not_begun(two: Database) -> None:
     kit.add_version(two, "3")
+    aim = aimed(two)
     kit.stable_by(two, "3")
+    with pytest.raises(ConflictError, match="3 has become the stable version since this rollback from 2"):
+        opened(two, aim)
+    found = route(two)
+    assert (found.stable, found.candidate) == ("3", None)
+    with two.read() as session:
+        assert leases.is_free(session, leases.subject_of(ENVIRONMENT, MODEL))
 
-    def ask(address: str, body: dict[str, Any], _access: object) -> dict[str, Any] | str:
-        if address == "gone":
-            return "does not answer"
-        done = rollbacks.roll_back(
-            two,
-            environment=ENVIRONMENT,
-            model=body["model"],
-            to=body["to"],
-            reason="",
-            ttl_seconds=30.0,
-            emergency=True,
-        )
-        return {**done, "by": "registry"}
 
-    monkeypatch.setattr(rollback, "_ask", ask)
-    monkeypatch.setattr(answering, "first_answer", lambda *_, **__: answering.Answer(0.1))
-    found = rollback.at_servers(
-        ["gone", "a", "b"],
-        environment=ENVIRONMENT,
-        model=MODEL,
-        to=None,
-        reason="",
-        claimed=None,
-        why="away",
-        began=0.0,
-    )
-    assert (found.to_version, route(two).stable) == ("2", "2")
-    assert (found.followed, found.behind) == (("a", "b"), {"gone": "does not answer"})
+# answers
 
 
 def test_zeros_fit_any_signature() -> None:

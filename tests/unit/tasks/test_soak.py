@@ -12,8 +12,8 @@ from registry import commands, promotions
 from registry.actor import Who
 from registry.database import Database
 from registry.errors import FencedError, RefusedError
-from tasks import promotion
-from tasks.judgement import StreamCounts, Window
+from tasks import promotion, rollback
+from tasks.judgement import Judgement, StreamCounts, Window
 from tasks.promoting import Ended, Stint
 from tasks.slices import MOST_PARTS, MOST_SLICES, Parts
 from tasks.soak import LONGEST_GAP_SECONDS, Soak
@@ -190,6 +190,63 @@ def test_a_soak_is_ended_by_a_word_and_the_record_names_whose(database: Database
     with database.read() as session:
         (given,) = commands.listed(session, operation.id)
     assert given["taken_at"] is not None
+
+
+def test_a_pause_after_a_word_to_end_the_soak_wins(database: Database) -> None:
+    operation, monotonic = begin_soak(database), Clock()
+    watch = Soak(at_work(database, operation, monotonic))
+    assert watch.tick() is None
+    commands.give(database, operation.id, command="advance", who=WHO, reason="the release is today")
+    commands.give(database, operation.id, command="pause", who=WHO, reason="no, wait")
+    for _ in range(100):
+        monotonic.seconds += 1
+        assert watch.tick() is None
+    commands.give(database, operation.id, command="resume", who=WHO, reason="")
+    monotonic.seconds += 1
+    assert watch.tick() is None, "it goes on where it stood: the word of before is spent"
+    commands.give(database, operation.id, command="advance", who=WHO, reason="now")
+    ended = watch.tick()
+    assert ended is not None and "key:ops: now" in ended.reason
+    with database.read() as session:
+        given = [(row["command"], row["outcome"]) for row in commands.listed(session, operation.id)]
+    called_off = ("advance", "not taken: paused by key:ops: no, wait before it was carried out")
+    assert given == [called_off, ("pause", "taken"), ("resume", "taken"), ("advance", "taken")]
+
+
+def test_a_pause_between_the_look_and_the_end_of_the_soak_wins(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operation = begin_soak(database)
+    watch = Soak(at_work(database, operation, Clock()))
+    commands.give(database, operation.id, command="advance", who=WHO, reason="")
+    judged = watch._judged
+
+    def slowly() -> Judgement:
+        monkeypatch.undo()
+        commands.give(database, operation.id, command="pause", who=WHO, reason="wait")
+        return judged()
+
+    monkeypatch.setattr(watch, "_judged", slowly)
+    assert watch.tick() is None
+    assert watch.tick() is None
+    with database.read() as session:
+        assert promotions.get(session, operation.id).state == "soaking"
+
+
+def test_a_pause_between_the_look_and_the_decision_of_a_stage_wins(database: Database) -> None:
+    operation, monotonic = kit.begin(database, "2"), Clock()
+    kit.canary(database, operation)
+    work, stint = at_work(database, operation, monotonic), Stint(monotonic)
+    commands.give(database, operation.id, command="advance", who=WHO, reason="")
+    work.hear(stint)
+    assert stint.advanced is not None
+    commands.give(database, operation.id, command="pause", who=WHO, reason="wait")
+    assert promotion._note_passed(work, stint, "canary", "passed", "", {}) is False
+    assert rollback._noted(work, stint, "back at 5%") is False
+    with database.read() as session:
+        assert [step["title"] for step in promotions.story(session, operation.id)][-1] == "Not taken"
+    work.hear(stint)
+    assert stint.advanced is None and work.paused is not None
 
 
 def test_a_word_to_go_on_does_not_override_the_evidence(database: Database) -> None:
