@@ -120,7 +120,13 @@ def measure(runs: int, megabytes: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--mb", type=int, nargs="*", default=[0, 60], help="sizes of the model (at most 60: the harness takes no larger ones), 0: a few KB")
+    parser.add_argument(
+        "--mb",
+        type=int,
+        nargs="*",
+        default=[0, 60],
+        help="sizes of the model (at most 60: the harness takes no larger ones), 0: a few KB",
+    )
     options = parser.parse_args()
     found = [measure(options.runs, megabytes) for megabytes in options.mb]
     print(json.dumps({"benchmark": "hot_swap", "mark_seconds": MARK_SECONDS, "rate": RATE, "sizes": found}, indent=2))

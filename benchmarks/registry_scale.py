@@ -1,12 +1,13 @@
 """What a server's poll and report, a promotion of record and a page of versions cost in a small and in a large registry.
 
-Prints one JSON document. Run by `make bench`, or `python -m benchmarks.registry_scale [--url URL …] [--events N] [--runs N]`: three URLs of
-empty databases, or SQLite in a temporary folder.
+Prints one JSON document. Run by `make bench`, or `python -m benchmarks.registry_scale [--server mariadb|postgresql | --url URL …]
+[--events N] [--runs N]`: on a private server, on three empty databases, or on SQLite in a temporary folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime as dt
 import json
 import statistics
@@ -24,6 +25,8 @@ from registry.database import Database
 from registry.policy import PromotionPolicy
 from registry.routes import Desired
 from registry.schema import AuditEvent, AuditHead, Model, Version
+from tests import registry_servers
+from tests.conftest import find_program
 
 ENVIRONMENT = "production"
 SERVERS = 20
@@ -169,10 +172,19 @@ def measure(databases: dict[str, Database], runs: int) -> dict[str, dict[str, fl
     }
 
 
+def _program(name: str) -> Path:
+    if (found := find_program(name)) is None:
+        raise SystemExit(f"{name} is not installed; `make test` installs it where it may")
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--url", action="append", default=[], help="an empty database; once for each of the three sizes"
+    )
+    parser.add_argument(
+        "--server", choices=["mariadb", "postgresql"], help="start a private server of this kind, for the databases"
     )
     parser.add_argument("--events", type=int, default=1_000_000, help="audit events of the large registry")
     parser.add_argument("--runs", type=int, default=60, help="measurements of each figure (of promotions at most 8)")
@@ -182,10 +194,14 @@ def main() -> int:
         "many_versions": {"models": 1000, "versions": 10_000, "events": 100},
         "many_versions_and_events": {"models": 1000, "versions": 10_000, "events": arguments.events},
     }
-    if arguments.url and len(arguments.url) != len(sizes):
-        parser.error(f"--url is given once for each of {', '.join(sizes)}, or not at all")
-    with tempfile.TemporaryDirectory(prefix="modelkeep-bench-") as folder:
+    if arguments.url and (arguments.server or len(arguments.url) != len(sizes)):
+        parser.error(f"--url is given once for each of {', '.join(sizes)} and without --server, or not at all")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="modelkeep-bench-"))
         urls = arguments.url or [f"sqlite:///{Path(folder) / f'{name}.db'}" for name in sizes]
+        if arguments.server:
+            server = stack.enter_context(contextlib.closing(registry_servers.starter(arguments.server, _program)))
+            urls = [server.create() for _ in sizes]
         databases = {name: Database(url, statement_seconds=600) for name, url in zip(sizes, urls, strict=True)}
         for name, database in databases.items():
             if database.revision() is not None:
