@@ -9,12 +9,12 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import clock, leases, names, replicas, routes, states, versions
+from registry import clock, leases, names, orders, replicas, routes, states, versions
 from registry.database import Database, Transaction
 from registry.endings import STAGING, Outcome, close, expire, make_stable, orphaned, orphans, supersede
 from registry.errors import ConflictError, RefusedError, UsageError
 from registry.policy import PromotionPolicy
-from registry.schema import Lease, Promotion, PromotionCommand
+from registry.schema import Lease, Promotion
 from registry.signature import Signature
 from registry.stories import (
     ACTIVE,
@@ -30,15 +30,11 @@ from registry.stories import (
 )  # fmt: skip
 
 __all__ = [
-    "ACTIVE", "AWAITING", "RUNNING", "SOAKING", "STAGING", "Operation", "Outcome", "OvertakenError", "add_step", "begin",
-    "carried", "carry_on", "close", "describe", "end", "expire", "get", "let_go", "listed", "make_stable", "note",
+    "ACTIVE", "AWAITING", "RUNNING", "SOAKING", "STAGING", "Operation", "Outcome", "add_step", "begin", "carried",
+    "carry_on", "close", "describe", "end", "expire", "get", "let_go", "listed", "make_stable", "note",
     "note_validation", "of_run", "operation_of", "orphaned", "orphans", "promote", "remember", "stage", "story",
     "supersede", "writing",
 ]  # fmt: skip
-
-
-class OvertakenError(ConflictError):
-    """A command was called off between the look that found it and the decision that follows it. Nothing was written: look again."""
 
 
 @dataclass(slots=True)
@@ -192,10 +188,10 @@ def note(
 ) -> None:
     """Add a decision to the story, and remember the step (and what a restart needs) in the same transaction.
 
-    `taken` is the number of the command that it follows. Raises OvertakenError.
+    `taken` is the number of the command that it follows. Raises orders.OvertakenError.
     """
     with writing(database, operation) as transaction:
-        _taken(transaction, operation, taken)
+        orders.take(transaction, operation.id, taken)
         _place(transaction, operation, placements or [], title)
         _note(transaction, operation, step, title, detail, figures or {}, progress)
 
@@ -255,7 +251,7 @@ def stage(
                 f"promotion {operation.id} is past its stages: {operation.version} is the stable version"
             )
         _not_awaiting(transaction, operation)
-        _void_advances(transaction, operation, title)
+        orders.void_advances(transaction, operation.id, title)
         _place(transaction, operation, placements, title)
         route = routes.change(
             transaction,
@@ -287,7 +283,7 @@ def promote(
     """
     with writing(database, operation) as transaction:
         _not_awaiting(transaction, operation)
-        _void_advances(transaction, operation, title)
+        orders.void_advances(transaction, operation.id, title)
         make_stable(transaction, operation.environment, operation.model, operation.version, reason=title)
         threshold = operation.progress.get("slow_threshold_seconds")
         route = routes.change(
@@ -326,10 +322,10 @@ def end(
 ) -> None:
     """Close the promotion and free the lease; take the candidate out of the route unless it was promoted.
 
-    `taken` is the number of the command that it follows. Raises OvertakenError.
+    `taken` is the number of the command that it follows. Raises orders.OvertakenError.
     """
     with writing(database, operation) as transaction:
-        _taken(transaction, operation, taken)
+        orders.take(transaction, operation.id, taken)
         if progress:
             row = transaction.session.get_one(Promotion, operation.id)
             row.progress = {**row.progress, **progress}
@@ -469,37 +465,12 @@ def let_go(database: Database, operation: Operation, why: str) -> None:
         leases.release(transaction, operation.held)
 
 
-def _taken(transaction: Transaction, operation: Operation, number: int | None) -> None:
-    if number is None:
-        return
-    row = transaction.session.get_one(PromotionCommand, (operation.id, number), populate_existing=True)
-    if row.taken_at is not None:
-        raise OvertakenError(f"promotion {operation.id}: its {row.command} by {row.actor} was called off just now")
-    row.taken_at = clock.now()
-
-
 def _not_awaiting(transaction: Transaction, operation: Operation) -> None:
     """No traffic before the answer, also by the process that asked: its token lives on while it waits."""
     if transaction.session.get_one(Promotion, operation.id, populate_existing=True).state == AWAITING:
         raise ConflictError(
             f"promotion {operation.id} waits for an approval: modelkeep approve {operation.id}, then it goes on when its run does"
         )
-
-
-def _void_advances(transaction: Transaction, operation: Operation, next_stage: str) -> None:
-    """A word to pass a stage is meant for the stage that it was given in, not for the next one."""
-    session = transaction.session
-    late = select(PromotionCommand).where(
-        PromotionCommand.promotion == operation.id,
-        PromotionCommand.command == "advance",
-        PromotionCommand.taken_at.is_(None),
-    )
-    for command in session.scalars(late):
-        command.taken_at = clock.now()
-        row = session.get_one(Promotion, operation.id)
-        detail = f"{command.actor} asked for it before {next_stage}, which was reached without it"
-        figures = {"command": command.number, "not_taken": f"{next_stage} was reached without it"}
-        add_step(transaction, row, "advance", "Sped up by itself already", detail, figures)
 
 
 def _place(

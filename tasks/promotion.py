@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from sqlalchemy.orm import Session
 
-from registry import promotions, states, store, versions
+from registry import orders, promotions, states, store, versions
 from registry.database import Database
 from registry.policy import PromotionPolicy
 from registry.promotions import STAGING
@@ -158,7 +158,7 @@ def _freeze(work: Promoting, stint: Stint, looks: list[list[dict[str, Any]]]) ->
             progress={"slow_threshold_seconds": threshold},
             taken=stint.advanced.number if stint.advanced else None,
         )
-    except promotions.OvertakenError:
+    except orders.OvertakenError:
         return False
     work.tell(detail)
     return True
@@ -428,7 +428,7 @@ def _note_passed(work: Promoting, stint: Stint, step: str, title: str, detail: s
         promotions.note(
             work.database, work.operation, step, title, detail, figures, taken=given.number if given else None
         )  # fmt: skip
-    except promotions.OvertakenError:
+    except orders.OvertakenError:
         return False
     work.tell(detail)
     return True

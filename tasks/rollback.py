@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from registry import promotions, rollbacks, states
+from registry import orders, promotions, rollbacks, states
 from registry.database import Database
 from registry.errors import ConflictError, FencedError, UnavailableError
 from registry.policy import PromotionPolicy
@@ -331,7 +331,7 @@ def _noted(work: Promoting, stint: Stint, stage: str) -> bool:
         promotions.note(
             work.database, work.operation, "rollback", f"{stage} passed", detail, taken=given.number
         )  # fmt: skip
-    except promotions.OvertakenError:
+    except orders.OvertakenError:
         return False
     return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from registry import promotions
+from registry import orders, promotions
 from registry.commands import Given
 from tasks import judgement, observation
 from tasks.judgement import Judgement
@@ -50,7 +50,7 @@ class Soak:
             title = f"{work.name} is the stable version"
             try:
                 return self._end("promoted", title, verdict, taken=stint.advanced)
-            except promotions.OvertakenError:
+            except orders.OvertakenError:
                 return None  # paused between the look and the end
         if verdict.verdict == "advance" and work.paused is None:
             return self._end("promoted", f"{work.name} is the stable version", verdict)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from registry import approvals, commands, leases, promotions
+from registry import approvals, commands, leases, orders, promotions
 from registry.actor import Who
 from registry.database import Database
 from registry.errors import FencedError, LockedError, NotFoundError, RefusedError, UsageError
@@ -138,7 +138,7 @@ def test_a_pause_calls_off_an_advance_that_was_not_carried_out(two: Database) ->
     assert outcomes(two, operation) == [called_off, ("pause", "waiting")]
     with two.read() as session:
         assert promotions.story(session, operation.id)[-1]["title"] == "Not taken"
-    with pytest.raises(promotions.OvertakenError, match="advance by key:ops was called off"):
+    with pytest.raises(orders.OvertakenError, match="advance by key:ops was called off"):
         promotions.note(two, operation, "canary", "passed", "", taken=looked_at.number)
     give(two, operation, "resume")
     give(two, operation, "advance")
