@@ -1,0 +1,98 @@
+"""Swaps of the version in traffic under sixteen connections that never pause: no request fails, every answer is its version's."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modelkeep.demo.answers import DirectRuns
+from tests.e2e.closed_loop import Log
+from tests.e2e.harness import MODEL, Box, box, images, wait_for, write_traffic
+
+BEFORE_SECONDS = 2.0
+"""What is usual is seen for so long before the first swap."""
+
+
+def swap(one: Box, version: str) -> None:
+    """Make a version stable by force, and wait until the server has followed."""
+    one.add(version)
+    one.settle_by_hand(version)
+    wait_for(f"an answer by {version}", lambda: one.infer().headers.get("x-model-version") == version)
+
+
+def swapped(folder: Path, count: int) -> tuple[Log, list[tuple[float, float]], dict[str, Path]]:
+    """The log of the client through so many swaps, from when to when each took (monotonic), and the versions' files."""
+    with box(folder) as one:
+        one.first("1")
+        one.serve()
+        log = folder / "closed.npz"
+        client = one.start(
+            "closed", "tests.e2e.closed_loop", "--port", str(one.port), "--model", MODEL, "--log", str(log),
+            "--data", str(write_traffic(folder / "traffic.npz")),
+        )  # fmt: skip
+        wait_for("a request of the client", lambda: requests_of(one) > 100)
+        time.sleep(BEFORE_SECONDS)
+        times = []
+        for number in range(2, count + 2):
+            began = time.monotonic()
+            swap(one, str(number))
+            times.append((began, time.monotonic()))
+        client.send_signal(signal.SIGTERM)
+        assert client.wait(60) == 0, one.log("closed").read_text()
+        return Log.read(log), times, dict(one.models)
+
+
+def requests_of(one: Box) -> int:
+    import httpx
+
+    found = httpx.get(f"{one.url}/api/v2/model-health", timeout=10).json()["models"]
+    return sum(int(entry["requests"]) for entry in found)
+
+
+def wrong(log: Log, models: dict[str, Path]) -> int:
+    """Answers that are not what the version that they name gives when it is run directly."""
+    direct = DirectRuns(models, images())
+    expected: dict[tuple[str, int], Any] = {}
+    count = 0
+    for status, version, image, scores in zip(log.status, log.version, log.image, log.scores, strict=True):
+        if status != 200:
+            continue
+        key = (str(version), int(image))
+        if key not in expected:
+            expected[key] = direct.scores(*key) if direct.knows(key[0]) else None
+        want = expected[key]
+        count += want is None or not np.allclose(scores, want, rtol=1e-3, atol=1e-4)
+    return count
+
+
+def figures(log: Log, times: list[tuple[float, float]], models: dict[str, Path]) -> dict[str, Any]:
+    usual = log.seconds[(log.finished < times[0][0])]
+    during = log.seconds[log.finished >= times[0][0]]
+    return {
+        "swaps": len(times),
+        "requests": len(log.status),
+        "failed": int((log.status != 200).sum()),
+        "wrong": wrong(log, models),
+        "versions": len(set(log.version[log.status == 200].tolist())),
+        "usual_p50_seconds": round(float(np.median(usual)), 4),
+        "usual_slowest_seconds": round(float(usual.max()), 4),
+        "slowest_seconds": round(float(during.max()), 4),
+        "p99_seconds": round(float(np.quantile(during, 0.99)), 4),
+        "swap_seconds": round(float(np.median([end - begin for begin, end in times])), 3),
+    }
+
+
+def test_ten_swaps_under_sixteen_connections_fail_no_request_and_give_no_wrong_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = figures(*swapped(tmp_path, 10))
+    with capsys.disabled():
+        print(f"\nswaps: {json.dumps(found)}")
+    assert (found["failed"], found["wrong"]) == (0, 0)
+    assert found["versions"] == 11, "each version answered"
