@@ -69,11 +69,12 @@ def write_traffic(path: Path) -> Path:
     return path
 
 
-def build(path: Path, *, seed: int = 1, broken: bool = False, work: int = 0) -> Path:
+def build(path: Path, *, seed: int = 1, broken: bool = False, work: int = 0, ballast_mb: int = 0) -> Path:
     """An ONNX model image [n,1,8,8] -> scores [n,10] whose numbers come from `seed`.
 
     `broken`: its graph looks the ink of an image up in a table that ends at LIMIT_INK, and so raises on heavy images.
     `work`: matrix products of 1,024 x 1,024 that a request costs besides (about 0.3 ms each).
+    `ballast_mb`: MB of weights besides, of which a request uses one row.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -101,6 +102,12 @@ def build(path: Path, *, seed: int = 1, broken: bool = False, work: int = 0) -> 
         nodes += [helper.make_node("MatMul", [f"h{k}", "square"], [f"h{k + 1}"]) for k in range(work)]
         nodes.append(helper.make_node("MatMul", [f"h{work}", "down"], ["nothing"]))
         nodes.append(helper.make_node("Add", ["light", "nothing"], ["scores"]))
+    if ballast_mb:
+        constants["ballast"] = np.zeros((ballast_mb * (1 << 20) // 40, 10), dtype=np.float32)
+        constants["row"] = np.array(0, dtype=np.int64)
+        nodes[-1].output[0] = "bare"
+        nodes.append(helper.make_node("Gather", ["ballast", "row"], ["weightless"]))
+        nodes.append(helper.make_node("Add", ["bare", "weightless"], ["scores"]))
     tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     if broken:
         tensors.append(numpy_helper.from_array(np.array([1], dtype=np.int64), "axes"))
@@ -275,6 +282,10 @@ class Box:
             return httpx.get(f"{self.url}/v2/health/ready", timeout=5).status_code == 200
         except httpx.HTTPError:
             return False
+
+    def in_flight(self) -> int:
+        """Inference requests that the server has not answered yet."""
+        return int(httpx.get(f"{self.url}/health", timeout=5).json()["in_flight"])
 
     def child_pid(self) -> int:
         """The process that serves, as the supervisor notes it."""

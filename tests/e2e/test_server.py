@@ -118,6 +118,8 @@ def test_a_killed_child_is_replaced_and_only_requests_in_flight_are_lost(found: 
         before = found.child_pid()
         windows.append(kill(before))
         wait_for("the next server", lambda before=before: found.child_pid() != before and found.is_ready())  # type: ignore[misc]
+        # Those who came meanwhile are in flight all at once: the next kill would cost them all, and rightly.
+        wait_for("the end of their queue", lambda: found.in_flight() <= 2)
     requests = traffic.stop()
     lost, unexplained = lost_in(requests, windows)
     assert not unexplained, unexplained[:3]
