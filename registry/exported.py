@@ -25,7 +25,7 @@ from registry.torchscript import STORAGES, check_pickle
 
 _DATATYPES = {
     1: "UINT8", 2: "INT8", 3: "INT16", 4: "INT32", 5: "INT64", 6: "FP16", 7: "FP32", 8: "FP64", 12: "BOOL",
-    28: "UINT16", 34: "UINT32", 35: "UINT64",
+    13: "BF16", 28: "UINT16", 34: "UINT32", 35: "UINT64",
 }  # fmt: skip
 """torch's ScalarType -> datatype of the Open Inference Protocol."""
 _BYTES = {**dict.fromkeys((1, 2, 12, 29, 30, 31, 32, 33), 1), **dict.fromkeys((3, 6, 13, 28), 2)}

@@ -10,7 +10,7 @@ from typing import Any
 
 from registry import folders, torchscript
 from registry.errors import RefusedError
-from registry.signature import FROM_NUMPY, Signature, TensorSpec
+from registry.signature import DATATYPES, FROM_NUMPY, Signature, TensorSpec
 
 MLMODEL = "MLmodel"
 MAX_BYTES = 1 << 20
@@ -241,8 +241,7 @@ def description(
 
 
 def _spec(spec: TensorSpec, named: bool) -> dict[str, Any]:
-    kinds: dict[str, str] = {datatype: kind for kind, datatype in FROM_NUMPY.items()}
-    said = {"type": "tensor", "tensor-spec": {"dtype": kinds[spec.datatype], "shape": list(spec.shape)}}
+    said = {"type": "tensor", "tensor-spec": {"dtype": DATATYPES[spec.datatype], "shape": list(spec.shape)}}
     return {"name": spec.name, **said} if named else said
 
 

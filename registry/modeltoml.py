@@ -40,6 +40,8 @@ class ModelToml(_Toml):
     training_metrics: dict[str, float | int | str] = {}
     tags: list[str] | dict[str, str] = []
     dependencies: list[str] = []
+    deterministic: bool = False
+    """The same inputs always give the same outputs, so that servers may keep answers and give them again."""
     metadata: dict[str, str | int | float | bool] = {}
     inputs: list[TensorToml] = []
     outputs: list[TensorToml] = []
@@ -111,6 +113,10 @@ def given(options: dict[str, str | None], pairs: dict[str, str]) -> dict[str, An
             facts[key] = value
         elif key == "dependencies":
             facts[key] = [item.strip() for item in value.split(",") if item.strip()]
+        elif key == "deterministic":
+            if value not in ("true", "false"):
+                raise UsageError(f"--metadata {key}={value}: it is true or false")
+            facts[key] = value == "true"
         elif key in ModelToml.model_fields:
             raise UsageError(f"--metadata {key}={value}: {key} has an option of its own, or belongs into {MODEL_TOML}")
         else:

@@ -30,6 +30,7 @@ _DATATYPES = {
     11: "FP64",
     12: "UINT32",
     13: "UINT64",
+    16: "BF16",
 }
 """onnx.TensorProto.DataType -> datatype of the Open Inference Protocol."""
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16}

@@ -249,6 +249,16 @@ class HealthSection(Section):
     )
 
 
+class CacheSection(Section):
+    """Answers that servers keep, of models that say they are deterministic, where `performance.enable_caching` is on."""
+
+    max_mb: int = Field(64, ge=1, description="Most that the answers in one server may take.")
+    ttl_seconds: float = Field(3600.0, gt=0, description="An answer is given again for so long.")
+    redis_timeout_seconds: float = Field(
+        0.005, gt=0, le=1, description="Longest that a request waits for Redis (`redis_url`) before it is computed."
+    )
+
+
 class CaptureSection(Section):
     """Requests that a server keeps on its own disk for a replay (`promote --strategy replay`). They hold what clients sent."""
 

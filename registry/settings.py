@@ -30,6 +30,7 @@ from registry.redaction import HIDDEN, redact
 from registry.sections import (
     AlertsSection,
     Alias,
+    CacheSection,
     CaptureSection,
     Database,
     DatabaseSection,
@@ -118,6 +119,7 @@ class Settings(BaseSettings):
     security: SecuritySection = SecuritySection()
     health: HealthSection = HealthSection()
     capture: CaptureSection = CaptureSection()
+    cache: CacheSection = CacheSection()
     databases: list[Database] = []
     vectors: VectorsSection = VectorsSection()
     queues: QueuesSection = QueuesSection()

@@ -16,14 +16,15 @@ DATATYPES: dict[str, str] = {
     "INT16": "int16",
     "INT32": "int32",
     "INT64": "int64",
+    "BF16": "float32",
     "FP16": "float16",
     "FP32": "float32",
     "FP64": "float64",
     "BYTES": "object",
 }
-"""Protocol datatype -> numpy dtype name (BF16 has no numpy dtype and is not here)."""
+"""Protocol datatype -> name of the numpy dtype that holds it. numpy has no BF16; float32 holds every number of it."""
 
-FROM_NUMPY: dict[str, str] = {numpy: name for name, numpy in DATATYPES.items()}
+FROM_NUMPY: dict[str, str] = {numpy: name for name, numpy in DATATYPES.items() if name != "BF16"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,21 +22,19 @@ import orjson
 from fastapi import APIRouter, FastAPI
 from starlette.types import Receive, Scope, Send
 
-from registry.errors import (
-    ModelkeepError,
-    NotFoundError,
-    UnavailableError,
-)
+from registry.errors import ModelkeepError
 from serving import request_ids, shadow
 from serving.bodies import BoundedBodies
-from serving.engine import LoadedVersion, Work
-from serving.metrics import software_version
+from serving.compression import WORTH_BYTES, inflate, packed
+from serving.descriptions import describe
+from serving.engine import LoadedVersion
 from serving.pages import create_pages
 from serving.protocol import LINGER_SECONDS
 from serving.routing import Route
 from serving.state import Serving
-from serving.statuses import BusyError, ClientGoneError, DeadlineError, MethodError, NotYetError, status_of
-from serving.v2 import InputError, OutputError, inflate
+from serving.statuses import BusyError, ClientGoneError, DeadlineError, MethodError, status_of
+from serving.tensors import InputError, OutputError
+from serving.work import Work, cached_by
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ WATCH_AFTER_SECONDS = 0.05
 _JSON = (b"content-type", b"application/json")
 _OCTETS = (b"content-type", b"application/octet-stream")
 _RETRY_AFTER = (b"retry-after", b"1")
-_EXTENSIONS = ["binary_tensor_data", "model_repository", "model_configuration", "statistics"]
+_VARY = (b"vary", b"accept-encoding")
 
 
 class _ServerLimits(Protocol):
@@ -107,6 +105,8 @@ class Application:
             if path.startswith("/v2") and path[3:4] in ("", "/"):
                 await self.v2(scope, receive, send)
                 return
+            if scope["method"] == "HEAD":  # FastAPI answers it nowhere; who sends the answer leaves its body out
+                scope = {**scope, "method": "GET"}
         await self._bounded(scope, receive, send)
 
 
@@ -130,12 +130,12 @@ class V2:
         self._timeout_seconds = settings.server.request_timeout_seconds
         self._max_body_bytes = settings.server.max_body_bytes
         self._max_concurrent = settings.performance.max_concurrent_requests
+        serving.gate.most_waiting = max(1, self._max_concurrent // 2)
         self._id_prefix = request_ids.prefix(serving.replica_id, serving.boot_id)
         self._ids = itertools.count(1)
         self._waiting: set[_Waiting] = set()
         self._turns: deque[asyncio.Future[None]] = deque()
         self._sweeping = False
-        self._software_version = software_version()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = scope["path"].rstrip("/").split("/")
@@ -149,12 +149,15 @@ class V2:
                 await self._infer(scope, receive, send, parts[3], parts[5])
                 return
         try:
-            answer = self._describe(method, scope["path"], parts[2:])
-        except ModelkeepError as error:
-            await self._send_error(send, status_of(error), error, [])
+            asked = await self._body(dict(scope["headers"]), receive) if method == "POST" else b""
+            answer = describe(self._serving, method, scope["path"], asked)
+        except ClientGoneError:
             return
-        body = b"" if answer is None else orjson.dumps(answer)
-        await _send(send, 200, body, [_JSON])
+        except ModelkeepError as error:
+            status = status_of(error)
+            await self._send_error(send, status, error, [], unread=receive if status == 413 else None)
+            return
+        await _send(send, 200, orjson.dumps(answer), [_JSON])
 
     # Inference
 
@@ -176,6 +179,8 @@ class V2:
         loaded: LoadedVersion | None = None
         try:
             body = await self._body(headers, receive)
+            if serving.gate.closed:
+                await serving.gate.wait(model, self._timeout_seconds)
             loaded, route, mark = serving.admit(model, version, headers.get(b"x-route-key"))
             if route is not None:
                 if given is None:
@@ -185,8 +190,13 @@ class V2:
             named.append((b"x-model-version", loaded.version_header))
             try:
                 request = loaded.codec.decode(body, _header_length(headers))
-                work = loaded.submit(request.inputs, request.outputs, route, mark)
-                await self._wait(work, loaded, receive)
+                answers = loaded.answers
+                if answers is None:
+                    work = loaded.submit(request.inputs, request.outputs, route, mark)
+                else:
+                    work = answers.submit(request.inputs, request.outputs, route, mark)
+                if not work.future.done():
+                    await self._wait(work, loaded, receive, request.timeout_seconds)
                 try:
                     answer, header_length = loaded.codec.encode(
                         model, loaded.version, request, work.answer, _times(work)
@@ -196,6 +206,10 @@ class V2:
                     raise
             finally:
                 loaded.release()
+            if len(answer) >= WORTH_BYTES and (accepts := headers.get(b"accept-encoding")) is not None:
+                answer, coding = await packed(answer, accepts)
+                if coding is not None:
+                    named += (_VARY, (b"content-encoding", coding))
         except ClientGoneError:
             self._count(loaded, 499)
             return
@@ -284,8 +298,16 @@ class V2:
             return inflate(body, encoding.decode("latin-1").strip().lower(), limit)
         return body
 
-    async def _wait(self, work: Work, loaded: LoadedVersion, receive: Receive) -> None:
-        """Until the version has answered. Raises ModelError, DeadlineError, ClientGoneError, UnavailableError."""
+    async def _wait(self, work: Work, loaded: LoadedVersion, receive: Receive, timeout_seconds: float) -> None:
+        """Until the version has answered, for as long as the client gives it where that is not 0.
+
+        Raises ModelError, DeadlineError, ClientGoneError, UnavailableError.
+        """
+        deadline = None
+        if timeout_seconds and timeout_seconds < self._timeout_seconds:
+            # At its deadline it leaves the queue: it is not computed for nobody.
+            loop = asyncio.get_running_loop()
+            deadline = loop.call_later(timeout_seconds, _expire, work, loaded, timeout_seconds)
         waiting = _Waiting(work, loaded, receive)
         self._waiting.add(waiting)
         if not self._sweeping:
@@ -297,6 +319,8 @@ class V2:
             self._waiting.discard(waiting)
             if waiting.watcher is not None:
                 waiting.watcher.cancel()
+            if deadline is not None:
+                deadline.cancel()
 
     def _sweep(self) -> None:
         """One timer for all requests: a timer or a task for each would cost more than the rest of the dispatch."""
@@ -334,7 +358,7 @@ class V2:
         unread: Receive | None = None,
     ) -> None:
         headers = [*headers, _JSON]
-        if status == 429:
+        if status in (429, 503):
             headers.append(_RETRY_AFTER)
         if isinstance(error, MethodError):
             headers.append((b"allow", error.allowed.encode()))
@@ -353,123 +377,22 @@ class V2:
                     pass
         await send({"type": "http.response.body", "body": b""})
 
-    # Everything that is asked with little and answered at once
 
-    def _describe(self, method: str, path: str, parts: list[str]) -> Any:
-        """The JSON answer, None for an empty one. `parts` are those of the path behind /v2."""
-        serving = self._serving
-        match parts:
-            case []:
-                _only(path, method, "GET")
-                return {"name": "modelkeep", "version": self._software_version, "extensions": _EXTENSIONS}
-            case ["health", "live"]:
-                _only(path, method, "GET")
-                if not serving.live:
-                    raise UnavailableError("the server is not live")
-                return None
-            case ["health", "ready"]:
-                _only(path, method, "GET")
-                if not serving.ready:
-                    raise UnavailableError("the server is not ready for traffic")
-                return None
-            case ["repository", "index"]:
-                _only(path, method, "POST")
-                return [
-                    {"name": model, "version": version, "state": "READY", "reason": ""}
-                    for model, version in sorted(serving.loaded)
-                ]
-            case ["repository", "models", _, "load" | "unload" as action]:
-                _only(path, method, "POST")
-                raise NotYetError(
-                    f"{action} by the V2 protocol is not available yet; what is loaded follows the registry "
-                    f"(modelkeep promote)"
-                )
-            case ["models", model, "versions", version, *rest]:
-                return self._describe_model(method, path, model, version, rest)
-            case ["models", "stats"]:
-                _only(path, method, "GET")
-                return {"model_stats": [_statistics(loaded) for _, loaded in sorted(serving.loaded.items())]}
-            case ["models", model, *rest]:
-                return self._describe_model(method, path, model, None, rest)
-        raise NotFoundError(f"{path} is not a path of the V2 protocol")
+def _expire(work: Work, loaded: LoadedVersion, timeout_seconds: float) -> None:
+    """The client's own deadline has come. The version's error only where it was slow by the measure of its route as well.
 
-    def _describe_model(self, method: str, path: str, model: str, version: str | None, rest: list[str]) -> Any:
-        serving = self._serving
-        if rest == ["infer"]:
-            _only(path, method, "POST")
-        if rest not in ([], ["ready"], ["config"], ["stats"]):
-            raise NotFoundError(f"{path} is not a path of the V2 protocol")
-        _only(path, method, "GET")
-        if rest == ["stats"]:
-            return {"model_stats": [_statistics(loaded) for loaded in serving.versions(model, version)]}
-        loaded = serving.default_version(model) if version is None else serving.versions(model, version)[0]
-        if rest == ["ready"]:
-            route = serving.routes.get(model)
-            if version is None and (route is None or (model, route.stable or route.candidate) not in serving.loaded):
-                raise UnavailableError(f"model '{model}' has no version in traffic that is loaded")
-            return None
-        return _metadata(loaded, serving.versions(model)) if not rest else _config(loaded)
+    A client that gives a microsecond proves nothing against a version.
+    """
+    who = f"model '{loaded.model}' version '{loaded.version}'"
+    error = DeadlineError(f"{who} did not answer within the {timeout_seconds:g} seconds of the parameter 'timeout'")
+    threshold = work.slow_threshold_seconds
+    loaded.withdraw(work, error, count_as_error=threshold is not None and timeout_seconds > threshold)
 
 
-def _metadata(loaded: LoadedVersion, versions: list[LoadedVersion]) -> dict[str, Any]:
-    return {
-        "name": loaded.model,
-        "versions": [other.version for other in versions],
-        "platform": loaded.runtime.platform,
-        **loaded.runtime.signature.as_dict(),
-    }
-
-
-def _config(loaded: LoadedVersion) -> dict[str, Any]:
-    """The model configuration as Triton words it: with batching, the dimensions leave the batch's out."""
-    first = 1 if loaded.batching else 0
-
-    def tensors(specs: Any) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": spec.name,
-                "data_type": "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype}",
-                "dims": list(spec.shape[first:]),
-            }
-            for spec in specs
-        ]
-
-    signature = loaded.runtime.signature
-    return {
-        "name": loaded.model,
-        "platform": loaded.runtime.platform,
-        "max_batch_size": loaded.max_batch if loaded.batching else 0,
-        "input": tensors(signature.inputs),
-        "output": tensors(signature.outputs),
-    }
-
-
-def _statistics(loaded: LoadedVersion) -> dict[str, Any]:
-    """Cumulative figures in the words of Triton's statistics extension: counts and nanoseconds."""
-    telemetry, total = loaded.telemetry, loaded.telemetry.total
-    last = telemetry.last_inference_unix_seconds
-
-    def part(count: int, seconds: float) -> dict[str, int]:
-        return {"count": count, "ns": int(seconds * 1e9)}
-
-    return {
-        "name": loaded.model,
-        "version": loaded.version,
-        "last_inference": 0 if last is None else int(last * 1000),
-        "inference_count": telemetry.rows,
-        "execution_count": telemetry.batches,
-        "inference_stats": {
-            "success": {"count": total.requests - total.errors},
-            "fail": {"count": total.errors},
-            "request": part(total.requests, total.latency_seconds_total),
-            "queue": part(total.requests, telemetry.queue_seconds),
-            "compute_infer": part(total.requests, telemetry.model_seconds),
-        },
-    }
-
-
-def _times(work: Work) -> dict[str, float]:
-    return {"queue_seconds": round(work.queue_seconds, 6), "model_seconds": round(work.model_seconds, 6)}
+def _times(work: Work) -> dict[str, Any]:
+    times = {"queue_seconds": round(work.queue_seconds, 6), "model_seconds": round(work.model_seconds, 6)}
+    cached = cached_by(work)
+    return times if cached is None else {**times, "cache": cached}
 
 
 def _header_length(headers: dict[bytes, bytes]) -> int | None:
@@ -484,11 +407,6 @@ def _header_length(headers: dict[bytes, bytes]) -> int | None:
 
 def _is_plain(request_id: bytes) -> bool:
     return 0 < len(request_id) <= 128 and request_id.isascii() and request_id.decode("ascii").isprintable()
-
-
-def _only(path: str, method: str, allowed: str) -> None:
-    if method != allowed and not (method == "HEAD" and allowed == "GET"):
-        raise MethodError(path, method, allowed)
 
 
 async def _send(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:

@@ -260,6 +260,15 @@ class Backstop:
 
 
 def wanted_of(row: Version) -> Wanted:
+    memory = ((row.validation or {}).get("candidate") or {}).get("memory_bytes")
     return Wanted(
-        row.model, row.version, row.digest, row.format, tuple(row.files), row.signature, bool(row.rows_independent)
+        row.model,
+        row.version,
+        row.digest,
+        row.format,
+        tuple(row.files),
+        row.signature,
+        bool(row.rows_independent),
+        memory,
+        deterministic=row.facts.get("deterministic") is True,
     )

@@ -23,9 +23,11 @@ from registry.connect import open_database
 from registry.errors import ModelkeepError
 from registry.settings import Settings, load_settings
 from registry.store import open_store
-from serving import captured_page, feedback_page, operations, rollback_page
+from serving import cache_page, captured_page, feedback_page, operations, rollback_page
 from serving.api import create_app, freeze_startup_objects
 from serving.auth import Guard, Rules, is_local
+from serving.cache import ResponseCache
+from serving.cache_shared import SharedStore
 from serving.capture import Capture
 from serving.emergency import REGISTRY_SECONDS, Emergency
 from serving.keyring import Keyring
@@ -97,6 +99,7 @@ def routers(reconciler: Reconciler) -> list[APIRouter]:
     quick = open_database(settings, answer_seconds=REGISTRY_SECONDS, statement_seconds=REGISTRY_SECONDS)
     return [
         *([captured_page.router(capture)] if capture is not None else []),
+        cache_page.router(reconciler.serving.cache),
         feedback_page.router(reconciler.serving),
         operations.router(reconciler.database),
         rollback_page.router(Emergency(reconciler, quick), lease_seconds=settings.lease_seconds),
@@ -114,12 +117,32 @@ def rules_of(settings: Settings, listener: socket.socket) -> Rules:
     )
 
 
+def open_cache(settings: Settings) -> ResponseCache | None:
+    """The cache of answers as the settings want it; None where they want none. Call it in the event loop."""
+    if not settings.performance.enable_caching:
+        return None
+    cache = ResponseCache(settings.cache)
+    if settings.redis_url is not None:
+        cache.shared = SharedStore(
+            settings.redis_url,
+            settings.environment,
+            timeout_seconds=settings.cache.redis_timeout_seconds,
+            ttl_seconds=settings.cache.ttl_seconds,
+            models=cache.models,
+            changed=cache.forget,
+        )
+    return cache
+
+
 async def serve(settings: Settings, listener: socket.socket, address: str, folder: Path) -> None:
     serving = Serving(
         replica_id=replica_identity(folder), boot_id=secrets.token_hex(8), environment=settings.environment
     )
     serving.capture = Capture(folder / "captured", settings.capture)
     serving.capture.start()
+    serving.cache = open_cache(settings)
+    if serving.cache is not None and serving.cache.shared is not None:
+        serving.cache.shared.start()
     rules = rules_of(settings, listener)
     reconciler = Reconciler(
         serving,
@@ -169,6 +192,8 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
         for version in serving.loaded.values():
             version.close()
         serving.capture.end()
+        if serving.cache is not None and serving.cache.shared is not None:
+            await serving.cache.shared.stop()
         reconciler.caretaker.end()
         await reconciler.stop()
 

@@ -11,13 +11,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from registry.errors import ModelkeepError, UnavailableError, UsageError
 from serving.routing import Route
@@ -25,6 +24,10 @@ from serving.runtimes import Runtime, first_line
 from serving.shadow import AGREES, Comparison, Copy, compare
 from serving.telemetry import VersionTelemetry, WatchCounts
 from serving.v2 import Codec
+from serving.work import Arrays, ParkedWork, Work, cached_by
+
+if TYPE_CHECKING:
+    from serving.cache import VersionAnswers
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +36,6 @@ _FAILURES_LOGGED_EVERY_SECONDS = 1.0
 _batches = itertools.count(1)
 """Numbers for executed batches, over all versions: counts outlive the version that they began with."""
 
-Arrays = Mapping[str, NDArray[Any]]
-
 
 class QueueFullError(ModelkeepError):
     """The version has as many requests waiting as its queue holds. Answered 429."""
@@ -42,65 +43,6 @@ class QueueFullError(ModelkeepError):
 
 class ModelError(ModelkeepError):
     """The model failed on an input. Answered 500 and counted as the version's error."""
-
-
-class Work:
-    """One request on its way through a version. `future` resolves on the event loop once `answer` is there."""
-
-    __slots__ = (
-        "answer",
-        "batch",
-        "counted",
-        "counts",
-        "enqueued",
-        "failure",
-        "finished",
-        "future",
-        "inputs",
-        "key",
-        "mark",
-        "outputs",
-        "rows",
-        "slow_threshold_seconds",
-        "started",
-        "withdrawn",
-    )
-
-    def __init__(
-        self,
-        inputs: Arrays,
-        outputs: tuple[str, ...] | None,
-        rows: int,
-        key: object,
-        future: asyncio.Future[None],
-        enqueued: float,
-        counts: WatchCounts | None,
-        slow_threshold_seconds: float | None,
-        mark: int | None = None,
-    ) -> None:
-        self.inputs = inputs
-        self.outputs = outputs
-        self.rows = rows
-        self.key = key
-        self.mark = mark
-        self.batch = 0
-        self.future = future
-        self.enqueued = enqueued
-        self.counts = counts
-        self.slow_threshold_seconds = slow_threshold_seconds
-        self.started = self.finished = enqueued
-        self.answer: dict[str, NDArray[Any]] = {}
-        self.failure: ModelkeepError | None = None
-        self.withdrawn = False
-        self.counted = False
-
-    @property
-    def queue_seconds(self) -> float:
-        return self.started - self.enqueued
-
-    @property
-    def model_seconds(self) -> float:
-        return self.finished - self.started
 
 
 class LoadedVersion:
@@ -123,6 +65,7 @@ class LoadedVersion:
         max_batch: int,
         queue_size: int,
         shadow_queue_size: int = SHADOW_QUEUE_SIZE,
+        deterministic: bool = False,
         mark: Callable[[bool], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -134,6 +77,9 @@ class LoadedVersion:
         self.max_batch = max_batch
         self.queue_size = queue_size
         self.shadow_queue_size = shadow_queue_size
+        self.deterministic = deterministic
+        self.answers: VersionAnswers | None = None
+        """Its part of the cache, where there is one and the version is deterministic; see serving.cache."""
         self.codec = Codec(runtime.signature)
         self.telemetry = VersionTelemetry()
         self.watch: dict[int, WatchCounts] = {}
@@ -204,12 +150,7 @@ class LoadedVersion:
         `mark` is that of the client's key (`routing.mark_of`), where it sent one.
         Raises QueueFullError, or UnavailableError once the version is closed.
         """
-        if len(self._live) >= self.queue_size:
-            raise QueueFullError(
-                f"model '{self.model}' version '{self.version}' has {self.queue_size} requests waiting; try again later"
-            )
-        if self._closing:
-            raise UnavailableError(f"model '{self.model}' version '{self.version}' is closed")
+        self._check_room()
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         counts = slow_threshold = None
@@ -221,6 +162,28 @@ class LoadedVersion:
         self._live.append(work)
         self._wake.put(None)
         return work
+
+    def park(self, inputs: Arrays, outputs: tuple[str, ...] | None, mark: int | None = None) -> ParkedWork:
+        """A request that is not queued: somebody else answers it, or `queue` does it later. No promotion judges it."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        return ParkedWork(inputs, outputs, self._loop.create_future(), self._clock(), mark)
+
+    def queue(self, work: ParkedWork) -> None:
+        """Queue a parked request. Raises what `submit` does."""
+        self._check_room()
+        if self._batching:
+            work.rows, work.key = self._batch_key(work.inputs, work.outputs)
+        self._live.append(work)
+        self._wake.put(None)
+
+    def _check_room(self) -> None:
+        if len(self._live) >= self.queue_size:
+            raise QueueFullError(
+                f"model '{self.model}' version '{self.version}' has {self.queue_size} requests waiting; try again later"
+            )
+        if self._closing:
+            raise UnavailableError(f"model '{self.model}' version '{self.version}' is closed")
 
     def withdraw(self, work: Work, reason: ModelkeepError, *, count_as_error: bool) -> None:
         """Give a request up: it is not computed if it has not begun, and its future raises `reason`.
@@ -239,8 +202,11 @@ class LoadedVersion:
         work.future.set_exception(reason)
 
     def count_output_error(self, work: Work) -> None:
-        """The answer could not be encoded: after all, the version failed this request."""
+        """The answer could not be encoded: after all, the version failed this request. One from the cache is none of its requests."""
+        if cached_by(work) is not None:
+            return
         self.telemetry.total.record_error(work.batch, None)
+        self.telemetry.total.error_seconds_total += work.finished - work.enqueued
         if work.counts is not None:
             work.counts.record_error(work.batch, work.mark)
 
@@ -308,8 +274,10 @@ class LoadedVersion:
         telemetry.batches += batches
         telemetry.last_inference_unix_seconds = time.time()
         number, self._batch = self._batch, next(_batches)
+        company = len(batch)
         for work in batch:
             work.batch = number
+            work.company = company
             failure = work.failure
             if not work.counted and not isinstance(failure, UsageError):
                 telemetry.rows += work.rows or 1

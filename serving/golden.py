@@ -208,7 +208,7 @@ def random_inputs(signature: Signature, seed: int, rows: int) -> Arrays:
         dtype = DATATYPES[spec.datatype]
         if spec.datatype == "BYTES":
             return np.full(shape, b"text", dtype=object)
-        if spec.datatype.startswith("FP"):
+        if spec.datatype.startswith(("FP", "BF")):
             return np.asarray(random.standard_normal(shape)).astype(dtype)
         # Integers are as often indices as amounts: 0 and 1 are in range for nearly every model; bytes are pixels.
         return random.integers(0, 256 if spec.datatype == "UINT8" else 2, shape).astype(dtype)

@@ -25,6 +25,10 @@ class Wanted:
     files: tuple[dict[str, Any], ...]
     signature: dict[str, Any] | None
     rows_independent: bool
+    memory_bytes: int | None = None
+    """As the validation measured it; None: it did not."""
+    deterministic: bool = False
+    """Whether its answers may be kept and given again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ class _ServingCollector(Collector):
         yield from self._requests()
         yield from self._shadow()
         yield from self._feedback()
+        yield from self._cache()
         yield from self._loaded()
         yield from self._routes()
 
@@ -72,6 +73,17 @@ class _ServingCollector(Collector):
         for reason, count in serving.auth_failures.items():
             refused.add_metric([reason], count)
         yield refused
+        yield from self._exchanges()
+
+    def _exchanges(self) -> Iterator[Metric]:
+        gate = self._serving.gate
+        counts = {
+            "waits": ("Requests that waited for a version that did not fit beside the one before.", gate.waited),
+            "wait_seconds": ("Seconds that they waited.", gate.waited_seconds),
+            "turned_away": ("Requests that were told to come again instead.", gate.turned_away),
+        }
+        for name, (text, value) in counts.items():
+            yield CounterMetricFamily(f"modelkeep_exchange_{name}", text, value=float(value))
 
     def _requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
@@ -126,6 +138,45 @@ class _ServingCollector(Collector):
         for result, count in inbox.counts.items():
             verdicts.add_metric([result], count)
         yield verdicts
+
+    def _cache(self) -> Iterator[Metric]:
+        cache = self._serving.cache
+        if cache is None:
+            return
+        requests = CounterMetricFamily(
+            "modelkeep_cache_requests",
+            "Requests to deterministic versions: l1, l2, shared (hits), miss, bypass (a promotion judges them).",
+            labels=[*_VERSION, "result"],
+        )
+        saved = CounterMetricFamily(
+            "modelkeep_cache_saved_seconds", "Seconds of the model that hits did not take.", labels=_VERSION
+        )
+        for model, name, telemetry in self._serving.telemetry():
+            counts = telemetry.cache
+            found = {"l1": counts.l1, "l2": counts.l2, "shared": counts.shared}
+            found |= {"miss": counts.misses, "bypass": counts.bypassed}
+            if any(found.values()):
+                for result, count in found.items():
+                    requests.add_metric([model, name, result], count)
+                saved.add_metric([model, name], counts.saved_seconds)
+        yield from (requests, saved)
+        yield GaugeMetricFamily(
+            "modelkeep_cache_entries", "Answers held in this process.", value=float(len(cache.local))
+        )
+        yield GaugeMetricFamily("modelkeep_cache_bytes", "Memory that they take.", value=float(cache.local.bytes))
+        entries = CounterMetricFamily(
+            "modelkeep_cache_entries_changed", "Answers by what became of them.", labels=["what"]
+        )
+        for what, count in cache.local.counts.items():
+            entries.add_metric([what], count)
+        yield entries
+        if cache.shared is not None:
+            usable = float(cache.shared.usable)
+            yield GaugeMetricFamily("modelkeep_cache_redis_usable", "1 while requests ask Redis.", value=usable)
+            asked = CounterMetricFamily("modelkeep_cache_redis", "What Redis did for requests.", labels=["result"])
+            for result, count in cache.shared.counts.items():
+                asked.add_metric([result], count)
+            yield asked
 
     def _loaded(self) -> Iterator[Metric]:
         queue = GaugeMetricFamily("modelkeep_queue_length", "Requests waiting for the model.", labels=_VERSION)

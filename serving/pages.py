@@ -118,7 +118,9 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _own_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ModelkeepError)
-    return JSONResponse({"error": str(error)}, status_code=status_of(error))
+    status = status_of(error)
+    headers = {"retry-after": "1"} if status in (429, 503) else None
+    return JSONResponse({"error": str(error)}, status_code=status, headers=headers)
 
 
 async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:

@@ -18,26 +18,26 @@ from registry.errors import ModelkeepError, UnavailableError
 from registry.settings import Settings
 from registry.signature import Signature
 from serving import laststate
-from serving.backstop import Backstop, wanted_of
+from serving.backstop import Backstop
 from serving.caretaker import Caretaker, Unfit
 from serving.crashmark import Slot
+from serving.desired import desired
 from serving.engine import LoadedVersion
 from serving.keyring import Keyring
 from serving.laststate import LastState, Wanted
 from serving.reporting import Reporter, Said
-from serving.routing import Route
+from serving.routing import Route, servable
 from serving.runtimes import load_runtime
 from serving.state import Serving
+from serving.swap import Exchange, Room
 
 log = logging.getLogger("modelkeep.reconcile")
 T = TypeVar("T")
 Key = tuple[str, str]
 
 _RETRY_FIRST_SECONDS, _RETRY_MOST_SECONDS = 1.0, 60.0
-_LAST_REPORT_SECONDS = 2.0
-_PATIENCE_SECONDS = 10.0
-_PATIENCE_WITH_LAST_STATE_SECONDS = 2.0
-_FIRST_REPORT_SECONDS = 1.0
+_PATIENCE_SECONDS, _PATIENCE_WITH_LAST_STATE_SECONDS = 10.0, 2.0
+_FIRST_REPORT_SECONDS, _LAST_REPORT_SECONDS = 1.0, 2.0
 
 
 class Reconciler:
@@ -64,6 +64,7 @@ class Reconciler:
         self.backstop = Backstop(
             database, artifacts, folder=state_folder, environment=serving.environment, replica_id=serving.replica_id
         )
+        self.room = Room.of_this_machine(settings)
         self.errors: dict[Key, str] = {}
         self.registry_error: str | None = None
         self.started_at = clock.now()
@@ -73,6 +74,7 @@ class Reconciler:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._drains: set[asyncio.Task[None]] = set()
+        self._leaving: set[LoadedVersion] = set()
         # A registry that does not answer holds its round; who changes what is served meanwhile shall not wait for it.
         self._round = asyncio.Lock()
         self._lock = asyncio.Lock()
@@ -198,32 +200,13 @@ class Reconciler:
 
     def _serving(self) -> dict[str, Any]:
         return {
-            "models": {
-                name: {
-                    "stable": route.stable,
-                    "candidate": route.candidate,
-                    "weight": route.weight,
-                    "shadow": route.shadow,
-                    "generation": route.generation,
-                }
-                for name, route in sorted(self.serving.routes.items())
-            },
-            "loaded": [
-                {
-                    "model": model,
-                    "version": version,
-                    "digest": loaded.digest,
-                    "memory_bytes": loaded.runtime.memory_bytes,
-                    "signature": loaded.runtime.signature.as_dict(),
-                    "figures": loaded.telemetry.total.summary(),
-                }
-                for (model, version), loaded in sorted(self.serving.loaded.items())
-            ],
+            **self.serving.served(),
             "errors": {
                 **{f"{model}/{version}": error for (model, version), error in sorted(self.errors.items())},
                 **self.backstop.holds.errors(),
                 **self.reporter.refused,
             },
+            "exchanges": self.serving.gate.as_dict(),
             **self.backstop.info(),
             **self.caretaker.as_dict(),
         }
@@ -312,35 +295,48 @@ class Reconciler:
             return replicas.pulse(session, self.serving.environment)
 
     def _desired(self) -> LastState:
-        with self.database.read() as session:
-            pulse = replicas.pulse(session, self.serving.environment)
-            if pulse is None:
-                raise UnavailableError(f"environment {self.serving.environment} vanished from the registry")
-            rows, versions = replicas.desired(session, self.serving.environment)
-            routes = [
-                Route(
-                    model=row.model,
-                    generation=row.generation,
-                    stable=row.stable,
-                    candidate=row.candidate,
-                    weight=row.weight,
-                    shadow=row.shadow,
-                    slow_threshold_seconds=row.slow_threshold_seconds,
-                    watch=row.watch,
-                    shadow_share=1.0 if row.shadow_share is None else row.shadow_share,
-                    promotion=row.promotion,
-                )
-                for row in rows
-            ]
-            wanted = [wanted_of(row) for row in versions]
-            # Read in one snapshot on SQLite; elsewhere a change in between shows as a newer generation at the next poll.
-            return LastState(pulse.epoch, pulse.generation, tuple(routes), tuple(wanted))
+        return desired(self.database, self.serving.environment)
 
     async def _apply(self, state: LastState, *, remember: bool, anew: Key | None = None) -> None:
-        """Load what is missing (and `anew` again), then flip all routes at once, then let go of what nobody needs."""
+        """Load what is missing (and `anew` again), then flip all routes at once, then let go of what nobody needs.
+
+        Where the memory does not hold old and new together, the old goes first, and the requests of its model wait at the gate.
+        """
         wanted, state = state, self.backstop.over(state)
         versions = _by_key(state)
         held_back = self.caretaker.hold_back(state.routes, versions)
+        generations = {route.model: route.generation for route in state.routes}
+        refused = {
+            key: why
+            for key, v in versions.items()
+            if (why := self.room.refuses(v, generations.get(v.model, -1))) is not None
+        }
+        held_off = held_back.keys() | refused.keys()
+        missing = [version for key, version in versions.items() if key not in held_off and not self._has(version)]
+        if self._leaving and self.room.over(missing, [*self.serving.loaded.values(), *self._leaving]) > 0:
+            await asyncio.wait(
+                self._drains, timeout=self.settings.server.drain_seconds
+            )  # nobody has to go for what is going already
+        going = self.room.leaving(missing, self.serving.loaded, versions)
+        async with Exchange(self.serving, self.caretaker, going, drain=self._drain, load=self._loaded) as exchange:
+            errors = await self._load_and_flip(
+                wanted, versions, held_back, refused, exchange, remember=remember, anew=anew
+            )
+        for key, error in errors.items():
+            if key[0] in exchange.models and key not in refused:
+                self.room.failed(versions[key], generations.get(key[0], -1), error)
+
+    async def _load_and_flip(
+        self,
+        wanted: LastState,
+        versions: dict[Key, Wanted],
+        held_back: dict[Key, str],
+        refused: dict[Key, str],
+        exchange: Exchange,
+        *,
+        remember: bool,
+        anew: Key | None,
+    ) -> dict[Key, str]:
         loaded: dict[Key, LoadedVersion] = {}
         errors: dict[Key, str] = {}
         for key, version in versions.items():
@@ -351,16 +347,23 @@ class Reconciler:
                     continue
             elif key in held_back:
                 continue
+            elif key in refused:
+                errors[key] = refused[key]
+                continue
             try:
-                loaded[key] = await self._in_thread(partial(self.load, version), self._loader)
+                loaded[key] = await self._loaded(version)
             except ModelkeepError as error:
                 errors[key] = _plain(str(error))
             except Exception as error:
                 log.exception("%s %s does not load", *key)
                 errors[key] = _plain(f"does not load: {type(error).__name__}: {error}")
         self._note_errors(errors)
+        self.errors |= await exchange.bring_back({model for model, _ in errors}, self._known())
         state = self.backstop.over(wanted)  # somebody may have put a hold while this was loading
-        routes = {route.model: self._servable(route, loaded, errors | held_back) for route in state.routes}
+        routes = {
+            route.model: servable(route, errors | held_back, self.serving.routes.get(route.model), self.serving.loaded)
+            for route in state.routes
+        }
         for route in routes.values():
             # A route that had to stay on the old version keeps that version loaded.
             for name in filter(None, (route.stable, route.candidate)):
@@ -384,9 +387,23 @@ class Reconciler:
                 await self._in_thread(lambda: laststate.write(self.state_file, wanted), self._loader)
             except OSError as error:
                 log.error("the last state could not be kept in %s: %s", self.state_file, error)
+        return errors
+
+    def _has(self, version: Wanted) -> bool:
+        current = self.serving.loaded.get((version.model, version.version))
+        return current is not None and current.digest == version.digest
+
+    def _known(self) -> list[Wanted]:
+        """Versions whose files this server knows."""
+        states = [state for state in (self.applied, self._last) if state is not None]
+        return [*(v for state in states for v in state.versions), *self.backstop.kept.versions.values()]
+
+    async def _loaded(self, version: Wanted) -> LoadedVersion:
+        return await self._in_thread(partial(self.load, version), self._loader)
 
     def switch(self, route: Route, version: LoadedVersion) -> None:
         """Send a model's traffic elsewhere now, against its route. What that makes needless goes when the round under way is over."""
+        self.serving.gate.open([version.model])
         loaded = {**self.serving.loaded, (version.model, version.version): version}
         routes, epoch, generation = (
             {**self.serving.routes, route.model: route},
@@ -407,37 +424,10 @@ class Reconciler:
     def let_go(self, unneeded: list[LoadedVersion], loaded: Collection[Key]) -> None:
         for old in unneeded:
             self.caretaker.leaving(old, replaced=(old.model, old.version) in loaded)
+            self._leaving.add(old)
             task = asyncio.create_task(self._drain(old))
             self._drains.add(task)
             task.add_done_callback(self._drains.discard)
-
-    def _servable(self, route: Route, loaded: dict[Key, LoadedVersion], errors: dict[Key, str]) -> Route:
-        """The route as far as it can be served: without a candidate that does not load, and never with a stable that does not
-        while the one before it is here."""
-        stable, candidate = route.stable, route.candidate
-        if candidate is not None and (route.model, candidate) in errors:
-            candidate = None
-        if stable is not None and (route.model, stable) in errors:
-            before = self.serving.routes.get(route.model)
-            if before is not None and before.stable is not None and (route.model, before.stable) in self.serving.loaded:
-                log.error("%s stays on version %s: %s", route.model, before.stable, errors[route.model, stable])
-                stable = before.stable
-        if candidate == stable:
-            candidate = None
-        if (stable, candidate) == (route.stable, route.candidate):
-            return route
-        return Route(
-            model=route.model,
-            generation=route.generation,
-            stable=stable,
-            candidate=candidate,
-            weight=route.weight if candidate else 0.0,
-            shadow=route.shadow and candidate is not None,
-            slow_threshold_seconds=route.slow_threshold_seconds,
-            watch=route.watch,
-            shadow_share=route.shadow_share,
-            promotion=route.promotion,
-        )
 
     def load(self, version: Wanted) -> LoadedVersion:
         slot = self.caretaker.begin(version)
@@ -462,16 +452,18 @@ class Reconciler:
             rows_independent=version.rows_independent,
             max_batch=self.settings.performance.batch_size,
             queue_size=self.settings.performance.queue_size,
+            deterministic=version.deterministic,
             mark=slot.mark,
         )
         self.caretaker.keep(loaded, slot)
+        self.room.note(loaded)
         log.info("loaded %s %s in %.3f s", version.model, version.version, self._monotonic() - started)
         return loaded
 
     def _note_errors(self, errors: dict[Key, str]) -> None:
         for key in errors.keys() - self.errors.keys():
             log.error("%s %s: %s", *key, errors[key])
-        self.errors = errors
+        self.errors = self.serving.load_errors = errors
         if not errors:
             self._retry = None
         else:
@@ -480,13 +472,10 @@ class Reconciler:
 
     async def _drain(self, version: LoadedVersion) -> None:
         if not await version.drain(self.settings.server.drain_seconds):
-            log.error(
-                "%s %s still had requests after %g s",
-                version.model,
-                version.version,
-                self.settings.server.drain_seconds,
-            )
+            seconds = self.settings.server.drain_seconds
+            log.error("%s %s still had requests after %g s", version.model, version.version, seconds)
         version.close()
+        self._leaving.discard(version)
         self.caretaker.gone(version)
 
     def _recall(self) -> LastState | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 from registry.errors import NotFoundError
+
+log = logging.getLogger("modelkeep.reconcile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +55,29 @@ def mark_of(route: Route, key: bytes) -> int:
 def position_of(mark: int) -> float:
     """Where a key stands, in [0, 1): below the weight it gets the candidate. As the weight grows, who had it keeps it."""
     return (mark >> 11) / (1 << 53)
+
+
+def servable(
+    route: Route,
+    errors: Collection[tuple[str, str]],
+    before: Route | None,
+    loaded: Collection[tuple[str, str]],
+) -> Route:
+    """The route as far as it can be served: without a candidate that does not load, and never with a stable version that does not
+    while the one before it is here.
+
+    `errors` and `loaded` are of (model, version); `before` is the route as it is served now.
+    """
+    stable, candidate = route.stable, route.candidate
+    if candidate is not None and (route.model, candidate) in errors:
+        candidate = None
+    kept = None if before is None else before.stable
+    if stable is not None and (route.model, stable) in errors and kept is not None and (route.model, kept) in loaded:
+        log.error("%s stays on version %s: version %s does not load", route.model, kept, stable)
+        stable = kept
+    if candidate == stable:
+        candidate = None
+    if (stable, candidate) == (route.stable, route.candidate):
+        return route
+    weight, shadow = (route.weight, route.shadow) if candidate is not None else (0.0, False)
+    return replace(route, stable=stable, candidate=candidate, weight=weight, shadow=shadow)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from registry import coreml, exported
 from registry.errors import RefusedError, UsageError
 from registry.signature import Signature, TensorSpec
+from serving.tensors import from_bf16, to_bf16
 
 _ONNX_TYPES = {
     "tensor(bool)": "BOOL",
@@ -29,11 +31,15 @@ _ONNX_TYPES = {
     "tensor(int16)": "INT16",
     "tensor(int32)": "INT32",
     "tensor(int64)": "INT64",
+    "tensor(bfloat16)": "BF16",
     "tensor(float16)": "FP16",
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
+
+_ONNX_BF16 = 16
+Arrays = Mapping[str, NDArray[Any]]
 
 # Loads take turns, so that the growth of the process can be laid at the door of one model.
 _loading = threading.Lock()
@@ -116,12 +122,20 @@ class OnnxRuntime:
             tuple(_onnx_spec(path, node) for node in session.get_outputs()),
         )
         self._texts = {spec.name for spec in self.signature.inputs if spec.datatype == "BYTES"}
+        tensors = (*self.signature.inputs, *self.signature.outputs)
+        self._bf16 = {spec.name for spec in tensors if spec.datatype == "BF16"}
+        if self._bf16 and self._texts:
+            raise RefusedError(
+                f"{path.name}: ONNX Runtime's Python side cannot take texts beside BF16; cast the BF16 to FLOAT in the graph"
+            )
         self.memory_bytes = max(grown, _weights_bytes(path))
 
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None) -> dict[str, NDArray[Any]]:
         if self._texts:
             inputs = {name: _as_text(name, value) if name in self._texts else value for name, value in inputs.items()}
         names = self._outputs if outputs is None else outputs
+        if self._bf16:
+            return _run_with_bf16(self._session, inputs, names, self._bf16)
         return dict(zip(names, self._session.run(names, inputs), strict=True))
 
     def close(self) -> None:
@@ -150,10 +164,17 @@ class _TorchRuntime:
             self._thread = threading.get_ident()
         with torch.inference_mode():
             # A model may write into its inputs, and those of a request are read-only views of its body.
-            answer = self._call([torch.from_numpy(np.array(inputs[spec.name])) for spec in self.signature.inputs])
-        named = self._named(answer)
+            tensors = [torch.from_numpy(np.array(inputs[spec.name])) for spec in self.signature.inputs]
+            for number, spec in enumerate(self.signature.inputs):
+                if spec.datatype == "BF16":
+                    tensors[number] = tensors[number].to(torch.bfloat16)
+            named = self._named(self._call(tensors))
         names = [spec.name for spec in self.signature.outputs] if outputs is None else outputs
-        return {name: np.ascontiguousarray(named[name].detach().cpu().numpy()) for name in names}
+        wanted = {name: named[name].detach().cpu() for name in names}
+        return {
+            name: np.ascontiguousarray((value.float() if value.dtype is torch.bfloat16 else value).numpy())
+            for name, value in wanted.items()
+        }
 
     def _call(self, tensors: list[Any]) -> Any:
         return self._module(*tensors)
@@ -248,6 +269,26 @@ def _onnx_spec(path: Path, node: Any) -> TensorSpec:
     # A dimension is a number, or None or a name where it may vary.
     shape = tuple(n if isinstance(n, int) and n >= 0 else -1 for n in node.shape)
     return TensorSpec(node.name, datatype, shape)
+
+
+def _run_with_bf16(session: Any, inputs: Arrays, outputs: Sequence[str], bf16: Set[str]) -> dict[str, NDArray[Any]]:
+    """ONNX Runtime's own values in and out: its Python side has no arrays of BF16, here they are float32."""
+    from onnxruntime import OrtValue
+
+    feeds = {
+        name: OrtValue.ortvalue_from_numpy_with_onnx_type(to_bf16(value).view(np.uint16), _ONNX_BF16)
+        if name in bf16
+        else OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+        for name, value in inputs.items()
+    }
+    answers: dict[str, NDArray[Any]] = {}
+    for name, value in zip(outputs, session.run_with_ort_values(outputs, feeds), strict=True):
+        if name not in bf16:
+            answers[name] = value.numpy()
+            continue
+        size = value.tensor_size_in_bytes()
+        answers[name] = from_bf16(ctypes.string_at(value.data_ptr(), size) if size else b"").reshape(value.shape())
+    return answers
 
 
 def _as_text(name: str, value: NDArray[Any]) -> NDArray[Any]:

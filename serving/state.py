@@ -7,9 +7,11 @@ from random import random as uniform
 from typing import Any
 
 from registry.errors import NotFoundError, UnavailableError
+from serving.cache import ResponseCache
 from serving.capture import Capture
 from serving.engine import LoadedVersion
 from serving.feedback import Inbox, Remembered
+from serving.gate import Gate
 from serving.routing import Route, choose, mark_of, position_of
 from serving.telemetry import VersionTelemetry, WatchCounts
 
@@ -33,6 +35,8 @@ class Serving:
         self.generation = 0
         self.ready = False
         self.live = True
+        self.load_errors: Mapping[tuple[str, str], str] = {}
+        """Why versions that should be here did not load."""
         self.in_flight = 0
         """Inference requests between their first byte and the last of their answer."""
         self.catching_up = False
@@ -47,8 +51,12 @@ class Serving:
         """Verdicts on answers, on their way to the registry."""
         self.remembered = Remembered()
         """Who answered the requests that came with an id of their own, while their route is watched."""
+        self.gate = Gate()
+        """Holds back the requests of models whose version is being exchanged."""
         self.capture: Capture | None = None
         """Where requests are kept for replays."""
+        self.cache: ResponseCache | None = None
+        """Answers of deterministic versions; none where the settings have caching off."""
         self._telemetry: dict[tuple[str, str], VersionTelemetry] = {}
         self._watch: dict[tuple[str, str], dict[int, WatchCounts]] = {}
 
@@ -76,6 +84,8 @@ class Serving:
             version.watch = self._watch.setdefault(key, version.watch)
         self.routes = dict(routes)
         self.loaded = dict(loaded)
+        if self.cache is not None:
+            self.cache.follow(self.loaded.values())
         self.epoch = epoch
         self.generation = generation
         self._watch = {key: windows for key, windows in self._watch.items() if windows or key in self.loaded}
@@ -83,6 +93,32 @@ class Serving:
         for key in gone[: max(0, len(gone) - _TELEMETRY_KEPT)]:
             del self._telemetry[key]
         return removed
+
+    def served(self) -> dict[str, Any]:
+        """Routes and loaded versions, for model-info and the report to the registry. JSON-able."""
+        return {
+            "models": {
+                name: {
+                    "stable": route.stable,
+                    "candidate": route.candidate,
+                    "weight": route.weight,
+                    "shadow": route.shadow,
+                    "generation": route.generation,
+                }
+                for name, route in sorted(self.routes.items())
+            },
+            "loaded": [
+                {
+                    "model": model,
+                    "version": version,
+                    "digest": loaded.digest,
+                    "memory_bytes": loaded.runtime.memory_bytes,
+                    "signature": loaded.runtime.signature.as_dict(),
+                    "figures": loaded.telemetry.total.summary(),
+                }
+                for (model, version), loaded in sorted(self.loaded.items())
+            ],
+        }
 
     def admit(
         self, model: str, version: str | None, key: bytes | None = None
@@ -123,6 +159,8 @@ class Serving:
             return [found]
         versions = [loaded for (name, _), loaded in sorted(self.loaded.items()) if name == model]
         if not versions:
+            if model in self.gate.closed:
+                raise UnavailableError(f"model '{model}' is being exchanged for another version; try again in a moment")
             raise NotFoundError(self._unknown(model))
         return versions
 

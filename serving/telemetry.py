@@ -45,6 +45,7 @@ class WatchCounts:
 
     __slots__ = (
         "error_clusters",
+        "error_seconds_total",
         "errors",
         "latency",
         "latency_seconds_total",
@@ -72,6 +73,8 @@ class WatchCounts:
         self.shadow_inexact = 0
         self.shadow_dropped = 0
         self.latency_seconds_total = 0.0
+        self.error_seconds_total = 0.0
+        """What `latency_seconds_total` has of bad requests. For statistics; the judge does not ask."""
         self.latency = [0] * _BUCKETS
         self.error_clusters = Clusters()
         self.slow_clusters = Clusters()
@@ -85,6 +88,7 @@ class WatchCounts:
         self.latency_seconds_total += latency_seconds
         if error:
             self.record_error(batch, key)
+            self.error_seconds_total += latency_seconds
         if slow:
             self.slow += 1
             self.slow_clusters.add(batch, key)
@@ -126,16 +130,57 @@ class WatchCounts:
         return {**counts, **self.error_clusters.as_dict("error"), **self.slow_clusters.as_dict("slow")}
 
 
-_PLAIN = tuple(name for name in WatchCounts.__slots__ if name not in ("latency", "error_clusters", "slow_clusters"))
+_OTHERS = ("latency", "error_clusters", "error_seconds_total", "slow_clusters")
+_PLAIN = tuple(name for name in WatchCounts.__slots__ if name not in _OTHERS)
+
+
+class CacheCounts:
+    """What became of requests to versions whose answers are kept. `saved_seconds` of the model were not spent on hits."""
+
+    __slots__ = ("bypassed", "l1", "l2", "misses", "saved_seconds", "shared")
+
+    def __init__(self) -> None:
+        self.l1 = 0
+        self.l2 = 0
+        self.shared = 0
+        self.misses = 0
+        self.bypassed = 0
+        self.saved_seconds = 0.0
+
+    def hit(self, level: str, saved_seconds: float) -> None:
+        """`level` is one of serving.cache's: l1, l2, shared."""
+        setattr(self, level, getattr(self, level) + 1)
+        self.saved_seconds += saved_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        hits = self.l1 + self.l2 + self.shared
+        asked = hits + self.misses
+        return {
+            "hits": {"l1": self.l1, "l2": self.l2, "shared": self.shared},
+            "misses": self.misses,
+            "bypassed": self.bypassed,
+            "hit_rate": round(hits / asked, 6) if asked else None,
+            "saved_seconds": round(self.saved_seconds, 6),
+        }
 
 
 class VersionTelemetry:
     """Everything that /metrics and /stats say about a version since this process first loaded it."""
 
-    __slots__ = ("batches", "codes", "last_inference_unix_seconds", "model_seconds", "queue_seconds", "rows", "total")
+    __slots__ = (
+        "batches",
+        "cache",
+        "codes",
+        "last_inference_unix_seconds",
+        "model_seconds",
+        "queue_seconds",
+        "rows",
+        "total",
+    )
 
     def __init__(self) -> None:
         self.total = WatchCounts()
+        self.cache = CacheCounts()
         self.codes: dict[int, int] = {}
         self.batches = 0
         self.rows = 0

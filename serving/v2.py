@@ -6,43 +6,39 @@ Protocol: https://github.com/kserve/open-inference-protocol and Triton's "binary
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
 
-from registry.errors import ModelkeepError, UsageError
-from registry.signature import DATATYPES, Signature, TensorSpec
-
-Array = NDArray[Any]
-
-
-class InputError(UsageError):
-    """A request that the protocol or the model's signature does not allow: the client's error, answered 4xx."""
-
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class OutputError(ModelkeepError):
-    """The model answered something that the answer's encoding cannot carry.
-
-    Answered 422: the request was understood and computed, and the same request with binary outputs would have
-    succeeded, so it is the client's to change (5xx would invite proxies to try again, with the same end). It still
-    counts as the version's error: a candidate that begins to answer NaN must not pass its canary thanks to a status.
-    """
-
-    status = 422
+from registry.signature import Signature, TensorSpec
+from serving.classification import UNFIT, classify
+from serving.tensors import (
+    DATATYPE_OF,
+    DTYPES,
+    Array,
+    InputError,
+    OutputError,
+    brief,
+    from_binary,
+    from_json,
+    json_type,
+    pack_bytes,
+    quoted,
+    texts,
+    to_bf16,
+)
 
 
 class InferRequest:
-    """A decoded request. `outputs` is None where the client wants them all."""
+    """A decoded request. `outputs` is None where the client wants them all.
 
-    __slots__ = ("binary_default", "binary_outputs", "id", "inputs", "outputs")
+    `classes` says of which outputs the client wants the largest numbers, and how many; None: every output travels as it
+    was computed. `timeout_seconds` is the client's own deadline, 0 where it has none.
+    """
+
+    __slots__ = ("binary_default", "binary_outputs", "classes", "id", "inputs", "outputs", "timeout_seconds")
 
     def __init__(
         self,
@@ -51,16 +47,17 @@ class InferRequest:
         outputs: tuple[str, ...] | None,
         binary_default: bool,
         binary_outputs: dict[str, bool],
+        classes: dict[str, int] | None = None,
     ) -> None:
         self.id = id
         self.inputs = inputs
         self.outputs = outputs
         self.binary_default = binary_default
         self.binary_outputs = binary_outputs
+        self.classes = classes
+        self.timeout_seconds = 0.0
 
 
-_DTYPES = {name: np.dtype(numpy).newbyteorder("<") for name, numpy in DATATYPES.items()}
-_DATATYPES = {dtype: name for name, dtype in _DTYPES.items() if name != "BYTES"}
 _JSON_NUMPY = orjson.OPT_SERIALIZE_NUMPY
 _NO_PARAMETERS: dict[str, Any] = {}
 
@@ -72,7 +69,9 @@ class Codec:
         self.signature = signature
         self._inputs = {spec.name: spec for spec in signature.inputs}
         self._required = tuple(spec.name for spec in signature.required)
-        self._outputs = {spec.name for spec in signature.outputs}
+        self._outputs = {spec.name: spec for spec in signature.outputs}
+        self._bf16_outputs = frozenset(spec.name for spec in signature.outputs if spec.datatype == "BF16")
+        self._batched = all(spec.shape[:1] == (-1,) for spec in (*signature.required, *signature.outputs))
 
     def decode(self, body: bytes | memoryview, header_length: int | None) -> InferRequest:
         """Raises InputError, which names what is wrong. `header_length`: Inference-Header-Content-Length, if sent."""
@@ -86,10 +85,10 @@ class Codec:
         else:
             document = _loads(memoryview(body)[:header_length])
         if type(document) is not dict:
-            raise InputError(f"the request must be a JSON object, it is {_json_type(document)}")
+            raise InputError(f"the request must be a JSON object, it is {json_type(document)}")
         id = document.get("id")
         if id is not None and type(id) is not str:
-            raise InputError(f"'id' must be a string, it is {_json_type(id)}")
+            raise InputError(f"'id' must be a string, it is {json_type(id)}")
         parameters = _parameters(document, "the request")
         items = document.get("inputs")
         if type(items) is not list:
@@ -100,60 +99,93 @@ class Codec:
             name = _name(item, "input")
             spec = self._inputs.get(name)
             if spec is None:
-                raise InputError(f"the model has no input '{name}'; its inputs are {_quoted(self._inputs)}")
+                raise InputError(f"the model has no input '{name}'; its inputs are {quoted(self._inputs)}")
             if name in arrays:
                 raise InputError(f"input '{name}' was sent twice")
             shape = _shape(item, spec)
-            size = _parameters(item, f"input '{name}'").get("binary_data_size")
+            own = item.get("parameters")
+            if own is not None and type(own) is not dict:
+                own = _parameters(item, f"input '{name}'")
+            size = own.get("binary_data_size") if own else None
             if size is None:
                 if "data" not in item:
+                    _no_shared_memory(own or _NO_PARAMETERS, f"input '{name}'")
                     raise InputError(f"input '{name}' has neither 'data' nor the parameter 'binary_data_size'")
-                arrays[name] = _from_json(name, spec.datatype, shape, item["data"])
+                arrays[name] = from_json(name, spec.datatype, shape, item["data"])
                 continue
             if "data" in item:
                 raise InputError(
                     f"input '{name}' has both 'data' and the parameter 'binary_data_size'; send one of them"
                 )
             if type(size) is not int or size < 0:
-                raise InputError(f"input '{name}': 'binary_data_size' must be a number of bytes, it is {_brief(size)}")
+                raise InputError(f"input '{name}': 'binary_data_size' must be a number of bytes, it is {brief(size)}")
             if offset + size > len(body):
                 left = len(body) - offset
                 raise InputError(
                     f"input '{name}' says {size} bytes of binary data, but only {left} are left in the body"
                 )
-            arrays[name] = _from_binary(name, spec.datatype, shape, body, offset, size)
+            arrays[name] = from_binary(name, spec.datatype, shape, body, offset, size)
             offset += size
         if len(arrays) != len(self._inputs) and (missing := [name for name in self._required if name not in arrays]):
-            raise InputError(f"input {_quoted(missing)} is missing; the model's inputs are {_quoted(self._inputs)}")
+            raise InputError(f"input {quoted(missing)} is missing; the model's inputs are {quoted(self._inputs)}")
         if offset != len(body):
             raise InputError(f"{len(body) - offset} bytes of the body belong to no tensor")
-        outputs, binary_outputs = self._wanted(document.get("outputs"))
-        return InferRequest(
-            id, arrays, outputs, _flag(parameters, "binary_data_output", "the request", default=False), binary_outputs
-        )
+        request = InferRequest(id, arrays, None, False, {})
+        if parameters:
+            if len(parameters) == 1 and parameters.get("binary_data_output") is True:
+                request.binary_default = True
+            else:
+                request.binary_default = _flag(parameters, "binary_data_output", "the request", default=False)
+                request.timeout_seconds = _timeout_seconds(parameters)
+        items = document.get("outputs")
+        if items:
+            self._want(items, request)
+        elif items is not None and type(items) is not list:
+            raise InputError(f"'outputs' must be a list, it is {json_type(items)}")
+        if self._bf16_outputs:
+            self._want_bf16(request)
+        return request
 
-    def _wanted(self, items: Any) -> tuple[tuple[str, ...] | None, dict[str, bool]]:
-        binary: dict[str, bool] = {}
-        if not items and (items is None or type(items) is list):
-            return None, binary
+    def _want(self, items: Any, request: InferRequest) -> None:
+        """Put the outputs that the client names into the request."""
         if type(items) is not list:
-            raise InputError(f"'outputs' must be a list, it is {_json_type(items)}")
+            raise InputError(f"'outputs' must be a list, it is {json_type(items)}")
         names: list[str] = []
         for item in items:
             name = _name(item, "output")
-            if name not in self._outputs:
-                known = _quoted(spec.name for spec in self.signature.outputs)
-                raise InputError(f"the model has no output '{name}'; its outputs are {known}")
+            spec = self._outputs.get(name)
+            if spec is None:
+                raise InputError(f"the model has no output '{name}'; its outputs are {quoted(self._outputs)}")
             if name in names:
                 raise InputError(f"output '{name}' was asked for twice")
             names.append(name)
             parameters = _parameters(item, f"output '{name}'")
             if parameters:
-                if parameters.get("classification"):
-                    raise InputError(f"output '{name}': the parameter 'classification' is not supported")
                 if "binary_data" in parameters:
-                    binary[name] = _flag(parameters, "binary_data", f"output '{name}'", default=False)
-        return tuple(names), binary
+                    binary = _flag(parameters, "binary_data", f"output '{name}'", default=False)
+                    request.binary_outputs[name] = binary
+                    if len(parameters) == 1:
+                        continue
+                _no_shared_memory(parameters, f"output '{name}'")
+                if count := _unsigned(parameters, "classification", f"output '{name}'"):
+                    if spec.datatype in UNFIT:
+                        raise InputError(
+                            f"output '{name}' is {spec.datatype}, which has no largest numbers; ask for it without "
+                            f"the parameter 'classification'"
+                        )
+                    request.classes = {**(request.classes or {}), name: count}
+        request.outputs = tuple(names)
+
+    def _want_bf16(self, request: InferRequest) -> None:
+        """Raises InputError where BF16 would have to travel in JSON."""
+        request.classes = request.classes or {}
+        wanted = self._outputs if request.outputs is None else request.outputs
+        for name in self._bf16_outputs.intersection(wanted).difference(request.classes):
+            if not request.binary_outputs.get(name, request.binary_default):
+                raise InputError(
+                    f"output '{name}' is BF16, which JSON cannot carry; ask for it in binary (output parameter "
+                    f"binary_data, or request parameter binary_data_output)"
+                )
 
     def _decode_raw(self, body: bytes | memoryview) -> InferRequest:
         """A header length of 0: the whole body is the one input's data, and outputs come back in binary."""
@@ -163,21 +195,29 @@ class Codec:
                 f"Inference-Header-Content-Length 0 (a raw tensor) needs a model of one input; this has {count}"
             )
         spec = self._inputs[self._required[0]]
+        if spec.datatype == "BYTES":
+            if any(n not in (-1, 1) for n in spec.shape):
+                raise InputError(f"input '{spec.name}' cannot be sent as a raw tensor: BYTES must be one element")
+            element = np.empty(1, dtype=object)
+            element[0] = bytes(body)
+            return self._raw(spec, element.reshape((1,) * len(spec.shape)))
+        free = spec.shape.count(-1)
         fixed = math.prod(n for n in spec.shape if n >= 0)
-        free = sum(n < 0 for n in spec.shape)
-        if spec.datatype == "BYTES" or free > 1:
+        if free > 1:
             raise InputError(
                 f"input '{spec.name}' cannot be sent as a raw tensor: its shape does not follow from its size"
             )
-        item_size = _DTYPES[spec.datatype].itemsize * fixed
-        if item_size == 0 or len(body) % item_size or (not free and len(body) != item_size):
+        item_size = DTYPES[spec.datatype].itemsize * fixed
+        if len(body) % item_size if item_size and free else len(body) != item_size:
             unit = "a multiple of " if free else ""
             raise InputError(
                 f"input '{spec.name}' as a raw tensor needs {unit}{item_size} bytes, the body has {len(body)}"
             )
-        shape = tuple(len(body) // item_size if n < 0 else n for n in spec.shape)
-        array = _from_binary(spec.name, spec.datatype, shape, body, 0, len(body))
-        return InferRequest(None, {spec.name: array}, None, True, {})
+        shape = tuple((len(body) // item_size if item_size else 0) if n < 0 else n for n in spec.shape)
+        return self._raw(spec, from_binary(spec.name, spec.datatype, shape, body, 0, len(body)))
+
+    def _raw(self, spec: TensorSpec, array: Array) -> InferRequest:
+        return InferRequest(None, {spec.name: array}, None, True, {}, {} if self._bf16_outputs else None)
 
     def encode(
         self,
@@ -188,31 +228,35 @@ class Codec:
         parameters: Mapping[str, Any],
     ) -> tuple[bytes, int | None]:
         """The body and, where it has binary tensors, the length of its JSON header. Raises OutputError."""
+        if request.classes is not None:
+            outputs = {name: self._dressed(name, array, request.classes) for name, array in outputs.items()}
         items: list[dict[str, Any]] = []
         chunks: list[bytes] = []
         floats: list[tuple[str, Array]] = []
+        named, default = request.binary_outputs, request.binary_default
         for name, array in outputs.items():
-            binary = request.binary_outputs.get(name, request.binary_default)
-            datatype = _DATATYPES.get(array.dtype)
-            shape = list(array.shape)
-            if datatype is None and array.dtype.kind not in "OSU":
+            dtype, shape = array.dtype, array.shape
+            datatype = DATATYPE_OF.get(dtype)
+            if datatype is None and dtype.kind not in "OSU":
                 raise OutputError(f"output '{name}' has the type {array.dtype}, which the V2 protocol cannot carry")
-            if binary:
-                chunk = _pack_bytes(array) if datatype is None else array.tobytes()
+            if named.get(name, default) if named else default:
+                chunk = pack_bytes(array) if datatype is None else array.tobytes()
                 chunks.append(chunk)
                 size = {"binary_data_size": len(chunk)}
                 items.append({"name": name, "datatype": datatype or "BYTES", "shape": shape, "parameters": size})
                 continue
             if datatype is None:
-                data: Any = _texts(name, array)
+                data: Any = texts(name, array)
                 datatype = "BYTES"
             else:
-                data = np.ascontiguousarray(array).reshape(-1)
-                if array.dtype.kind == "f":
+                data = array.ravel()
+                if dtype.kind == "f":
                     floats.append((name, array))
+                elif dtype.kind == "V":
+                    raise OutputError(f"output '{name}' is BF16, which JSON cannot carry; ask for binary")
             items.append({"name": name, "datatype": datatype, "shape": shape, "data": data})
         document: dict[str, Any] = {"model_name": model, "model_version": version, "parameters": parameters}
-        if request.id is not None:
+        if request.id:
             document["id"] = request.id
         document["outputs"] = items
         header = orjson.dumps(document, option=_JSON_NUMPY)
@@ -229,22 +273,14 @@ class Codec:
             return header, None
         return b"".join((header, *chunks)), len(header)
 
-
-def inflate(body: bytes, encoding: str, limit: int) -> bytes:
-    """Undo Content-Encoding gzip or deflate, never beyond `limit` bytes. Raises InputError (413, 415 or 400)."""
-    if encoding not in ("gzip", "deflate"):
-        raise InputError(f"Content-Encoding '{encoding}' is not supported; gzip and deflate are", status=415)
-    # RFC 9110 calls the zlib format "deflate".
-    inflater = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
-    try:
-        plain = inflater.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise InputError(f"the body is not valid {encoding}: {error}") from error
-    if len(plain) > limit:
-        raise InputError(f"the body is longer than {limit} bytes once it is unpacked", status=413)
-    if not inflater.eof:
-        raise InputError(f"the {encoding} body ends too early")
-    return plain
+    def _dressed(self, name: str, array: Array, classes: dict[str, int]) -> Array:
+        """An output as it travels where that is not as it was computed: its largest numbers, or BF16."""
+        count = classes.get(name)
+        if count is not None:
+            if array.dtype.kind not in "fiu":
+                raise OutputError(f"output '{name}' has the type {array.dtype}, which has no largest numbers")
+            return classify(array, count, batched=self._batched)
+        return to_bf16(array) if name in self._bf16_outputs and array.dtype.kind == "f" else array
 
 
 def _loads(text: bytes | memoryview) -> Any:
@@ -254,6 +290,8 @@ def _loads(text: bytes | memoryview) -> Any:
         raw = bytes(text)
         if not raw:
             raise InputError("the body is empty; an inference request is a JSON object") from error
+        if any(words in str(error) for words in ("depth limit", "allocate memory")):  # both are orjson's for the same
+            raise InputError("the request is not valid JSON, or is nested too deeply") from error
         hint = ""
         if b"NaN" in raw or b"Infinity" in raw:
             hint = "; JSON has no NaN or Infinity: send such tensors as binary data"
@@ -262,7 +300,7 @@ def _loads(text: bytes | memoryview) -> Any:
 
 def _name(item: Any, what: str) -> str:
     if type(item) is not dict:
-        raise InputError(f"every {what} must be a JSON object, one is {_json_type(item)}")
+        raise InputError(f"every {what} must be a JSON object, one is {json_type(item)}")
     name = item.get("name")
     if type(name) is not str:
         raise InputError(f"an {what} has no 'name' (a string)")
@@ -274,15 +312,43 @@ def _parameters(holder: dict[str, Any], where: str) -> dict[str, Any]:
     if parameters is None:
         return _NO_PARAMETERS
     if type(parameters) is not dict:
-        raise InputError(f"'parameters' of {where} must be a JSON object, it is {_json_type(parameters)}")
+        raise InputError(f"'parameters' of {where} must be a JSON object, it is {json_type(parameters)}")
     return parameters
 
 
 def _flag(parameters: dict[str, Any], name: str, where: str, *, default: bool) -> bool:
     value = parameters.get(name, default)
     if type(value) is not bool:
-        raise InputError(f"the parameter '{name}' of {where} must be true or false, it is {_brief(value)}")
+        raise InputError(f"the parameter '{name}' of {where} must be true or false, it is {brief(value)}")
     return value
+
+
+def _unsigned(parameters: dict[str, Any], name: str, where: str) -> int:
+    value = parameters.get(name, 0)
+    if type(value) is not int or value < 0:
+        raise InputError(f"the parameter '{name}' of {where} must be a whole number, it is {brief(value)}")
+    return value
+
+
+def _timeout_seconds(parameters: dict[str, Any]) -> float:
+    """The parameter `timeout` of the request, in microseconds as Triton has it; 0 where there is none.
+
+    The others of Triton's parameters change nothing here and are only looked at: one queue knows no `priority`, and no
+    model keeps anything from one request of a sequence to the next.
+    """
+    for name, value in parameters.items():
+        if not isinstance(value, (str, int, float)):
+            raise InputError(
+                f"the parameter '{name}' of the request must be a string, a number or true or false, it is {brief(value)}"
+            )
+    _unsigned(parameters, "priority", "the request")
+    _no_shared_memory(parameters, "the request")
+    return _unsigned(parameters, "timeout", "the request") / 1e6
+
+
+def _no_shared_memory(parameters: dict[str, Any], where: str) -> None:
+    if "shared_memory_region" in parameters:
+        raise InputError(f"{where} names a shared memory region, which is not supported; send tensors in the body")
 
 
 def _shape(item: dict[str, Any], spec: TensorSpec) -> tuple[int, ...]:
@@ -290,146 +356,15 @@ def _shape(item: dict[str, Any], spec: TensorSpec) -> tuple[int, ...]:
     if datatype != spec.datatype:
         if datatype is None:
             raise InputError(f"input '{spec.name}' has no 'datatype'; the model takes {spec.datatype}")
-        raise InputError(f"input '{spec.name}' has the datatype {_brief(datatype)}, the model takes {spec.datatype}")
+        raise InputError(f"input '{spec.name}' has the datatype {brief(datatype)}, the model takes {spec.datatype}")
     shape = item.get("shape")
     if type(shape) is not list:
         raise InputError(f"input '{spec.name}' has no 'shape' (a list of numbers)")
     for n in shape:
         if type(n) is not int or not 0 <= n <= 2**31:
-            raise InputError(f"input '{spec.name}': {_brief(n)} in 'shape' is not a dimension")
+            raise InputError(f"input '{spec.name}': {brief(n)} in 'shape' is not a dimension")
     dimensions = tuple(shape)
     if not spec.accepts(dimensions):
         want = list(spec.shape)
-        raise InputError(f"input '{spec.name}' has the shape {_brief(shape)}, the model takes {want} (-1: any)")
+        raise InputError(f"input '{spec.name}' has the shape {brief(shape)}, the model takes {want} (-1: any)")
     return dimensions
-
-
-def _from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> Array:
-    if type(data) is not list:
-        raise InputError(f"input '{name}': 'data' must be a list, it is {_json_type(data)}")
-    count = math.prod(shape)
-    if datatype == "BYTES":
-        array = np.array(data, dtype=object)
-        if any(type(value) is not str for value in array.flat):
-            raise InputError(f"input '{name}': the elements of BYTES must be strings, in lists of equal lengths")
-        texts = np.empty(array.shape, dtype=object)
-        texts.reshape(-1)[:] = [value.encode() for value in array.flat]
-        array = texts
-    else:
-        try:
-            array = np.array(data)
-        except (ValueError, OverflowError) as error:
-            raise InputError(f"input '{name}': 'data' has rows of different lengths") from error
-        array = _to_datatype(name, datatype, array, data)
-    if array.shape == shape:
-        return array
-    if array.ndim != 1 and array.size == count:
-        raise InputError(f"input '{name}': 'data' is nested as {list(array.shape)}, but its shape is {list(shape)}")
-    if array.size != count:
-        raise InputError(f"input '{name}' has {array.size} elements, its shape {list(shape)} needs {count}")
-    return array.reshape(shape)
-
-
-def _to_datatype(name: str, datatype: str, array: Array, data: Any) -> Array:
-    dtype = _DTYPES[datatype]
-    kind, found = dtype.kind, array.dtype.kind
-    if array.size == 0:
-        return array.astype(dtype)
-    if kind == "f" and found in "fiu":
-        if array.dtype == dtype:
-            return array
-        try:
-            with np.errstate(over="raise"):
-                return array.astype(dtype)
-        except FloatingPointError as error:
-            raise InputError(f"input '{name}' has a number that is too large for {datatype}") from error
-    if kind == "b" and found == "b":
-        return array
-    if kind in "iu":
-        if found in "fO":
-            # Whole numbers beyond INT64 become floats or objects on the way; fractions and null do as well.
-            array = _whole_numbers(name, datatype, data)
-            found = "i"
-        if found in "iu":
-            limits = np.iinfo(dtype)
-            if array.dtype != dtype and (int(array.min()) < limits.min or int(array.max()) > limits.max):
-                raise InputError(
-                    f"input '{name}' has a number that does not fit {datatype} ({limits.min} to {limits.max})"
-                )
-            return array.astype(dtype, copy=False)
-    want = {"f": "numbers", "b": "true or false", "i": "whole numbers", "u": "whole numbers"}[kind]
-    raise InputError(f"input '{name}': the elements of {datatype} must be {want}")
-
-
-def _whole_numbers(name: str, datatype: str, data: Any) -> Array:
-    array = np.array(data, dtype=object)
-    if any(type(value) is not int for value in array.flat):
-        raise InputError(f"input '{name}': the elements of {datatype} must be whole numbers")
-    return array
-
-
-def _from_binary(
-    name: str, datatype: str, shape: tuple[int, ...], body: bytes | memoryview, offset: int, size: int
-) -> Array:
-    count = math.prod(shape)
-    if datatype == "BYTES":
-        return _unpack_bytes(name, shape, count, memoryview(body)[offset : offset + size])
-    dtype = _DTYPES[datatype]
-    if size != count * dtype.itemsize:
-        need = count * dtype.itemsize
-        raise InputError(f"input '{name}' has {size} bytes, its shape {list(shape)} of {datatype} needs {need}")
-    if datatype == "BOOL":
-        return np.frombuffer(body, np.uint8, count, offset).reshape(shape).astype(np.bool_)
-    array = np.frombuffer(body, dtype, count, offset) if count else np.empty(0, dtype)
-    if not array.flags.aligned:
-        array = array.copy()
-    return array.reshape(shape)
-
-
-def _unpack_bytes(name: str, shape: tuple[int, ...], count: int, data: memoryview) -> Array:
-    """Every element is its length in four little-endian bytes, then its bytes."""
-    elements: list[bytes] = []
-    position = 0
-    while position < len(data):
-        start = position + 4
-        end = start + int.from_bytes(data[position:start], "little")
-        if end > len(data) or start > len(data):
-            raise InputError(f"input '{name}': element {len(elements)} of BYTES ends beyond its binary data")
-        elements.append(bytes(data[start:end]))
-        position = end
-    if len(elements) != count:
-        raise InputError(f"input '{name}' has {len(elements)} elements, its shape {list(shape)} needs {count}")
-    array = np.empty(count, dtype=object)
-    array[:] = elements
-    return array.reshape(shape)
-
-
-def _pack_bytes(array: Array) -> bytes:
-    parts: list[bytes] = []
-    for value in array.reshape(-1):
-        element = value if isinstance(value, bytes) else str(value).encode()
-        parts += (len(element).to_bytes(4, "little"), element)
-    return b"".join(parts)
-
-
-def _texts(name: str, array: Array) -> list[str]:
-    try:
-        return [value.decode() if isinstance(value, bytes) else str(value) for value in array.reshape(-1)]
-    except UnicodeDecodeError as error:
-        raise OutputError(
-            f"output '{name}' has bytes that are not UTF-8, which JSON cannot carry; ask for binary"
-        ) from error
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:59] + "…"
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)

@@ -16,12 +16,15 @@ from tests.unit.serving.helpers import affine_model, identity_model
 
 @contextmanager
 def running(repository: Path, folder: Path, *options: str) -> Iterator[str]:
-    """The address of a server with the models "affine" and "text". The socket listens before the process does."""
+    """The address of a server with models that compute ("affine") or answer what they are sent. The socket listens before the process does."""
     from onnx import TensorProto
 
     models = {
         "affine": affine_model(folder / "affine.onnx", fails_above=100),
         "text": identity_model(folder / "text.onnx", TensorProto.STRING),
+        "halves": identity_model(folder / "halves.onnx", TensorProto.FLOAT16),
+        "brains": identity_model(folder / "brains.onnx", TensorProto.BFLOAT16),
+        "flags": identity_model(folder / "flags.onnx", TensorProto.BOOL),
     }
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

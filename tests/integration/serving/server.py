@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 
+from registry.signature import Signature, TensorSpec
 from serving.api import create_app
 from serving.engine import LoadedVersion
 from serving.protocol import bounded_protocol
@@ -20,10 +21,18 @@ from serving.runtimes import load_runtime
 from serving.state import Serving
 
 
+def _with_optional(model: str, named: list[str]) -> Signature | None:
+    """What the registry would know of the model's optional inputs: the file does not say which weights are meant as inputs."""
+    inputs = [name for known, name in (item.split("=", 1) for item in named) if known == model]
+    return Signature(tuple(TensorSpec(name, "FP32", (1,), optional=True) for name in inputs), ()) if inputs else None
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--receive-timeout", type=float, default=30.0)
+    parser.add_argument("--whole", action="append", default=[], help="a model whose rows are not independent")
+    parser.add_argument("--optional", action="append", default=[], help="MODEL=INPUT: an input that has a default")
     parser.add_argument("models", nargs="+", help="NAME=PATH; the version of each is 1")
     options = parser.parse_args()
     loaded = {}
@@ -32,8 +41,8 @@ async def main() -> None:
             model,
             "1",
             "0" * 64,
-            load_runtime(Path(path), "onnx", signature=None),
-            rows_independent=True,
+            load_runtime(Path(path), "onnx", signature=_with_optional(model, options.optional)),
+            rows_independent=model not in options.whole,
             max_batch=8,
             queue_size=100,
         )

@@ -346,7 +346,7 @@ DEFAULTDICT = '[1, {"type": "collections.defaultdict", "context": "{}", "childre
         (graph_part("schema_version", value={"major": 1 << 70, "minor": 0}), "no size or number"),
         (graph_part("graph_module", "graph", "tensor_values", "x", "device", "type", value="cuda"), "move model and example to the CPU"),
         (graph_part("graph_module", "graph", "tensor_values", "x", "sizes", value=[{"as_int": -5}]), "has the size"),
-        (graph_part("graph_module", "graph", "tensor_values", "x", "dtype", value=13), "cannot be served"),
+        (graph_part("graph_module", "graph", "tensor_values", "x", "dtype", value=10), "cannot be served"),
     ],
 )  # fmt: skip
 def test_a_graph_that_torch_export_does_not_write_is_refused(

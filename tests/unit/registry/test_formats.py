@@ -156,8 +156,8 @@ def test_a_flipped_byte_is_refused_or_harmless_but_never_an_accident(mask: int, 
             "output 'y' has no shape",
         ),
         (
-            {"inputs": [helper.make_tensor_value_info("x", TensorProto.BFLOAT16, [1, 4])]},
-            "BFLOAT16, which cannot be served",
+            {"inputs": [helper.make_tensor_value_info("x", TensorProto.FLOAT8E4M3FN, [1, 4])]},
+            "FLOAT8E4M3FN, which cannot be served",
         ),
         (
             {"inputs": [helper.make_tensor_sequence_value_info("x", TensorProto.FLOAT, [1, 4])]},
@@ -167,6 +167,14 @@ def test_a_flipped_byte_is_refused_or_harmless_but_never_an_accident(mask: int, 
 )
 def test_a_graph_that_cannot_be_served_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     assert said in refusal(save(linear(**changes), tmp_path / "m.onnx"))
+
+
+def test_inputs_and_outputs_of_bf16_can_be_served(tmp_path: Path) -> None:
+    spec = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, ["n", 4]) for name in ("x", "y")]
+    changes = {"inputs": spec[:1], "outputs": spec[1:], "nodes": [helper.make_node("Identity", ["x"], ["y"])]}
+    signature = inspect(save(linear(**changes), tmp_path / "m.onnx"), max_bytes=GIB).signature
+    assert signature is not None
+    assert [tensor.datatype for tensor in (*signature.inputs, *signature.outputs)] == ["BF16", "BF16"]
 
 
 # ONNX external data

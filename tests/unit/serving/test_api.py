@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import zlib
 from typing import Any
 
 import numpy as np
@@ -273,22 +275,35 @@ def test_a_fault_of_the_server_answers_500_without_its_details(monkeypatch: pyte
 
 def test_the_protocols_descriptions() -> None:
     async def scenario() -> None:
-        spec = (TensorSpec("x", "FP32", (-1, 2)), TensorSpec("t", "BYTES", (-1,)))
+        spec = (
+            TensorSpec("x", "FP32", (-1, 2)),
+            TensorSpec("t", "BYTES", (-1,)),
+            TensorSpec("o", "BF16", (1,), optional=True),
+        )
         version, second = load(PythonRuntime(signature=Signature(spec, ROWS.outputs)), "1"), load(version="2")
         server = serve(version, second)
         assert (await server.get("/v2")).json()["name"] == "modelkeep"
-        for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/m/ready", "/v2/models/m/versions/2/ready"):
+        ready = {"name": "m", "ready": True}
+        for path, said in (
+            ("/v2/health/live", {"live": True}),
+            ("/v2/health/ready", {"ready": True}),
+            ("/v2/models/m/ready", ready),
+            ("/v2/models/m/versions/2/ready", ready),
+        ):
             answer = await server.get(path)
-            assert (answer.status, answer.body) == (200, b""), path
+            assert (answer.status, answer.json()) == (200, said), path
         metadata = (await server.get("/v2/models/m")).json()
         assert metadata["versions"] == ["1", "2"] and metadata["platform"] == "python"
         assert metadata["inputs"][1] == {"name": "t", "datatype": "BYTES", "shape": [-1]}
         config = (await server.get("/v2/models/m/config")).json()
         assert config["max_batch_size"] == 8
         assert config["input"][1] == {"name": "t", "data_type": "TYPE_STRING", "dims": []}
+        assert config["input"][2] == {"name": "o", "data_type": "TYPE_BF16", "dims": [], "optional": True}
         await server.infer(version="2")
         stats = (await server.get("/v2/models/m/versions/2/stats")).json()["model_stats"]
         assert [s["version"] for s in stats] == ["2"] and stats[0]["inference_stats"]["success"]["count"] == 1
+        found = stats[0]["inference_stats"]
+        assert found["success"]["ns"] == found["request"]["ns"] > 0 and found["fail"] == {"count": 0, "ns": 0}
         assert len((await server.get("/v2/models/m/stats")).json()["model_stats"]) == 2
         assert len((await server.get("/v2/models/stats")).json()["model_stats"]) == 2
         index = (await server.post("/v2/repository/index", None)).json()
@@ -308,8 +323,22 @@ def test_the_protocols_descriptions() -> None:
         ("GET", INFER, 405, "takes POST, not GET"),
         ("DELETE", "/v2/models/m", 405, "takes GET, not DELETE"),
         ("GET", "/v2/repository/index", 405, "takes POST, not GET"),
-        ("POST", "/v2/repository/models/m/load", 501, "load by the V2 protocol is not available yet"),
-        ("POST", "/v2/repository/models/m/unload", 501, "unload by the V2 protocol is not available yet"),
+        (
+            "POST",
+            "/v2/repository/models/m/load",
+            501,
+            "load by the V2 protocol is not supported: what is loaded follows",
+        ),
+        ("POST", "/v2/repository/models/m/unload", 501, "unload by the V2 protocol is not supported"),
+        ("POST", "/v2/repository/own/models/m/load", 501, "load by the V2 protocol is not supported"),
+        ("GET", "/v2/repository/models/m/load", 405, "takes POST, not GET"),
+        ("GET", "/v2/systemsharedmemory/status", 501, "shared memory is not supported"),
+        ("POST", "/v2/systemsharedmemory/region/r/register", 501, "shared memory is not supported"),
+        ("POST", "/v2/cudasharedmemory/unregister", 501, "shared memory is not supported"),
+        ("GET", "/v2/trace/setting", 501, "trace settings are not supported"),
+        ("POST", "/v2/models/m/trace/setting", 501, "trace settings are not supported"),
+        ("POST", "/v2/logging", 501, "log settings are not supported"),
+        ("HEAD", INFER, 405, "takes POST, not HEAD"),
         ("GET", "/nothing", 404, "/nothing: Not Found"),
         ("GET", "/api/v2/update-models", 405, "Method Not Allowed"),
         ("GET", "/v2x", 404, "/v2x: Not Found"),
@@ -338,6 +367,117 @@ def test_a_server_that_is_not_ready_says_so() -> None:
         assert (await server.get("/v2/health/live")).status == 200
         server.serving.live = False
         assert (await server.get("/v2/health/live")).status == 503
+
+    asyncio.run(scenario())
+
+
+def test_the_index_names_what_is_known_and_not_loaded_with_its_reason() -> None:
+    async def scenario() -> None:
+        version = load(version="1")
+        server = serve(version, route=Route("m", 1, "1", "2"))
+        server.serving.load_errors = {("m", "3"): "its file is not there"}
+        ready = {"name": "m", "version": "1", "state": "READY", "reason": ""}
+        loading = {"name": "m", "version": "2", "state": "LOADING", "reason": ""}
+        failed = {"name": "m", "version": "3", "state": "UNAVAILABLE", "reason": "its file is not there"}
+        path = "/v2/repository/index"
+        for body in (b"", b"{}", b'{"ready": false}'):
+            answer = await server.ask("POST", path, body)
+            assert answer is not None and answer.json() == [ready, loading, failed], body
+        assert (await server.post(path, {"ready": True})).json() == [ready]
+        for wrong in (b"{", b"[]", b'{"ready": 1}'):
+            answer = await server.ask("POST", path, wrong)
+            assert answer is not None and answer.status == 400 and answer.error, wrong
+        answer = await server.get("/v2/models/m/versions/3/ready")
+        assert (answer.status, answer.error) == (503, "model 'm' version '3' did not load: its file is not there")
+        assert answer.headers["retry-after"] == "1"
+        long = await server.ask("POST", path, bytes(100_001))
+        assert long is not None and long.status == 413
+        close(version)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/health",
+        "/metrics",
+        "/api/v2/model-info",
+        "/docs",
+        "/v2",
+        "/v2/health/ready",
+        "/v2/models/m",
+        "/v2/models/stats",
+    ],
+)
+def test_head_is_answered_wherever_get_is(path: str) -> None:
+    async def scenario() -> None:
+        version = load()
+        server = serve(version)
+        got, head = await server.get(path), await server.ask("HEAD", path)
+        assert head is not None and (head.status, head.headers["content-type"]) == (200, got.headers["content-type"])
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_a_request_whose_own_deadline_has_come_is_not_computed_and_proves_nothing_against_the_version() -> None:
+    async def scenario() -> None:
+        runtime = PythonRuntime()
+        version = load(runtime)
+        server = serve(version, route=Route("m", 1, "1", watch=True))
+        runtime.gate.clear()
+        computing = asyncio.create_task(server.infer(1, 1))
+        await until(runtime.entered.is_set)
+        hurried = await server.post(INFER, {**request(2, 2), "parameters": {"timeout": 2000}})
+        assert hurried.status == 504
+        assert (
+            hurried.error == "model 'm' version '1' did not answer within the 0.002 seconds of the parameter 'timeout'"
+        )
+        runtime.gate.set()
+        assert (await computing).status == 200
+        patient = await server.post(INFER, {**request(3, 3), "parameters": {"timeout": 20_000_000}})
+        assert patient.status == 200 and len(runtime.calls) == 2
+        counts = version.counts_for(server.serving.routes["m"])
+        assert (counts.requests, counts.errors) == (2, 0)
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_a_deadline_beyond_what_is_usual_counts_against_the_version() -> None:
+    async def scenario() -> None:
+        runtime = PythonRuntime()
+        version = load(runtime)
+        server = serve(version, route=Route("m", 1, "1", watch=True, slow_threshold_seconds=0.001))
+        runtime.gate.clear()
+        late = await server.post(INFER, {**request(), "parameters": {"timeout": 5000}})
+        assert late.status == 504
+        runtime.gate.set()
+        counts = version.counts_for(server.serving.routes["m"])
+        assert (counts.requests, counts.errors) == (1, 1)
+        close(version)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("accepts", ["gzip", "deflate"])
+def test_long_answers_are_packed_for_clients_that_ask(accepts: str) -> None:
+    async def scenario() -> None:
+        version = load()
+        server = serve(version)
+        tensor = {"name": "x", "shape": [2000, 2], "datatype": "FP32", "data": [1.0] * 4000}
+        plain = await server.post(INFER, {"inputs": [tensor]})
+        assert "content-encoding" not in plain.headers and len(plain.body) > 8192
+        packed = await server.post(INFER, {"inputs": [tensor]}, {"Accept-Encoding": accepts})
+        assert (packed.headers["content-encoding"], packed.headers["vary"]) == (accepts, "accept-encoding")
+        assert packed.headers["content-length"] == str(len(packed.body))
+        unpack = gzip.decompress if accepts == "gzip" else zlib.decompress
+        assert orjson.loads(unpack(packed.body))["outputs"] == plain.json()["outputs"]
+        short = await server.post(INFER, request(), {"Accept-Encoding": accepts})
+        assert "content-encoding" not in short.headers and short.status == 200
+        close(version)
 
     asyncio.run(scenario())
 

@@ -169,6 +169,8 @@ MATRIX: dict[tuple[str, str], str | None] = {
     ("POST", "/api/v2/rollback"): OPERATE,
     ("DELETE", "/api/v2/rollback/{model}"): OPERATE,
     ("GET", "/api/v2/rollback/{model}"): VIEW,
+    ("GET", "/api/cache/stats"): VIEW,
+    ("DELETE", "/api/cache"): OPERATE,
     ("GET", "/v2"): VIEW,
     ("GET", "/v2/health/live"): OPEN,
     ("GET", "/v2/health/ready"): OPEN,

@@ -1,11 +1,13 @@
-"""ONNX Runtime behind the runtime protocol: signature, types, failures. TorchScript is in the integration layer."""
+"""ONNX Runtime and torch behind the runtime protocol: signature, types, failures. More of torch is in the integration layer."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from registry.errors import RefusedError, UsageError
 from registry.signature import DATATYPES, Signature, TensorSpec
@@ -42,7 +44,9 @@ def test_a_model_that_fails_inside_raises_and_goes_on(tmp_path: Path) -> None:
 def test_every_datatype_goes_through_onnx_runtime(datatype: str, tmp_path: Path) -> None:
     from onnx import TensorProto
 
-    name = {"BYTES": "STRING", "FP16": "FLOAT16", "FP32": "FLOAT", "FP64": "DOUBLE"}.get(datatype, datatype)
+    name = {"BYTES": "STRING", "FP16": "FLOAT16", "FP32": "FLOAT", "FP64": "DOUBLE", "BF16": "BFLOAT16"}.get(
+        datatype, datatype
+    )
     runtime = load_runtime(
         identity_model(tmp_path / "m.onnx", TensorProto.DataType.Value(name)), "onnx", signature=None
     )
@@ -56,6 +60,55 @@ def test_every_datatype_goes_through_onnx_runtime(datatype: str, tmp_path: Path)
     x = np.array([0, 1], dtype=DATATYPES[datatype])
     y = runtime.run({"x": x}, None)["y"]
     assert y.dtype == x.dtype and y.tolist() == x.tolist()
+
+
+@pytest.mark.parametrize("format", ["torchscript", "pt2"])
+def test_bf16_goes_through_torch_as_float32(format: str, tmp_path: Path) -> None:
+    import torch
+
+    class Halved(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x / 2
+
+    signature = Signature((TensorSpec("x", "BF16", (-1,)),), (TensorSpec("y", "BF16", (-1,)),))
+    example = torch.ones(3, dtype=torch.bfloat16)
+    path = tmp_path / "m"
+    if format == "torchscript":
+        torch.jit.trace(Halved(), (example,)).save(str(path))
+    else:
+        torch.export.save(torch.export.export(Halved(), (example,)), str(path))
+    runtime = load_runtime(path, format, signature=signature)
+    spec = runtime.signature.inputs[0]
+    assert spec.datatype == runtime.signature.outputs[0].datatype == "BF16"
+    answer = runtime.run({spec.name: np.array([1, -3, 1.0078125], np.float32)}, None)[runtime.signature.outputs[0].name]
+    # 1.0078125 is the neighbour of 1, and its half has the same digits.
+    assert answer.dtype == np.float32 and answer.tolist() == [0.5, -1.5, 0.50390625]
+
+
+def test_bf16_goes_through_onnx_runtime_beside_others_but_not_beside_texts(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    def of(**kinds: int) -> Path:
+        graph = helper.make_graph(
+            [helper.make_node("Identity", [name], [f"{name}_out"]) for name in kinds],
+            "several",
+            [helper.make_tensor_value_info(name, kind, ["rows", "columns"]) for name, kind in kinds.items()],
+            [helper.make_tensor_value_info(f"{name}_out", kind, ["rows", "columns"]) for name, kind in kinds.items()],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+        return tmp_path / "m.onnx"
+
+    runtime = load_runtime(of(b=TensorProto.BFLOAT16, n=TensorProto.INT64), "onnx", signature=None)
+    for shape in ((2, 1), (0, 1)):
+        inputs: dict[str, NDArray[Any]] = {"b": np.full(shape, 1.5, np.float32), "n": np.full(shape, 2**40, np.int64)}
+        answer = runtime.run(inputs, None)
+        assert {name: array.shape for name, array in answer.items()} == {"b_out": shape, "n_out": shape}
+        assert answer["b_out"].tolist() == inputs["b"].tolist() and answer["b_out"].dtype == np.float32
+        assert answer["n_out"].tolist() == inputs["n"].tolist()
+    assert list(runtime.run(inputs, ["n_out"])) == ["n_out"]
+    with pytest.raises(RefusedError, match="cannot take texts beside BF16"):
+        load_runtime(of(b=TensorProto.BFLOAT16, t=TensorProto.STRING), "onnx", signature=None)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x80\x04\x95"])

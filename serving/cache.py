@@ -1,0 +1,244 @@
+"""Answers that need not be computed again, of versions that say they are deterministic. Two levels: this process, and Redis.
+
+A request goes one of four ways: past the cache, answered by it, behind an equal request that is under way, or computed.
+Those that a promotion judges go past it: a hit takes no time and cannot fail, and what is left over once hits are taken
+out is not what clients send, so either way the stable version, whose answers are kept already, would be compared with a
+candidate whose are not. Both compute everything while they are watched; what they answer is stored for afterwards.
+Hits are counted here and in `VersionTelemetry.cache`, never among the requests and errors of a version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+import logging
+from collections.abc import Collection, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from registry.errors import ModelkeepError
+from serving.cache_store import LocalStore, Owner
+from serving.cache_values import Answer, Arrays, KeyMaker, kept
+from serving.statuses import ClientGoneError, DeadlineError
+from serving.telemetry import CacheCounts
+from serving.work import ParkedWork, Work, cached_by, saved_by
+
+if TYPE_CHECKING:
+    from serving.cache_shared import SharedStore
+    from serving.engine import LoadedVersion
+    from serving.routing import Route
+
+log = logging.getLogger("modelkeep.cache")
+
+L1, L2, SHARED = "l1", "l2", "shared"
+"""Who answered: this process, Redis, or an equal request that was being computed."""
+
+
+class Limits(Protocol):
+    """What the cache needs of the settings."""
+
+    @property
+    def max_mb(self) -> int: ...
+    @property
+    def ttl_seconds(self) -> float: ...
+
+
+class ResponseCache:
+    """One a process, used on the event loop. `follow` says which versions there are."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.local = LocalStore(limits.max_mb << 20, limits.ttl_seconds)
+        self.shared: SharedStore | None = None
+        self.counts = CacheCounts()
+        self._answers: dict[Owner, VersionAnswers] = {}
+
+    def follow(self, loaded: Iterable[LoadedVersion]) -> None:
+        """From now on these versions are loaded: give those that are deterministic their part of the cache, drop all others'."""
+        answers: dict[Owner, VersionAnswers] = {}
+        for version in loaded:
+            owner = (version.model, version.version, version.digest)
+            known = version.answers
+            version.answers = None
+            if version.deterministic:
+                answers[owner] = version.answers = known if known is not None else VersionAnswers(self, version, owner)
+        self._answers = answers
+        for owner in self.local.owners():
+            if owner not in answers:
+                self.local.drop(owner)
+
+    def models(self) -> set[str]:
+        """Whose answers are kept."""
+        return {model for model, _, _ in self._answers}
+
+    def follows(self, owner: Owner) -> bool:
+        return owner in self._answers
+
+    def forget(self, model: str) -> int:
+        """Remove what this process holds of a model, and do not keep what is being computed; how many answers that were."""
+        for answers in self._answers.values():
+            if answers.owner[0] == model:
+                answers.invalidated += 1
+        return sum(self.local.drop(owner) for owner in self.local.owners() if owner[0] == model)
+
+    def matching(self, pattern: str) -> list[str]:
+        """The models that a shell pattern matches, in order."""
+        return sorted(model for model in self.models() if fnmatch.fnmatchcase(model, pattern))
+
+    async def invalidate(self, models: Collection[str]) -> tuple[int, bool]:
+        """Drop the answers of these models in both levels. How many this process held, and whether Redis knows already."""
+        dropped = sum(self.forget(model) for model in models)
+        return dropped, self.shared is not None and await self.shared.invalidate(models)
+
+    def stats(self) -> dict[str, Any]:
+        """For `GET /api/cache/stats`, JSON-able."""
+        held = {owner: (entries, size) for owner, entries, size in self.local.held()}
+        local = self.local
+        return {
+            **self.counts.as_dict(),
+            "l1": {"entries": len(local), "bytes": local.bytes, "max_bytes": local.max_bytes, **local.counts},
+            "l2": None if self.shared is None else self.shared.as_dict(),
+            "versions": [
+                {
+                    "model": owner[0],
+                    "version": owner[1],
+                    "entries": held.get(owner, (0, 0))[0],
+                    "bytes": held.get(owner, (0, 0))[1],
+                    **answers.counts.as_dict(),
+                }
+                for owner, answers in sorted(self._answers.items())
+            ],
+        }
+
+
+class VersionAnswers:
+    """One version's part of the cache: what `api.V2` asks instead of the version itself."""
+
+    def __init__(self, cache: ResponseCache, loaded: LoadedVersion, owner: Owner) -> None:
+        self.owner = owner
+        self.invalidated = 0
+        """How often this was emptied: what was being computed at the time is not stored."""
+        self._cache = cache
+        self._loaded = loaded
+        self._key = KeyMaker(loaded.model, loaded.version, loaded.digest, loaded.runtime.platform)
+        self._flights: dict[bytes, list[ParkedWork]] = {}
+        """The requests that wait behind the one that is looked up or computed, by key."""
+        self._looking: set[asyncio.Task[Answer | None]] = set()
+
+    @property
+    def counts(self) -> CacheCounts:
+        return self._loaded.telemetry.cache
+
+    def submit(
+        self, inputs: Arrays, outputs: tuple[str, ...] | None, route: Route | None = None, mark: int | None = None
+    ) -> Work:
+        """What `LoadedVersion.submit` does, with an answer that is there already where there is one.
+
+        Raises QueueFullError, UnavailableError.
+        """
+        cache, loaded = self._cache, self._loaded
+        key = self._key(inputs, outputs)
+        work: Work
+        if route is not None and route.watch:
+            cache.local.ask(key)
+            work = loaded.submit(inputs, outputs, route, mark)
+            self._count("bypassed")
+            work.future.add_done_callback(partial(self._store, key, work, self.invalidated))
+            return work
+        found: Answer | None = cache.local.get(key)
+        if found is not None:
+            hit = loaded.park(inputs, outputs, mark)
+            self._answer(hit, found.arrays, L1, found.model_seconds)
+            return hit
+        flight = self._flights.get(key)
+        if flight is not None:
+            behind = loaded.park(inputs, outputs, mark)
+            flight.append(behind)
+            return behind
+        shared = cache.shared
+        if shared is not None and shared.ready(loaded.model):
+            work = parked = loaded.park(inputs, outputs, mark)
+            self._look(shared, key, parked)
+        else:
+            work = loaded.submit(inputs, outputs, route, mark)
+            self._count("misses")
+        self._take_off(key, work, [])
+        return work
+
+    def _look(self, shared: SharedStore, key: bytes, work: ParkedWork) -> None:
+        task = asyncio.get_running_loop().create_task(shared.get(self._loaded.model, key))
+        self._looking.add(task)
+        task.add_done_callback(partial(self._looked, work))
+
+    def _looked(self, work: ParkedWork, task: asyncio.Task[Answer | None]) -> None:
+        self._looking.discard(task)
+        found = None
+        if not task.cancelled():
+            if (error := task.exception()) is not None:
+                log.error("looking into Redis failed in a way that was not thought of", exc_info=error)
+            else:
+                found = task.result()
+        if work.future.done():
+            return
+        if found is not None:
+            self._answer(work, found.arrays, L2, found.model_seconds)
+            return
+        self._count("misses")
+        self._compute(work)
+
+    def _compute(self, work: ParkedWork) -> None:
+        try:
+            self._loaded.queue(work)
+        except ModelkeepError as error:
+            work.future.set_exception(error)
+
+    def _take_off(self, key: bytes, leader: Work, behind: list[ParkedWork]) -> None:
+        self._flights[key] = behind
+        leader.future.add_done_callback(partial(self._landed, key, leader, self.invalidated))
+
+    def _landed(self, key: bytes, leader: Work, invalidated: int, future: asyncio.Future[None]) -> None:
+        behind = self._flights.pop(key)
+        error = None if future.cancelled() else future.exception()
+        if error is None and not future.cancelled():
+            self._store(key, leader, invalidated, future)
+            for work in behind:
+                if not work.future.done():
+                    self._answer(work, leader.answer, SHARED, leader.model_seconds / leader.company)
+            return
+        waiting = [work for work in behind if not work.future.done()]
+        if waiting and (future.cancelled() or isinstance(error, ClientGoneError | DeadlineError)):
+            # Only the first client is gone: the next one takes its place.
+            self._take_off(key, waiting[0], waiting[1:])
+            waiting = waiting[:1]
+        else:
+            # The version failed. An error is nobody's answer but its own request's: each is computed, and counted.
+            for work in waiting:
+                work.future.add_done_callback(partial(self._store, key, work, self.invalidated))
+        for work in waiting:
+            self._count("misses")
+            self._compute(work)
+
+    def _store(self, key: bytes, work: Work, invalidated: int, future: asyncio.Future[None]) -> None:
+        """Keep what a request was answered with, in both levels."""
+        if future.cancelled() or future.exception() is not None:
+            return
+        if invalidated != self.invalidated or not self._cache.follows(self.owner):
+            return
+        arrays, size_bytes = kept(work.answer)
+        computed = cached_by(work) is None
+        seconds = work.model_seconds / work.company if computed else saved_by(work)
+        answer = Answer(arrays, seconds)
+        self._cache.local.put(key, self.owner, answer, size_bytes)
+        if computed and self._cache.shared is not None:
+            self._cache.shared.put(self.owner[0], key, answer)
+
+    def _answer(self, work: ParkedWork, arrays: dict[str, Any], level: str, saved_seconds: float) -> None:
+        work.answer = arrays
+        work.cached = level
+        work.saved_seconds = saved_seconds
+        work.future.set_result(None)
+        for counts in (self._cache.counts, self.counts):
+            counts.hit(level, saved_seconds)
+
+    def _count(self, what: str) -> None:
+        for counts in (self._cache.counts, self.counts):
+            setattr(counts, what, getattr(counts, what) + 1)

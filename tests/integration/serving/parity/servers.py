@@ -1,0 +1,184 @@
+"""Starts Triton (as PyPI has it: Python backend, no backend of its own for ONNX) and our server with the same models."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import http.client
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from tests.integration.serving.parity.models import ParityModel, write_onnx, write_triton
+
+ROOT = Path(__file__).resolve().parents[4]
+TRITON = "nvidia-pytriton==0.7.0"
+NEEDED = ("onnxruntime", "flatbuffers", "protobuf", "packaging")
+PACKAGES = (TRITON, "numpy==1.26.4", *(f"{name}=={metadata.version(name)}" for name in NEEDED))
+"""All there is, without what they depend on: of Triton's wheel only the binaries are used, none of its Python. numpy 1, as it asks:
+with numpy 2 its stubs misread arrays, and the first text kills one."""
+WITHOUT = "NOT TESTED: parity with Triton: "
+UNPACKED = Path("/tmp")
+"""Where Triton makes a folder for packed environments, whatever TMPDIR says."""
+INSTALL_SECONDS = 400
+START_SECONDS = 120
+
+
+def environment() -> Path:
+    """The folder of an environment with Triton, made once: 98 MB to download, 320 MB, 10 s when this was written."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip(f"{WITHOUT}its wheel is for Linux on x86_64, this is {sys.platform} on {platform.machine()}")
+    key = hashlib.sha256(json.dumps([sys.version, *PACKAGES]).encode()).hexdigest()[:12]
+    folder = ROOT / ".test-results" / "environments" / f"triton-{key}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests at once make one
+        if not (folder / "ready").exists():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True, timeout=120)
+            began = time.monotonic()
+            install = [
+                str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries", "1", "--no-deps", *PACKAGES,
+            ]  # fmt: skip
+            try:
+                done = subprocess.run(install, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
+                why = None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            except subprocess.TimeoutExpired:
+                why = f"pip did not end within {INSTALL_SECONDS} s"
+            if why is not None:
+                pytest.skip(f"{WITHOUT}{TRITON} could not be installed in an environment of its own: {why}")
+            (folder / "ready").write_text(f"{time.monotonic() - began:.0f} s\n")
+    return folder
+
+
+@dataclass(frozen=True)
+class Running:
+    port: int
+    process: subprocess.Popen[bytes]
+
+
+@contextmanager
+def triton(models: Sequence[ParityModel], files: Path, folder: Path) -> Iterator[Running]:
+    """A Triton with these models. Its processes are one group, which ends with the block."""
+    env = environment()
+    packages = env / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    home = packages / "pytriton" / "tritonserver"
+    stub = (
+        home
+        / "python_backend_stubs"
+        / f"{sys.version_info.major}.{sys.version_info.minor}"
+        / "triton_python_backend_stub"
+    )
+    if not stub.is_file():
+        pytest.skip(f"{WITHOUT}{TRITON} has no stub for Python {platform.python_version()}")
+    shutil.copytree(home / "backends", folder / "backends")
+    shutil.copy(stub, folder / "backends" / "python")
+    for model in models:
+        write_triton(model, folder / "repository", files / f"{model.name}.onnx")
+    port = free_port()
+    libraries = (sysconfig.get_config_var("LIBDIR"), packages / "nvidia_pytriton.libs")
+    log = folder / "triton.log"
+    unpacked = set(UNPACKED.glob("python_env_*"))
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [
+                str(home / "bin" / "tritonserver"), f"--model-repository={folder / 'repository'}",
+                f"--backend-directory={folder / 'backends'}", "--http-address=127.0.0.1", f"--http-port={port}",
+                "--allow-grpc=false", "--allow-metrics=false", "--model-control-mode=explicit", "--load-model=*",
+                "--exit-timeout-secs=2",
+                f"--backend-config=python,shm-region-prefix-name=modelkeep-parity-{port}-",
+            ],
+            # The stub's Python is told where its packages are by the interpreter in front of the path, and by nothing else.
+            env={
+                "PATH": f"{env / 'bin'}:/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1",
+                "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
+            },
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        if not ready(port, process):
+            said = [line for line in log.read_text().splitlines() if "UNAVAILABLE" in line or "rror" in line]
+            pytest.skip(f"{WITHOUT}it did not start: {said[0][:200] if said else f'not ready in {START_SECONDS} s'}")
+        yield Running(port, process)
+    finally:
+        end(process)
+        # A Triton that was killed leaves its shared memory behind, and an empty folder.
+        for region in Path("/dev/shm").glob(f"modelkeep-parity-{port}-*"):
+            region.unlink()
+        for left in set(UNPACKED.glob("python_env_*")) - unpacked:
+            with suppress(OSError):
+                left.rmdir()
+
+
+@contextmanager
+def ours(models: Sequence[ParityModel], files: Path) -> Iterator[Running]:
+    """Our server with these models."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        command = [sys.executable, "-m", "tests.integration.serving.server", "--fd", str(listener.fileno())]
+        for model in models:
+            command += [] if model.rows else ["--whole", model.name]
+            command += [item for name in model.optional for item in ("--optional", f"{model.name}={name}")]
+        command += [f"{model.name}={files / model.name}.onnx" for model in models]
+        process = subprocess.Popen(command, cwd=ROOT, pass_fds=[listener.fileno()], start_new_session=True)
+        try:
+            port = listener.getsockname()[1]
+            assert ready(port, process), "our server did not start"
+            yield Running(port, process)
+        finally:
+            end(process)
+
+
+def ready(port: int, process: subprocess.Popen[bytes]) -> bool:
+    """Whether the server says that it is ready before its time is over."""
+    give_up = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < give_up:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_SECONDS)
+        try:
+            connection.request("GET", "/v2/health/ready")
+            if connection.getresponse().status == 200:
+                return True
+        except (OSError, http.client.HTTPException):
+            pass  # it does not listen yet
+        finally:
+            connection.close()
+        time.sleep(0.1)
+    return False
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+    finally:
+        # Also the stubs of a server that died before them.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(15)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def written(models: Sequence[ParityModel], folder: Path) -> Path:
+    for model in models:
+        write_onnx(model, folder / f"{model.name}.onnx")
+    return folder

@@ -1,0 +1,191 @@
+"""The cache with a real Redis: hits across servers, values that somebody altered, a Redis that is killed or stands still."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+
+from serving.cache import ResponseCache
+from serving.cache_shared import SharedStore
+from tests.redis_server import RedisCluster, RedisServer
+from tests.unit.serving.helpers import PythonRuntime, Server, close, load, serve, until
+
+
+@pytest.fixture
+def server(program: Callable[[str], Path], tmp_path: Path, free_port: Callable[[], int]) -> Iterator[RedisServer]:
+    started = RedisServer(program("redis-server"), tmp_path, free_port())
+    yield started
+    started.close()
+
+
+@asynccontextmanager
+async def inference(url: str, *, timeout_seconds: float = 0.05) -> Any:
+    """A server of one version behind this Redis, and its runtime."""
+    runtime = PythonRuntime()
+    version = load(runtime, deterministic=True)
+    found = serve(version)
+    cache = found.serving.cache = ResponseCache(SimpleNamespace(max_mb=1, ttl_seconds=60.0))
+    cache.follow([version])
+    cache.shared = SharedStore(
+        url, "test", timeout_seconds=timeout_seconds, ttl_seconds=60.0, models=cache.models, changed=cache.forget
+    )
+    cache.shared.start()
+    try:
+        yield found, runtime, cache.shared
+    finally:
+        await cache.shared.stop()
+        close(version)
+
+
+async def used(*stores: SharedStore) -> None:
+    for store in stores:
+        await until(lambda store=store: store.ready("m"))
+
+
+async def by(server: Server, *values: float) -> str | None:
+    """Which level answered; the answer must be right."""
+    answer = await server.infer(*values)
+    assert answer.status == 200, answer.body
+    document = answer.json()
+    assert document["outputs"][0]["data"] == [2 * value for value in values]
+    found: str | None = document["parameters"].get("cache")
+    return found
+
+
+def test_what_one_server_computed_another_answers_and_keeps(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with inference(server.url) as (one, _, first), inference(server.url) as (other, runtime, second):
+            await used(first, second)
+            assert await by(one, 1, 2) is None
+            await until(lambda: first.counts["written"] == 1)
+            assert [await by(other, 1, 2), await by(other, 1, 2)] == ["l2", "l1"]
+            assert runtime.calls == [] and other.serving.cache.counts.saved_seconds > 0
+            assert await by(other, 1, 3) is None
+
+    asyncio.run(scenario())
+
+
+def test_answers_that_are_dropped_on_one_server_are_dropped_on_all(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with inference(server.url) as (one, _, first), inference(server.url) as (other, _, second):
+            await used(first, second)
+            await by(one, 1, 2)
+            await until(lambda: first.counts["written"] == 1)
+            assert await by(other, 1, 2) == "l2"
+            assert await one.serving.cache.invalidate(["m"]) == (1, True)
+            await until(lambda: len(other.serving.cache.local) == 0)
+            assert await by(other, 1, 2) is None
+            await until(lambda: second.counts["written"] == 1)
+            assert await by(one, 1, 2) == "l2"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("damage", [lambda value: value[:-3], lambda value: b"x" + value[1:], lambda value: b"{}"])
+def test_a_poisoned_value_is_computed_again_and_put_right(
+    server: RedisServer, damage: Callable[[bytes], bytes]
+) -> None:
+    async def scenario() -> None:
+        async with inference(server.url) as (one, _, first), inference(server.url) as (other, runtime, second):
+            await used(first, second)
+            await by(one, 1, 2)
+            await until(lambda: first.counts["written"] == 1)
+            with redis.Redis.from_url(server.url) as client:
+                (name,) = [key for key in client.keys("modelkeep:cache:test:*") if not key.endswith(b"marks")]
+                client.set(name, damage(client.get(name)))
+            assert await by(other, 1, 2) is None
+            assert len(runtime.calls) == 1 and second.counts["poisoned"] == 1
+            await until(lambda: second.counts["written"] == 1)
+            one.serving.cache.forget("m")
+            assert await by(one, 1, 2) == "l2"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("fault", ["stopped", "killed"])
+def test_a_redis_that_goes_costs_hits_and_no_request(server: RedisServer, fault: str) -> None:
+    """Every request is answered, right, and none waits for Redis longer than a request may; once it is known, none waits at all."""
+
+    async def scenario() -> None:
+        async with AsyncExitStack() as stack:
+            one, runtime, store = await stack.enter_async_context(inference(server.url))
+            await used(store)
+            assert await by(one, 0, 0) is None
+            server.kill() if fault == "killed" else server.signal(signal.SIGSTOP)
+            waits = []
+            for number in range(1, 60):
+                started = time.perf_counter()
+                assert await by(one, number, 0) is None
+                waits.append(time.perf_counter() - started)
+            assert not store.usable and store.counts["opened"] == 1
+            assert 3 <= store.counts["failed"] <= 8, "the others were not sent there"
+            assert len(runtime.calls) == 60 and max(waits) < 20, "nobody hung"
+            assert await by(one, 7, 0) == "l1", "the first level goes on"
+            server.start() if fault == "killed" else server.signal(signal.SIGCONT)
+            await used(store)
+            written = store.counts["written"]
+            assert await by(one, 100, 0) is None
+            await until(lambda: store.counts["written"] > written)
+            one.serving.cache.local.drop(("m", "1", "0" * 64))
+            assert await by(one, 100, 0) == "l2"
+
+    asyncio.run(scenario())
+
+
+def test_equal_requests_at_once_ask_redis_once(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with inference(server.url) as (one, _, first), inference(server.url) as (other, runtime, second):
+            await used(first, second)
+            await by(one, 1, 2)
+            await until(lambda: first.counts["written"] == 1)
+            levels = await asyncio.gather(*(by(other, 1, 2) for _ in range(20)))
+            assert sorted(map(str, levels)) == ["l2", *["shared"] * 19]
+            assert second.counts["hits"] == 1 and runtime.calls == []
+
+    asyncio.run(scenario())
+
+
+def test_a_server_without_its_redis_starts_and_answers(free_port: Callable[[], int]) -> None:
+    async def scenario() -> None:
+        async with inference(f"redis://127.0.0.1:{free_port()}/0") as (one, runtime, store):
+            assert [await by(one, 1, 2), await by(one, 1, 2)] == [None, "l1"]
+            await until(lambda: store._logged is False)
+            assert len(runtime.calls) == 1 and not store.ready("m")
+
+    asyncio.run(scenario())
+
+
+def test_a_cluster_of_three_masters_spreads_the_answers_and_the_death_of_one_fails_no_request(
+    program: Callable[[str], Path], tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    async def scenario(cluster: RedisCluster) -> None:
+        async with (
+            inference(cluster.url, timeout_seconds=0.5) as (one, _, first),
+            inference(cluster.url, timeout_seconds=0.5) as (other, runtime, second),
+        ):
+            await used(first, second)
+            for number in range(40):
+                assert await by(one, number, 0) is None
+                await until(lambda number=number: first.counts["written"] == number + 1)
+            assert [await by(other, number, 0) for number in range(40)] == ["l2"] * 40
+            assert min(client.dbsize() for client in cluster.clients) > 1, "one node holds the marks, each some answers"
+            cluster.nodes[2].kill()
+            for number in range(100, 160):
+                assert await by(other, number, 0) is None
+            assert len(runtime.calls) == 60
+            assert [await by(other, number, 0) for number in range(40)] == ["l1"] * 40
+
+    cluster = RedisCluster(program("redis-server"), tmp_path, free_port)
+    try:
+        asyncio.run(scenario(cluster))
+    finally:
+        cluster.close()

@@ -1,0 +1,290 @@
+"""The cache's second level with a Redis that does as it is told: what is asked when, and what is given up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from serving import cache_shared
+from serving.cache_shared import CONNECTIONS, FAILURES, SharedStore
+from serving.cache_values import Answer
+from tests.unit.serving.helpers import until
+
+KEY = b"k" * 16
+ANSWER = Answer({"y": np.ones((1, 2), "<f4")}, 0.25)
+
+
+class FakeRedis:
+    """Holds what it is told. `down`: every command fails. `stuck`: none ends while it is set."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.marks: dict[str, dict[str, str]] = {}
+        self.down = False
+        self.stuck: asyncio.Event | None = None
+        self.gets = 0
+
+    async def _answer(self) -> None:
+        if self.down:
+            raise RedisConnectionError("no such place")
+        if self.stuck is not None:
+            await self.stuck.wait()
+
+    async def get(self, name: str) -> bytes | None:
+        self.gets += 1
+        await self._answer()
+        return self.values.get(name)
+
+    async def set(self, name: str, value: bytes, px: int) -> None:
+        await self._answer()
+        self.values[name] = value
+
+    async def hset(self, name: str, mapping: dict[str, str]) -> None:
+        await self._answer()
+        self.marks.setdefault(name, {}).update(mapping)
+
+    async def hsetnx(self, name: str, field: str, value: str) -> None:
+        await self._answer()
+        self.marks.setdefault(name, {}).setdefault(field, value)
+
+    async def hgetall(self, name: str) -> dict[bytes, bytes]:
+        await self._answer()
+        return {field.encode(): value.encode() for field, value in self.marks.get(name, {}).items()}
+
+    async def exists(self, name: str) -> int:
+        await self._answer()
+        return int(name in self.marks)
+
+    async def aclose(self) -> None:
+        pass
+
+
+def shared(redis: FakeRedis, changed: Callable[[str], object] = lambda model: None, **options: Any) -> SharedStore:
+    wanted = {"timeout_seconds": 0.05, "ttl_seconds": 60.0, **options}
+    return SharedStore(
+        "redis://:secret@cache:6379/0", "production", models=lambda: {"m"}, changed=changed, client=redis, **wanted
+    )
+
+
+async def put(store: SharedStore, key: bytes = KEY) -> None:
+    before = store.counts["written"]
+    store.put("m", key, ANSWER)
+    await until(lambda: store.counts["written"] > before)
+
+
+def test_it_is_asked_once_it_has_answered_and_gives_back_what_was_stored() -> None:
+    async def scenario() -> None:
+        store = shared(FakeRedis())
+        assert not store.ready("m")
+        assert await store._settle()
+        assert store.ready("m") and not store.ready("unknown")
+        assert await store.get("m", KEY) is None
+        await put(store)
+        found = await store.get("m", KEY)
+        assert found is not None and found.model_seconds == 0.25
+        assert (store.counts["hits"], store.counts["misses"]) == (1, 1)
+        assert "secret" not in str(store.as_dict())
+
+    asyncio.run(scenario())
+
+
+def test_a_redis_that_fails_is_not_asked_again_until_it_has_answered() -> None:
+    async def scenario() -> None:
+        redis = FakeRedis()
+        store = shared(redis)
+        await store._settle()
+        redis.down = True
+        for _ in range(FAILURES):
+            assert store.ready("m")
+            assert await store.get("m", KEY) is None
+        assert not store.ready("m") and store.counts["opened"] == 1
+        assert not await store._settle() and not store.ready("m")
+        redis.down = False
+        assert await store._settle() and store.ready("m")
+        asked = redis.gets
+        await store.get("m", KEY)
+        assert redis.gets == asked + 1
+
+    asyncio.run(scenario())
+
+
+def test_failures_that_are_not_in_a_row_change_nothing() -> None:
+    async def scenario() -> None:
+        redis = FakeRedis()
+        store = shared(redis)
+        await store._settle()
+        for _ in range(2 * FAILURES):
+            redis.down = True
+            await store.get("m", KEY)
+            redis.down = False
+            await store.get("m", KEY)
+        assert store.ready("m") and store.counts["failed"] == 2 * FAILURES
+
+    asyncio.run(scenario())
+
+
+def test_a_redis_that_hangs_is_left_after_its_time_and_holds_no_more_than_a_few_requests() -> None:
+    async def scenario() -> None:
+        redis = FakeRedis()
+        store = shared(redis)
+        await store._settle()
+        redis.stuck = asyncio.Event()
+        asking = [asyncio.create_task(store.get("m", KEY)) for _ in range(CONNECTIONS)]
+        await until(lambda: redis.gets == CONNECTIONS)
+        assert not store.ready("m") and store.counts["skipped"] == 1
+        assert await asyncio.gather(*asking) == [None] * CONNECTIONS
+        assert not store.usable and store.counts["failed"] == CONNECTIONS
+
+    asyncio.run(scenario())
+
+
+def test_writes_that_pile_up_are_left_out() -> None:
+    async def scenario() -> None:
+        redis = FakeRedis()
+        store = shared(redis, timeout_seconds=1.0)
+        await store._settle()
+        redis.stuck = asyncio.Event()
+        for number in range(100):
+            store.put("m", bytes([number]) * 16, ANSWER)
+        assert store.counts["not_written"] == 36
+        redis.stuck.set()
+        await until(lambda: store.counts["written"] == 64)
+
+    asyncio.run(scenario())
+
+
+def test_a_poisoned_value_is_a_miss_and_counted() -> None:
+    async def scenario() -> None:
+        redis = FakeRedis()
+        store = shared(redis)
+        await store._settle()
+        await put(store)
+        (name,) = redis.values
+        whole = redis.values[name]
+        for value in (
+            b"",
+            b"nonsense",
+            whole[:-1],
+            whole[:20],
+            b"\x02" + whole[1:],
+            whole[:-1] + b"\x00",
+            whole + b"\x00",
+        ):
+            redis.values[name] = value
+            assert await store.get("m", KEY) is None
+        assert store.counts["poisoned"] == 7 and store.usable
+        redis.values[name.replace(KEY.hex(), (b"q" * 16).hex())] = whole
+        assert await store.get("m", b"q" * 16) is None, "another key's answer"
+
+    asyncio.run(scenario())
+
+
+def test_an_invalidation_reaches_the_other_server_at_its_next_look() -> None:
+    async def scenario() -> None:
+        redis, forgotten = FakeRedis(), list[str]()
+        one, other = shared(redis), shared(redis, forgotten.append)
+        await one._settle()
+        await other._settle()
+        await put(one)
+        assert await other.get("m", KEY) is not None
+        assert await one.invalidate(["m"])
+        assert await one.get("m", KEY) is None and forgotten == []
+        await put(other)  # under the old mark: nobody who knows the new one finds it
+        assert await one.get("m", KEY) is None
+        await other._settle()
+        assert forgotten == ["m"] and await other.get("m", KEY) is None
+        await put(one)
+        assert await other.get("m", KEY) is not None
+
+    asyncio.run(scenario())
+
+
+def test_who_looks_while_the_answers_are_dropped_finds_nothing() -> None:
+    async def scenario() -> None:
+        store = shared(FakeRedis())
+        await store._settle()
+        await put(store)
+        assert store.ready("m")
+        looking = asyncio.create_task(store.get("m", KEY))
+        dropping = asyncio.create_task(store.invalidate(["m"]))
+        store._marks.pop("m")  # as the second does, before the first has begun
+        assert await looking is None
+        assert await dropping
+
+    asyncio.run(scenario())
+
+
+def test_marks_that_nobody_can_read_are_no_end_of_looking_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(cache_shared, "REFRESH_SECONDS", 0.01)
+        redis = FakeRedis()
+        store = shared(redis)
+        store.start()
+        await until(lambda: store.ready("m"))
+        whole = redis.hgetall
+
+        async def poisoned(name: str) -> dict[bytes, bytes]:
+            return {b"m": b"\xff"}
+
+        monkeypatch.setattr(redis, "hgetall", poisoned)
+        await until(lambda: not store.usable)
+        monkeypatch.setattr(redis, "hgetall", whole)
+        await until(lambda: store.ready("m"))
+        await store.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_very_long_answer_is_not_shared() -> None:
+    async def scenario() -> None:
+        store = shared(FakeRedis())
+        await store._settle()
+        store.put("m", KEY, Answer({"y": np.zeros(1 << 20, "<u1")}, 0.25))
+        assert store.counts["not_written"] == 1
+
+    asyncio.run(scenario())
+
+
+def test_an_invalidation_without_redis_is_made_up_for_before_it_is_used_again() -> None:
+    async def scenario() -> None:
+        redis = FakeRedis()
+        store = shared(redis)
+        await store._settle()
+        await put(store)
+        redis.down = True
+        assert not await store.invalidate(["m"])
+        assert store.as_dict()["invalidations_waiting"] == ["m"] and not store.ready("m")
+        redis.down = False
+        assert await store._settle()
+        assert store.ready("m") and await store.get("m", KEY) is None
+
+    asyncio.run(scenario())
+
+
+def test_a_redis_that_lost_everything_gives_nothing_old_back() -> None:
+    async def scenario() -> None:
+        redis, forgotten = FakeRedis(), list[str]()
+        store = shared(redis, forgotten.append)
+        await store._settle()
+        await put(store)
+        redis.marks.clear()  # the marks only: they were evicted
+        await store._settle()
+        assert forgotten == ["m"] and await store.get("m", KEY) is None
+
+    asyncio.run(scenario())
+
+
+def test_two_servers_that_come_at_once_take_the_same_mark() -> None:
+    async def scenario() -> None:
+        redis = FakeRedis()
+        one, other = shared(redis), shared(redis)
+        await asyncio.gather(one._settle(), other._settle())
+        await put(one)
+        assert await other.get("m", KEY) is not None
+
+    asyncio.run(scenario())

@@ -1,0 +1,52 @@
+"""The largest numbers of an output, as Triton writes them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.classification import classify, largest
+
+INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_whole_numbers_of_every_size_keep_their_order(dtype: str) -> None:
+    limits = np.iinfo(dtype)
+    row = np.array([limits.min, limits.max, 0, limits.max], dtype)
+    texts = classify(row, 4, batched=False).tolist()
+    expected = [f"{limits.max}:1", f"{limits.max}:3"]
+    expected += [f"{limits.min}:0", "0:2"] if limits.min == 0 else ["0:2", f"{limits.min}:0"]
+    assert [text.decode() for text in texts] == expected
+
+
+def test_a_tensor_without_rows_is_one_row() -> None:
+    assert classify(np.array([[1.5, 9]], np.float64), 1, batched=False).tolist() == [b"9.000000:1"]
+    assert classify(np.array([[1.5, 9]], np.float64), 1, batched=True).tolist() == [[b"9.000000:1"]]
+    assert classify(np.array(3, np.int8), 5, batched=True).tolist() == [b"3:0"]
+    assert classify(np.array([3, 4], np.int8), 5, batched=True).tolist() == [b"4:1", b"3:0"]
+
+
+def test_more_than_there_are_is_all() -> None:
+    assert classify(np.array([[1, 2]], np.float16), 10**12, batched=True).shape == (1, 2)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+def test_nothing_has_no_largest(shape: tuple[int, ...]) -> None:
+    assert classify(np.empty(shape, np.float32), 2, batched=False).shape == (0,)
+    rows = shape[:1] if len(shape) > 1 else ()
+    assert classify(np.empty(shape, np.float32), 2, batched=True).shape == (*rows, min(2, shape[-1]))
+
+
+def test_what_is_no_number_comes_last_and_infinity_first() -> None:
+    row = np.array([np.nan, 1, np.inf, np.nan, -1], np.float32)
+    assert classify(row, 3, batched=False).tolist() == [b"inf:2", b"1.000000:1", b"-1.000000:4"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(values=st.lists(st.integers(-5, 5), min_size=1, max_size=60), count=st.integers(0, 60))
+def test_the_largest_are_those_of_a_stable_sort(values: list[int], count: int) -> None:
+    expected = sorted(range(len(values)), key=lambda index: -values[index])[:count]
+    assert largest(np.array(values, np.float32), min(count, len(values))).tolist() == expected

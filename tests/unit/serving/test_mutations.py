@@ -1,0 +1,108 @@
+"""Real requests, broken at random: whatever comes is answered or refused by the client's fault, never by the server's."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import random
+from typing import Any
+
+import orjson
+import pytest
+from numpy.typing import NDArray
+
+from registry.signature import DATATYPES, Signature, TensorSpec
+from serving.tensors import DTYPES
+from tests.unit.serving.helpers import Arrays, PythonRuntime, close, load, serve
+
+PIECES = (
+    *(
+        b'"classification":',
+        b'"timeout":',
+        b'"binary_data":true',
+        b'"shared_memory_region":"x"',
+        b'"BF16"',
+        b'"\\ud800"',
+    ),
+    *(b"-1", b"1e400", b"18446744073709551616", b"0.5", b"null", b"true", b"[]", b"{}", b"[" * 30, b"\x00", b"\xff"),
+)
+
+
+def same(inputs: Arrays) -> dict[str, NDArray[Any]]:
+    return {"y": inputs["x"]}
+
+
+def request_of(datatype: str, draw: random.Random) -> tuple[bytes, bytes]:
+    """The JSON of a good request, and its binary tensor."""
+    tensor: dict[str, Any] = {"name": "x", "datatype": datatype, "shape": [1, 2]}
+    binary = datatype == "BF16" or draw.random() < 0.5
+    tail = b""
+    if binary:
+        tail = b"\1\0\0\0a\0\0\0\0" if datatype == "BYTES" else draw.randbytes(2 * DTYPES[datatype].itemsize)
+        tensor["parameters"] = {"binary_data_size": len(tail)}
+    else:
+        tensor["data"] = {"BYTES": ["a", "b"], "BOOL": [True, False]}.get(datatype, [1, 2])
+    document = {"id": "7", "inputs": [tensor], "parameters": {"timeout": 5_000_000, "binary_data_output": binary}}
+    if draw.random() < 0.6:
+        wanted = {"classification": draw.choice([0, 1, 5]), "binary_data": binary}
+        document["outputs"] = [{"name": "y", "parameters": wanted}]
+    return orjson.dumps(document), tail
+
+
+def broken(body: bytes, draw: random.Random) -> bytes:
+    found = bytearray(body)
+    for _ in range(draw.choice([0, 1, 1, 2, 4])):
+        at = draw.randrange(len(found) + 1)
+        change = draw.randrange(3)
+        if change == 0:
+            found[at : at + 1] = draw.randbytes(1)
+        elif change == 1:
+            del found[at : at + draw.randrange(1, 6)]
+        else:
+            found[at : at + draw.randrange(0, 9)] = draw.choice(PIECES)
+    return bytes(found)
+
+
+async def answers(count: int, seed: int) -> dict[int, int]:
+    """Statuses of `count` broken requests, each with how often it came."""
+    draw = random.Random(seed)
+    statuses: dict[int, int] = {}
+    for datatype in DATATYPES:
+        spec = TensorSpec("x", datatype, (-1, 2))
+        signature = Signature(
+            (spec, TensorSpec("o", "FP32", (1,), optional=True)), (TensorSpec("y", datatype, (-1, 2)),)
+        )
+        version = load(PythonRuntime(same, signature))
+        server = serve(version)
+        for _ in range(count // len(DATATYPES)):
+            head, tail = request_of(datatype, draw)
+            body = broken(head + tail, draw)
+            headers = {"Accept-Encoding": draw.choice(["gzip", "deflate;q=x", "*;q=0"])}
+            if tail or draw.random() < 0.1:
+                headers["Inference-Header-Content-Length"] = draw.choice(
+                    [*[str(len(head))] * 6, "0", str(len(head) + 1), "-1", "x"]
+                )
+            if draw.random() < 0.1:
+                headers["Content-Encoding"] = "gzip"
+                body = broken(gzip.compress(body, 1), draw) if draw.random() < 0.5 else gzip.compress(body, 1)
+            answer = await server.ask("POST", "/v2/models/m/infer", body, headers)
+            assert answer is not None
+            statuses[answer.status] = statuses.get(answer.status, 0) + 1
+            # 422: bits that are NaN, which JSON cannot carry
+            assert answer.status in (200, 400, 413, 422), (answer.status, answer.body, body, headers)
+            if answer.status != 200:
+                assert answer.error
+        assert server.serving.in_flight == version.references == 0
+        assert not [code for code in version.telemetry.codes if code >= 500]
+        close(version)
+    return statuses
+
+
+def test_a_broken_request_is_never_the_servers_fault() -> None:
+    statuses = asyncio.run(answers(3000, 20261121))
+    assert statuses[200] > 100 and statuses[400] > 1000
+
+
+@pytest.mark.long
+def test_a_hundred_thousand_broken_requests_are_never_the_servers_fault() -> None:
+    asyncio.run(answers(100_000, 7))
