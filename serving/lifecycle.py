@@ -33,7 +33,9 @@ class ModelState(StrEnum):
 MOVES: dict[ModelState | None, frozenset[ModelState]] = {
     None: frozenset({ModelState.DOWNLOADING}),
     ModelState.DOWNLOADING: frozenset({ModelState.LOADING, ModelState.ERROR}),
-    ModelState.LOADING: frozenset({ModelState.READY, ModelState.IN_USE, ModelState.ERROR, ModelState.DOWNLOADING}),
+    ModelState.LOADING: frozenset(
+        {ModelState.READY, ModelState.IN_USE, ModelState.ERROR, ModelState.DOWNLOADING, ModelState.UNLOADING}
+    ),
     ModelState.READY: frozenset({ModelState.IN_USE, ModelState.UNLOADING, ModelState.DOWNLOADING}),
     ModelState.IN_USE: frozenset({ModelState.READY, ModelState.UNLOADING, ModelState.DOWNLOADING}),
     ModelState.UNLOADING: frozenset({ModelState.ARCHIVED, ModelState.DOWNLOADING}),

@@ -29,7 +29,7 @@ from serving.reporting import Reporter, Said
 from serving.routing import Route, servable
 from serving.runtimes import load_runtime
 from serving.state import Serving
-from serving.swap import Exchange, Room
+from serving.swap import Exchange, Plan, Room, plan_of, staying
 
 log = logging.getLogger("modelkeep.reconcile")
 T = TypeVar("T")
@@ -38,6 +38,7 @@ Key = tuple[str, str]
 _RETRY_FIRST_SECONDS, _RETRY_MOST_SECONDS = 1.0, 60.0
 _PATIENCE_SECONDS, _PATIENCE_WITH_LAST_STATE_SECONDS = 10.0, 2.0
 _FIRST_REPORT_SECONDS, _LAST_REPORT_SECONDS = 1.0, 2.0
+_JOIN_SECONDS = 10.0
 
 
 class Reconciler:
@@ -262,14 +263,14 @@ class Reconciler:
         serving = self.serving
         todo = self.caretaker.look(serving.loaded, serving.routes)
         serving.health = {key: result.as_dict() for key, result in self.caretaker.results.items()}
-        if not self.settings.health.act or self._last is None:
+        if not self.settings.health.act or self.applied is None:
             return
         for what, sick in todo:
             try:
                 if what == "reload":
                     log.error("%s %s is loaded again, for it is %s", sick.model, sick.version, sick.reason)
                     async with self._lock:
-                        await self._apply(self._last, remember=False, anew=(sick.model, sick.version))
+                        await self._apply(self.applied, remember=False, anew=(sick.model, sick.version))
                     self.caretaker.reloaded(sick)
                 elif await self._take_out(sick):
                     await self.once()
@@ -302,53 +303,48 @@ class Reconciler:
 
         Where the memory does not hold old and new together, the old goes first, and the requests of its model wait at the gate.
         """
-        wanted, state = state, self.backstop.over(state)
-        versions = _by_key(state)
-        held_back = self.caretaker.hold_back(state.routes, versions)
-        generations = {route.model: route.generation for route in state.routes}
-        refused = {
-            key: why
-            for key, v in versions.items()
-            if (why := self.room.refuses(v, generations.get(v.model, -1))) is not None
-        }
-        held_off = held_back.keys() | refused.keys()
-        missing = [version for key, version in versions.items() if key not in held_off and not self._has(version)]
-        if self._leaving and self.room.over(missing, [*self.serving.loaded.values(), *self._leaving]) > 0:
-            await asyncio.wait(
-                self._drains, timeout=self.settings.server.drain_seconds
-            )  # nobody has to go for what is going already
-        going = self.room.leaving(missing, self.serving.loaded, versions)
-        async with Exchange(self.serving, self.caretaker, going, drain=self._drain, load=self._loaded) as exchange:
-            errors = await self._load_and_flip(
-                wanted, versions, held_back, refused, exchange, remember=remember, anew=anew
-            )
+        wanted = state
+        plan = self._plan(wanted)
+        if self._leaving and self.room.over(plan.missing, [*self.serving.loaded.values(), *self._leaving]) > 0:
+            # Nobody has to go for what is going already. An emergency may put a hold while that is waited for.
+            await asyncio.wait(self._drains, timeout=self.settings.server.drain_seconds)
+            plan = self._plan(wanted)
+        stay = staying(self.serving, plan.state.routes, plan.versions, plan.missing)
+        exchange = Exchange(
+            self.serving, self.caretaker, self.room.leaving(plan.missing, self.serving.loaded, stay), self.room.owed,
+            self._known(), drain=self._drain, let_go=self.let_go, load=self._loaded,
+        )  # fmt: skip
+        async with exchange:
+            errors = await self._load_and_flip(wanted, plan, exchange, remember=remember, anew=anew)
         for key, error in errors.items():
-            if key[0] in exchange.models and key not in refused:
-                self.room.failed(versions[key], generations.get(key[0], -1), error)
+            if key[0] in exchange.models and key not in plan.refused:
+                self.room.failed(plan.versions[key], plan.change(key[0]), error)
+
+    def _plan(self, wanted: LastState) -> Plan:
+        return plan_of(self.backstop.over(wanted), self.serving, self.caretaker, self.room)
 
     async def _load_and_flip(
         self,
         wanted: LastState,
-        versions: dict[Key, Wanted],
-        held_back: dict[Key, str],
-        refused: dict[Key, str],
+        plan: Plan,
         exchange: Exchange,
         *,
         remember: bool,
         anew: Key | None,
     ) -> dict[Key, str]:
+        """Returns what of the wanted versions does not load, with the reason."""
         loaded: dict[Key, LoadedVersion] = {}
         errors: dict[Key, str] = {}
-        for key, version in versions.items():
+        for key, version in plan.versions.items():
             current = self.serving.loaded.get(key)
             if current is not None and current.digest == version.digest:
                 loaded[key] = current
                 if key != anew:
                     continue
-            elif key in held_back:
+            elif key in plan.held_back:
                 continue
-            elif key in refused:
-                errors[key] = refused[key]
+            elif key in plan.refused:
+                errors[key] = plan.refused[key]
                 continue
             try:
                 loaded[key] = await self._loaded(version)
@@ -357,11 +353,14 @@ class Reconciler:
             except Exception as error:
                 log.exception("%s %s does not load", *key)
                 errors[key] = _plain(f"does not load: {type(error).__name__}: {error}")
-        self._note_errors(errors)
-        self.errors |= await exchange.bring_back({model for model, _ in errors}, self._known())
+        stable_ones = {(route.model, route.stable) for route in plan.state.routes}
+        brought = await exchange.bring_back({key[0] for key in errors if key in stable_ones})
+        self._note_errors(errors | {key: _plain(why) for key, why in brought.items()})
         state = self.backstop.over(wanted)  # somebody may have put a hold while this was loading
         routes = {
-            route.model: servable(route, errors | held_back, self.serving.routes.get(route.model), self.serving.loaded)
+            route.model: servable(
+                route, errors | plan.held_back, self.serving.routes.get(route.model), self.serving.loaded
+            )
             for route in state.routes
         }
         for route in routes.values():
@@ -388,10 +387,6 @@ class Reconciler:
             except OSError as error:
                 log.error("the last state could not be kept in %s: %s", self.state_file, error)
         return errors
-
-    def _has(self, version: Wanted) -> bool:
-        current = self.serving.loaded.get((version.model, version.version))
-        return current is not None and current.digest == version.digest
 
     def _known(self) -> list[Wanted]:
         """Versions whose files this server knows."""
@@ -475,6 +470,8 @@ class Reconciler:
             seconds = self.settings.server.drain_seconds
             log.error("%s %s still had requests after %g s", version.model, version.version, seconds)
         version.close()
+        if not await asyncio.to_thread(version.join, _JOIN_SECONDS):
+            log.error("%s %s still computes: its memory is not free yet", version.model, version.version)
         self._leaving.discard(version)
         self.caretaker.gone(version)
 

@@ -8,20 +8,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from registry import budget
 from registry.errors import UnavailableError
 from registry.settings import Settings
 from serving.caretaker import Caretaker
 from serving.engine import LoadedVersion
-from serving.laststate import Wanted
+from serving.laststate import LastState, Wanted
+from serving.routing import Route
 from serving.state import Serving
 
 log = logging.getLogger("modelkeep.swap")
 Key = tuple[str, str]
-
-JOIN_SECONDS = 10.0
-"""How long a version that was let go may take to end what it computes and give its memory back."""
 
 
 class Room:
@@ -31,7 +30,9 @@ class Room:
         self.budget_bytes = budget_bytes
         """Memory for models (registry.budget); None: not known, so nobody ever has to go."""
         self._measured: dict[str, int] = {}
-        self._failed: dict[Key, tuple[str, int, str]] = {}
+        self._failed: dict[Key, tuple[str, tuple[str, int], str]] = {}
+        self.owed: dict[str, Wanted] = {}
+        """See Exchange."""
         self._warned: set[str] = set()
 
     @classmethod
@@ -46,14 +47,14 @@ class Room:
         """Remember what a version took."""
         self._measured[loaded.digest] = loaded.runtime.memory_bytes
 
-    def failed(self, version: Wanted, generation: int, error: str) -> None:
+    def failed(self, version: Wanted, change: tuple[str, int], error: str) -> None:
         """Others had to go for it, and it did not load: they shall not have to go again for the same."""
-        self._failed[version.model, version.version] = (version.digest, generation, error)
+        self._failed[version.model, version.version] = (version.digest, change, error)
 
-    def refuses(self, version: Wanted, generation: int) -> str | None:
-        """Why this version is not tried again while its route stays as it is (`generation`); None where it may be."""
-        digest, then, error = self._failed.get((version.model, version.version), ("", -1, ""))
-        if (digest, then) != (version.digest, generation):
+    def refuses(self, version: Wanted, change: tuple[str, int]) -> str | None:
+        """Why this version is not tried again while its route stays as it is (epoch, generation); None where it may be."""
+        digest, then, error = self._failed.get((version.model, version.version), ("", ("", -1), ""))
+        if (digest, then) != (version.digest, change):
             return None
         return f"{error}; the version before had to go for that try, so there is no other until the route changes"
 
@@ -69,17 +70,17 @@ class Room:
         return sum(v.runtime.memory_bytes for v in there) + sum(map(self.need, missing)) - self.budget_bytes
 
     def leaving(
-        self, missing: Collection[Wanted], loaded: Mapping[Key, LoadedVersion], wanted: Collection[Key]
+        self, missing: Collection[Wanted], loaded: Mapping[Key, LoadedVersion], staying: Collection[Key]
     ) -> list[LoadedVersion]:
         """Which loaded versions go before the missing ones are loaded; none where all fit.
 
-        Only what is not wanted any more goes: first of the models that get another version, then what was asked least recently.
+        Only what need not stay goes: first of the models that get another version, then what was asked least recently.
         """
         over = self.over(missing, loaded.values())
         if over <= 0:
             return []
         models = {version.model for version in missing}
-        needless = [version for key, version in loaded.items() if key not in wanted]
+        needless = [version for key, version in loaded.items() if key not in staying]
         needless.sort(key=lambda v: (v.model not in models, v.telemetry.last_inference_unix_seconds or 0.0))
         going = []
         for version in needless:
@@ -103,39 +104,116 @@ class Room:
                 )  # fmt: skip
 
 
+def in_place(serving: Serving, wanted: Wanted) -> bool:
+    """Whether this very version is loaded, with these bytes."""
+    current = serving.loaded.get((wanted.model, wanted.version))
+    return current is not None and current.digest == wanted.digest
+
+
+def serves(serving: Serving, model: str) -> bool:
+    """Whether the model has a stable version here that answers."""
+    route = serving.routes.get(model)
+    return route is not None and route.stable is not None and (model, route.stable) in serving.loaded
+
+
+def staying(
+    serving: Serving, routes: Collection[Route], versions: Collection[Key], missing: Collection[Wanted]
+) -> set[Key]:
+    """What may not go: all that is wanted, and what serves a model now whose stable version is not about to come.
+
+    The second is another one than the first where a wanted version did not load and the one before it serves on.
+    """
+    coming = {(version.model, version.version) for version in missing}
+    replaced = {route.model for route in routes if (route.model, route.stable) in coming}
+    present = {
+        (route.model, now.stable)
+        for route in routes
+        if route.model not in replaced
+        and (now := serving.routes.get(route.model)) is not None
+        and now.stable is not None
+    }
+    return {*versions, *present}
+
+
+@dataclass(slots=True)
+class Plan:
+    """What one round of a server is to come to."""
+
+    state: LastState
+    versions: dict[Key, Wanted]
+    held_back: dict[Key, str]
+    """Candidates that shall not be loaded now, with the reason."""
+    refused: dict[Key, str]
+    """Versions that are not tried again while their route stays as it is, with the reason."""
+    missing: list[Wanted]
+
+    def change(self, model: str) -> tuple[str, int]:
+        """(epoch, generation) of the model's route."""
+        return self.state.epoch, next((r.generation for r in self.state.routes if r.model == model), -1)
+
+
+def plan_of(state: LastState, serving: Serving, caretaker: Caretaker, room: Room) -> Plan:
+    """What of the wanted state is not here yet, and what of that is not to be tried now."""
+    versions = {(version.model, version.version): version for version in state.versions}
+    plan = Plan(state, versions, caretaker.hold_back(state.routes, versions), {}, [])
+    for key, version in versions.items():
+        why = room.refuses(version, plan.change(version.model)) if serves(serving, version.model) else None
+        if why is not None:
+            plan.refused[key] = why
+        elif key not in plan.held_back and not in_place(serving, version):
+            plan.missing.append(version)
+    return plan
+
+
 class Exchange:
-    """One exchange of versions that do not fit side by side: closes the gate of their models, makes room, and opens it at the end."""
+    """One exchange of versions that do not fit side by side: closes the gate of their models, makes room, and opens it at the end.
+
+    A gate is closed only where the version goes that serves the model's traffic. `owed` are such versions, kept until their
+    successor is there, by model.
+    """
 
     def __init__(
         self,
         serving: Serving,
         caretaker: Caretaker,
         going: list[LoadedVersion],
+        owed: dict[str, Wanted],
+        known: Iterable[Wanted],
         *,
         drain: Callable[[LoadedVersion], Awaitable[None]],
+        let_go: Callable[[list[LoadedVersion], Collection[Key]], None],
         load: Callable[[Wanted], Awaitable[LoadedVersion]],
     ) -> None:
-        self._serving, self._caretaker, self._going = serving, caretaker, going
-        self._drain, self._load = drain, load
-        self._closed = {version.model for version in going} - serving.gate.closed.keys()
-
-    @property
-    def models(self) -> set[str]:
-        """Whose versions had to go."""
-        return {version.model for version in self._going}
+        self._serving, self._caretaker, self._going, self._owed = serving, caretaker, going, owed
+        self._drain, self._let_go, self._load = drain, let_go, load
+        self.models = {
+            version.model
+            for version in going
+            if (route := serving.routes.get(version.model)) is not None and route.stable == version.version
+        }
+        """Models that have no version until this is over."""
+        self._closed = self.models - serving.gate.closed.keys()
+        files = {(wanted.model, wanted.version, wanted.digest): wanted for wanted in known}
+        for version in going:
+            if version.model in self.models and serving.routes[version.model].stable == version.version:
+                wanted = files.get((version.model, version.version, version.digest))
+                if wanted is not None:
+                    owed[version.model] = wanted
+                else:
+                    owed.pop(version.model, None)
 
     async def __aenter__(self) -> Exchange:
         """The versions that go finish what they have, and free their memory."""
         serving, names = self._serving, {(version.model, version.version) for version in self._going}
         serving.gate.close(self._closed)
         try:
+            if names:
+                rest = {key: version for key, version in serving.loaded.items() if key not in names}
+                serving.install(serving.routes, rest, serving.epoch, serving.generation)
             for version in self._going:
                 log.info("%s %s goes before its successor comes: both do not fit", version.model, version.version)
                 self._caretaker.leaving(version, replaced=False)
-            if names:
-                staying = {key: version for key, version in serving.loaded.items() if key not in names}
-                serving.install(serving.routes, staying, serving.epoch, serving.generation)
-                await asyncio.gather(*(self._let_go(version) for version in self._going))
+            await asyncio.gather(*(self._drain(version) for version in self._going))
         except BaseException:
             serving.gate.open(self._closed)
             raise
@@ -149,27 +227,32 @@ class Exchange:
                 "the requests of %s go on; held back until now: %s", ", ".join(sorted(self._closed)), gate.as_dict()
             )
 
-    async def bring_back(self, failed: Collection[str], known: Iterable[Wanted]) -> dict[Key, str]:
-        """Load again what had to go for a version of its model that does not load. Returns the errors of those that do not either."""
-        errors, known = {}, list(known)
-        for old in self._going:
-            key = (old.model, old.version)
-            if old.model not in failed:
+    async def bring_back(self, failed: Collection[str]) -> dict[Key, str]:
+        """Load again what served the models whose new stable version does not load. Returns the errors of what does not load either.
+
+        What is owed to a model that does not fail is owed no longer.
+        """
+        errors: dict[Key, str] = {}
+        for model in [model for model in self._owed if model not in failed]:
+            del self._owed[model]
+        for model, wanted in list(self._owed.items()):
+            serving, key = self._serving, (model, wanted.version)
+            if serves(serving, model):  # an emergency was quicker
+                del self._owed[model]
                 continue
-            version = next((v for v in known if (v.model, v.version, v.digest) == (*key, old.digest)), None)
             try:
-                if version is None:
-                    raise UnavailableError("its files are not known here any more")
-                again = await self._load(version)
+                again = await self._load(wanted)
             except Exception as error:
                 log.exception("%s %s had to go for a version that does not load, and does not load again", *key)
                 errors[key] = f"does not load again: {error}"
-            else:
-                serving = self._serving
-                serving.install(serving.routes, {**serving.loaded, key: again}, serving.epoch, serving.generation)
+                continue
+            del self._owed[model]
+            if serves(serving, model):
+                self._let_go([again], serving.loaded)
+                continue
+            loaded, routes = {**serving.loaded, key: again}, dict(serving.routes)
+            if (route := routes.get(model)) is not None and route.stable != wanted.version:
+                # An earlier round could not bring it back, and left the route at what does not load.
+                routes[model] = replace(route, stable=wanted.version, candidate=None, weight=0.0, shadow=False)
+            self._let_go(serving.install(routes, loaded, serving.epoch, serving.generation), loaded)
         return errors
-
-    async def _let_go(self, version: LoadedVersion) -> None:
-        await self._drain(version)
-        if not await asyncio.to_thread(version.join, JOIN_SECONDS):
-            log.error("%s %s still computes: its memory is not free yet", version.model, version.version)

@@ -22,9 +22,10 @@ from serving.engine import LoadedVersion
 from serving.gate import Gate
 from serving.laststate import Wanted
 from serving.reconcile import Reconciler
+from serving.routing import Route
 from serving.state import Serving
 from serving.statuses import BusyError
-from serving.swap import Room
+from serving.swap import Room, staying
 from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, MODEL
 from tests.unit.serving.helpers import Answer, PythonRuntime, Server, close, load, until
@@ -275,6 +276,14 @@ def test_where_neither_loads_the_errors_say_so_and_nobody_waits_for_ever(
         assert by(await server.post(INFER, REQUEST))[0] == 503
         errors = reconciler.info()["errors"]
         assert "rotten" in errors[f"{MODEL}/2"] and "does not load again" in errors[f"{MODEL}/1"]
+        assert reconciler.registry_error is None, "the round itself went well"
+        loader.bad = {"2"}  # the fault passes, but for what is rotten
+        reconciler._retry = (0.0, 0.0)
+        await reconciler.once()
+        assert by(await server.post(INFER, REQUEST)) == (200, "1"), "what had to go is owed until it is back"
+        reconciler._retry = (0.0, 0.0)
+        await reconciler.once()
+        assert [version for version, _ in loader.beside] == ["2", "1", "2", "1"], "and is not sent away again"
 
     run(test)
 
@@ -291,6 +300,74 @@ def test_a_candidate_is_loaded_beside_the_stable_version_whatever_the_budget_say
         assert sorted(name for _, name in reconciler.serving.loaded) == ["1", "2"]
 
     run(test)
+
+
+def test_a_candidate_that_goes_for_another_costs_the_stable_version_nothing_and_does_not_come_back(
+    database: Database, run: Callable[[Test], None]
+) -> None:
+    async def test(reconciler: Reconciler, server: Server) -> None:
+        loader = Loader(reconciler)
+        operation = kit.begin(database, "2")
+        kit.canary(database, operation)
+        await reconciler.once()
+        one, two = (reconciler.serving.loaded[MODEL, version] for version in "12")
+        reconciler.room.budget_bytes = one.runtime.memory_bytes + two.runtime.memory_bytes
+        kit.end(database, operation, "withdrawn")
+        kit.canary(database, kit.begin(database, "3"))  # before the server looked again
+        loader.bad = {"3"}
+        closed: list[list[str]] = []
+        loader.meanwhile = lambda version: closed.append(sorted(reconciler.serving.gate.closed))
+        await reconciler.once()
+        assert loader.beside[-1] == ("3", ["1"]), "the withdrawn one had to go"
+        assert closed == [[]], "nobody waited: the stable version was there all the time"
+        assert sorted(name for _, name in reconciler.serving.loaded) == ["1"]
+        assert [version for version, _ in loader.beside] == ["2", "3"]
+        await until(lambda: not reconciler._leaving)
+        states = {entry["version"]: entry["state"] for entry in reconciler.info()["states"]}
+        assert states == {"1": "IN_USE", "2": "ARCHIVED"} and reconciler.registry_error is None
+
+    run(test)
+
+
+def test_an_emergency_during_an_exchange_is_what_serves_and_nothing_is_loaded_in_vain(
+    database: Database, run: Callable[[Test], None]
+) -> None:
+    async def test(reconciler: Reconciler, server: Server) -> None:
+        loader, loop = Loader(reconciler), asyncio.get_running_loop()
+        loader.bad = {"2"}
+        old = next(version for version in reconciler.applied.versions if version.version == "1")  # type: ignore[union-attr]
+        route = reconciler.serving.routes[MODEL]
+
+        def emergency(version: str) -> None:
+            if version == "2":
+                again = loader.real(old)
+                loop.call_soon_threadsafe(reconciler.switch, route, again)
+                made.append(again)
+
+        made: list[LoadedVersion] = []
+        loader.meanwhile = emergency
+        kit.stable_by(database, "2")
+        await reconciler.once()
+        assert [version for version, _ in loader.beside] == ["2"], "the emergency's own is enough"
+        assert reconciler.serving.loaded[MODEL, "1"] is made[0]
+        assert by(await server.post(INFER, REQUEST)) == (200, "1")
+
+    run(test)
+
+
+def test_what_serves_a_model_whose_wanted_version_does_not_load_stays_when_another_model_changes() -> None:
+    serving = Serving(environment="production", replica_id="r", boot_id="b")
+    a, b = load(model="a", version="1"), load(model="b", version="1")
+    serving.install(
+        {"a": Route("a", 1, "1"), "b": Route("b", 1, "1"), "c": Route("c", 1, "1")},
+        {("a", "1"): a, ("b", "1"): b},
+        "e",
+        1,
+    )
+    routes = [Route("a", 2, "2"), Route("b", 2, "2")]  # c is gone
+    versions = {("a", "2"), ("b", "2")}
+    assert staying(serving, routes, versions, [wanted("2", model="b")]) == {*versions, ("a", "1")}
+    close(a, b)
 
 
 def test_while_a_version_is_exchanged_the_model_is_not_unknown() -> None:
