@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from queue import Empty, SimpleQueue
 from random import random as uniform
 from typing import IO, NamedTuple, Protocol
 
-from registry.errors import NotFoundError
+from registry.errors import NotFoundError, UnavailableError
 from registry.names import check_model_name
 
 log = logging.getLogger("modelkeep.capture")
@@ -28,8 +30,14 @@ log = logging.getLogger("modelkeep.capture")
 SUFFIX = ".v2"
 QUEUE_BYTES = 32 << 20
 """Of bodies that wait for the disk. What comes on top is not kept."""
-_LOOK_SECONDS = 600.0
-"""How often what has grown old is looked for where nothing new comes."""
+REMOVE_SECONDS = 10.0
+"""How long who has a model's requests removed waits for that."""
+_LOOK_SECONDS = 60.0
+"""How often what has grown old is looked for."""
+_BACK_NS = 1_000_000_000
+"""A clock that went back by more was set; by less, it is being corrected."""
+_AHEAD_NS = 300 * 1_000_000_000
+"""What is so far ahead of the clock is from a time when the clock was wrong: nobody can say how old it is."""
 _LOG_EVERY_SECONDS = 60.0
 _SECONDS_A_DAY = 86400.0
 
@@ -54,8 +62,14 @@ class _Offered(NamedTuple):
     body: bytes
 
 
+class _Removal(NamedTuple):
+    model: str
+    removed: Future[int]
+
+
 class _File(NamedTuple):
     name: str
+    at: int
     size: int
 
 
@@ -100,13 +114,13 @@ class Capture:
         """Requests by what became of them: kept, dropped (the disk was behind), failed (it could not be written)."""
         self._most_requests = limits.requests
         self._most_bytes = limits.max_mb << 20
-        self._most_seconds = limits.days * _SECONDS_A_DAY
+        self._most_ns = int(limits.days * _SECONDS_A_DAY * 1e9)
         self._random = random
         self._wall_ns = wall_ns
         self._last_ns = 0
-        self._queue: SimpleQueue[_Offered | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Offered | _Removal | None] = SimpleQueue()
+        self._lock = threading.Lock()  # of what follows; the event loop takes it: never held while the disk is at work
         self._waiting_bytes = 0
-        self._lock = threading.Lock()  # of what follows; held for moments, but for the removal of a model
         self._files: dict[str, deque[_File]] = {}
         self._bytes: Counter[str] = Counter()
         self._logged_at = -_LOG_EVERY_SECONDS
@@ -132,7 +146,10 @@ class Capture:
         if self._waiting_bytes + len(body) > QUEUE_BYTES or len(body) > self._most_bytes:
             self.counts["dropped"] += 1
             return False
-        self._last_ns = at = max(self._wall_ns(), self._last_ns + 1)  # a name each, in the order in which they came
+        at = self._wall_ns()
+        if at >= self._last_ns - _BACK_NS:
+            at = max(at, self._last_ns + 1)  # a name each, in the order in which they came
+        self._last_ns = at
         with self._lock:
             self._waiting_bytes += len(body)
         self._queue.put(_Offered(model, at, header_length, body))
@@ -144,7 +161,7 @@ class Capture:
         """What is kept, by model."""
         with self._lock:
             return {
-                model: Held(len(files), self._bytes[model], _seconds(files[0].name), _seconds(files[-1].name))
+                model: Held(len(files), self._bytes[model], files[0].at / 1e9, files[-1].at / 1e9)
                 for model, files in sorted(self._files.items())
                 if files
             }
@@ -174,9 +191,22 @@ class Capture:
         return packed
 
     def remove(self, model: str) -> int:
-        """Remove what is kept of a model; returns how many requests that were. What cannot be removed is in the log."""
-        with self._lock:
-            return self._shrink(check_model_name(model), requests=0)
+        """Remove what is kept of a model, and what was offered and waits for the disk; returns how many requests are gone.
+
+        What cannot be removed is in the log. Raises UnavailableError where the disk takes too long.
+        """
+        check_model_name(model)
+        if not self._thread.is_alive():
+            return self._shrink(model, requests=0)
+        removal = _Removal(model, Future())
+        self._queue.put(removal)
+        try:
+            return removal.removed.result(REMOVE_SECONDS)
+        except TimeoutError:
+            raise UnavailableError(
+                f"the captured requests of {model} are not all removed yet: the disk took longer than {REMOVE_SECONDS:g} s; "
+                "they go when it has caught up; look at GET /api/v2/captured, or try again later"
+            ) from None
 
     # On the thread
 
@@ -185,43 +215,62 @@ class Capture:
             self._find()
         except OSError as error:
             self._complain("the captured requests in %s cannot be read: %s", self.folder, error)
+        look_at = time.monotonic()
         while True:
-            self._forget_the_old()
+            if time.monotonic() >= look_at:
+                self._forget_the_old()
+                look_at = time.monotonic() + _LOOK_SECONDS
             try:
-                offered = self._queue.get(timeout=_LOOK_SECONDS)
+                item = self._queue.get(timeout=max(0.0, look_at - time.monotonic()))
             except Empty:
                 continue
-            if offered is None:
+            if item is None:
                 return
+            if isinstance(item, _Removal):
+                item.removed.set_result(self._shrink(item.model, requests=0))
+                continue
             try:
-                self._write(offered)
+                self._write(item)
                 self.counts["kept"] += 1
             except OSError as error:
                 self.counts["failed"] += 1
                 self._complain("a request could not be kept in %s: %s", self.folder, error)
             finally:
                 with self._lock:
-                    self._waiting_bytes -= len(offered.body)
+                    self._waiting_bytes -= len(item.body)
 
     def _find(self) -> None:
+        """What is there already. An entry that cannot be read is named in the log, and costs the others nothing."""
         if not self.folder.is_dir():
             return
-        for place in sorted(path for path in self.folder.iterdir() if path.is_dir()):
-            files = []
-            for path in sorted(place.iterdir()):
-                if path.suffix == ".new":
-                    path.unlink(missing_ok=True)  # half written by a process that was killed
-                elif parse_name(path.name) is not None:
-                    files.append(_File(path.name, path.stat().st_size))
+        for place in sorted(self.folder.iterdir()):
+            try:
+                if not place.is_dir():
+                    continue
+                entries = sorted(place.iterdir())
+            except OSError as error:
+                log.error("captured requests cannot be read: %s", error)
+                continue
+            files, problems = [], []
+            for path in entries:
+                try:
+                    if (file := _found(path)) is not None:
+                        files.append(file)
+                except OSError as error:
+                    problems.append(error)
+            if problems:
+                log.error("%d files among the captured requests cannot be read: %s", len(problems), problems[0])
             with self._lock:
                 self._files[place.name] = deque(files)
                 self._bytes[place.name] = sum(file.size for file in files)
-                self._shrink(place.name, requests=self._most_requests)
+            self._shrink(place.name, requests=self._most_requests)
 
     def _write(self, offered: _Offered) -> None:
         place = self.folder / offered.model
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        name = name_of(offered.at, offered.header_length)
+        at = offered.at
+        while (place / (name := name_of(at, offered.header_length))).exists():
+            at += 1  # the clock went back to a time that it had shown before
         fresh = place / f"{name}.new"
         try:
             with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -232,36 +281,48 @@ class Capture:
                 fresh.unlink(missing_ok=True)
             raise
         with self._lock:
-            self._files.setdefault(offered.model, deque()).append(_File(name, len(offered.body)))
+            self._files.setdefault(offered.model, deque()).append(_File(name, at, len(offered.body)))
             self._bytes[offered.model] += len(offered.body)
-            self._shrink(offered.model, requests=self._most_requests)
+        self._shrink(offered.model, requests=self._most_requests)
 
     def _forget_the_old(self) -> None:
-        limit = self._wall_ns() / 1e9 - self._most_seconds
+        now = self._wall_ns()
+        for model, files in list(self._files.items()):  # only this thread changes it
+            old = [file for file in files if not now - self._most_ns <= file.at <= now + _AHEAD_NS]
+            if old:
+                gone = set(old)
+                kept = deque(file for file in files if file not in gone)
+                with self._lock:
+                    self._files[model] = kept
+                    self._bytes[model] -= sum(file.size for file in old)
+                    self._tidy(model)
+                self._unlink(model, old)
+
+    def _shrink(self, model: str, *, requests: int) -> int:
+        """Remove the oldest until no more than so many, and no more than the bytes allowed, are left. Returns how many are gone."""
+        removed = []
         with self._lock:
-            for model in list(self._files):
-                self._shrink(model, requests=self._most_requests, before=limit)
+            files = self._files.get(model, deque())
+            while files and (len(files) > requests or self._bytes[model] > self._most_bytes):
+                removed.append(files.popleft())
+                self._bytes[model] -= removed[-1].size
+            self._tidy(model)
+        return self._unlink(model, removed)
 
-    def _shrink(self, model: str, *, requests: int, before: float = 0.0) -> int:
-        """Remove the oldest until no more than so many, none from before that time, and no more than the bytes allowed, are left.
-
-        Returns how many went.
-        """
-        files, removed = self._files.get(model, deque()), 0
-        while files and (
-            len(files) > requests or self._bytes[model] > self._most_bytes or _seconds(files[0].name) < before
-        ):
-            file = files.popleft()
-            self._bytes[model] -= file.size
-            removed += 1
-            try:
-                (self.folder / model / file.name).unlink(missing_ok=True)
-            except OSError as error:
-                self._complain("a captured request could not be removed from %s: %s", self.folder / model, error)
-        if not files:
+    def _tidy(self, model: str) -> None:
+        if not self._files.get(model):
             self._files.pop(model, None)
             self._bytes.pop(model, None)
-        return removed
+
+    def _unlink(self, model: str, files: list[_File]) -> int:
+        gone = 0
+        for file in files:
+            try:
+                (self.folder / model / file.name).unlink(missing_ok=True)
+                gone += 1
+            except OSError as error:
+                self._complain("a captured request could not be removed from %s: %s", self.folder / model, error)
+        return gone
 
     def _complain(self, text: str, *values: object) -> None:
         now = time.monotonic()
@@ -270,6 +331,13 @@ class Capture:
             log.error(text, *values)
 
 
-def _seconds(name: str) -> float:
-    found = parse_name(name)
-    return 0.0 if found is None else found[0] / 1e9
+def _found(path: Path) -> _File | None:
+    """The captured request at that path, None where it is none; what a process that was killed left half written is removed."""
+    if path.suffix == ".new":
+        path.unlink(missing_ok=True)
+        return None
+    parsed = parse_name(path.name)
+    if parsed is None:
+        return None
+    found = path.stat()
+    return _File(path.name, parsed[0], found.st_size) if stat.S_ISREG(found.st_mode) else None

@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 
 from registry.errors import StorageError
 from serving.auth import who_of
-from serving.capture import Capture
+from serving.capture import REMOVE_SECONDS, Capture
 from serving.operations import RegistryThreads
 
 log = logging.getLogger("modelkeep.capture")
@@ -23,7 +23,8 @@ _CHUNK_BYTES = 1 << 16
 def router(capture: Capture) -> APIRouter:
     """Reading the requests themselves, and removing them, needs the role operate: they are what clients sent."""
     found = APIRouter(prefix="/api/v2/captured")
-    threads = RegistryThreads()
+    # Longer than a removal waits: who removes is to read what that says.
+    threads = RegistryThreads(answer_seconds=REMOVE_SECONDS + 5)
 
     @found.get("", summary="Requests kept for replays, by model: how many, and from when")
     async def captured() -> dict[str, Any]:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import resource
+import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +32,10 @@ log = logging.getLogger("serving.replay")
 WARM_UP_CALLS = 10
 SLICES = 5
 """The stable version's p95 is the median of those of so many parts, so that one stall of the machine does not move it."""
+KEPT_BYTES = 512 << 20
+"""Of the stable version's answers, at most. Where they take more, fewer requests are replayed."""
+WAITING_BYTES = 16 << 20
+"""Of the candidate's answers that wait to be compared: between its calls nothing runs that its times could show."""
 
 
 def measure(job: Job, begin: Callable[[str], None]) -> dict[str, Any]:
@@ -49,11 +56,14 @@ def measure(job: Job, begin: Callable[[str], None]) -> dict[str, Any]:
     }
     begin("replaying through the stable version")
     wanted = min(job.replay, requests.count)
-    before = _run(job.stable, requests, wanted, job, until=started + 0.4 * job.seconds)
+    kept = _Kept(_most_bytes())
+    before = _run(job.stable, requests, wanted, job, kept.take, until=started + 0.4 * job.seconds)
     if before.error is None:
         begin("replaying through the candidate")
-        after = _run(job.candidate, requests, before.requests, job, until=started + 0.9 * job.seconds)
-        document["replay"] = _compared(before, after, requests, job)
+        compared = _Compared(kept.answers)
+        after = _run(job.candidate, requests, before.requests, job, compared.take, until=started + 0.9 * job.seconds)
+        compared.finish()
+        document["replay"] = _figures(before, after, compared, requests, job)
     else:
         document["replay"] = {"problem": f"the stable version does not load: {before.error}"}
     document["seconds"] = time.monotonic() - started
@@ -115,21 +125,78 @@ def _golden(job: Job) -> _Golden:
     return _Golden(golden)
 
 
+class _Kept:
+    """The stable version's answers, for the candidate's to be compared with."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.answers: deque[Arrays | None] = deque()
+        self._bytes_left = most_bytes
+
+    def take(self, answer: Arrays | None) -> bool:
+        """False where no more may come."""
+        self.answers.append(answer)
+        self._bytes_left -= _size(answer)
+        return self._bytes_left > 0
+
+
+class _Compared:
+    """How often the candidate's answers, as they come, differ from the stable version's. Neither is kept longer than that takes."""
+
+    def __init__(self, expected: deque[Arrays | None]) -> None:
+        self._expected = expected
+        self._waiting: list[Arrays | None] = []
+        self._waiting_bytes = 0
+        self.count = 0
+        self.disagreements = {"top": 0, "tolerance": 0, "exact": 0}
+
+    def take(self, answer: Arrays | None) -> bool:
+        self._waiting.append(answer)
+        self._waiting_bytes += _size(answer)
+        if self._waiting_bytes >= WAITING_BYTES:
+            self.finish()
+        return True
+
+    def finish(self) -> None:
+        for new in self._waiting:
+            old = self._expected.popleft()
+            if old is None or new is None:
+                continue  # counted as an error
+            found = compare(old, new)
+            self.count += 1
+            self.disagreements["top"] += found.disagrees
+            self.disagreements["tolerance"] += found.differs
+            self.disagreements["exact"] += found.inexact
+        self._waiting, self._waiting_bytes = [], 0
+
+
 class _Run:
-    """What one version answered, and how long each answer took."""
+    """Which requests one version answered, and how long each took."""
 
     def __init__(self) -> None:
-        self.answers: list[Arrays | None] = []
+        self.answered: list[bool] = []
         self.seconds: list[float] = []
         self.first_error: str | None = None
         self.error: str | None = None
 
     @property
     def requests(self) -> int:
-        return len(self.answers)
+        return len(self.answered)
+
+    def answered_seconds(self, n: int) -> list[float]:
+        """Of the first n requests, those that were answered."""
+        return [s for s, answered in zip(self.seconds[:n], self.answered[:n], strict=True) if answered]
 
 
-def _run(model: ModelJob, requests: Requests, wanted: int, job: Job, *, until: float) -> _Run:
+def _run(
+    model: ModelJob,
+    requests: Requests,
+    wanted: int,
+    job: Job,
+    take: Callable[[Arrays | None], bool],
+    *,
+    until: float,
+) -> _Run:
+    """Run so many of the requests, until then (time.monotonic) at most, or until `take`, which gets every answer, wants no more."""
     found = _Run()
     try:
         runtime = load_runtime(model.path, model.format, signature=model.signature, threads=job.threads)
@@ -145,10 +212,10 @@ def _run(model: ModelJob, requests: Requests, wanted: int, job: Job, *, until: f
             begun = time.perf_counter()
             answer, problem = _answer(call)
             found.seconds.append(time.perf_counter() - begun)
-            found.answers.append(answer)
+            found.answered.append(answer is not None)
             if problem is not None:
                 found.first_error = found.first_error or f"request {number}: {problem}"
-            if time.monotonic() > until:
+            if not take(answer) or time.monotonic() > until:
                 break
     finally:
         runtime.close()
@@ -164,22 +231,12 @@ def _answer(call: Callable[[], Arrays]) -> tuple[Arrays | None, str | None]:
         return None, _text(error)
 
 
-def _compared(before: _Run, after: _Run, requests: Requests, job: Job) -> dict[str, Any]:
+def _figures(before: _Run, after: _Run, compared: _Compared, requests: Requests, job: Job) -> dict[str, Any]:
     if after.error is not None:
         return {"problem": f"the candidate does not load: {after.error}"}
     n = after.requests
-    p95 = _calm_p95([s for s, answer in zip(before.seconds, before.answers, strict=True) if answer is not None])
+    p95 = _calm_p95(before.answered_seconds(before.requests))
     threshold = None if p95 is None else p95 * job.slow_factor
-    agreements = {"top": 0, "tolerance": 0, "exact": 0}
-    compared = 0
-    for old, new in zip(before.answers[:n], after.answers, strict=True):
-        if old is None or new is None:
-            continue  # counted as an error
-        compared += 1
-        found = compare(old, new)
-        agreements["top"] += found.disagrees
-        agreements["tolerance"] += found.differs
-        agreements["exact"] += found.inexact
     return {
         "problem": None,
         "requests": n,
@@ -189,13 +246,13 @@ def _compared(before: _Run, after: _Run, requests: Requests, job: Job) -> dict[s
         "slow_threshold_seconds": threshold,
         "candidate": _counts(after, n, threshold),
         "stable": _counts(before, n, threshold),
-        "compared": compared,
-        "disagreements": agreements,
+        "compared": compared.count,
+        "disagreements": compared.disagreements,
     }
 
 
 def _counts(run: _Run, n: int, threshold: float | None) -> dict[str, Any]:
-    answered = [s for s, answer in zip(run.seconds[:n], run.answers[:n], strict=True) if answer is not None]
+    answered = run.answered_seconds(n)
     slow = None if threshold is None else sum(s > threshold for s in answered)
     p50, p95 = (float(q) for q in np.quantile(answered, [0.5, 0.95])) if answered else (None, None)
     return {
@@ -205,6 +262,20 @@ def _counts(run: _Run, n: int, threshold: float | None) -> dict[str, Any]:
         "p50_seconds": p50,
         "p95_seconds": p95,
     }
+
+
+def _most_bytes() -> int:
+    """What the stable version's answers may take: a small part of what this process may, so that the candidate has the same room."""
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    return KEPT_BYTES if limit == resource.RLIM_INFINITY else min(KEPT_BYTES, limit // 8)
+
+
+def _size(answer: Arrays | None) -> int:
+    """In bytes. An array of texts holds only pointers to them."""
+    return sum(
+        value.nbytes + (sum(map(sys.getsizeof, value.flat)) if value.dtype.kind == "O" else 0)
+        for value in (answer or {}).values()
+    )
 
 
 def _calm_p95(seconds: list[float]) -> float | None:

@@ -40,7 +40,7 @@ def replay(work: Promoting) -> None:
     if operation.progress.get("replayed"):
         return  # an earlier process of this run has passed it
     promotion.place_staging(work)
-    with captured.folder() as folder:
+    with captured.folder(work.cache / "replays") as folder:
         job, where = _job(work, folder)
         work.tell(f"{work.name} and {operation.stable} get the same requests, one after the other: {where}")
         result = probe.run_probe(

@@ -402,6 +402,20 @@ def test_captured_requests_are_replayed_as_their_clients_sent_them(tmp_path: Pat
     assert refused.outcome == "refused" and "no captured requests" in str(refused.problem)
 
 
+def test_large_answers_make_a_replay_shorter_and_are_not_held_against_the_candidate(tmp_path: Path) -> None:
+    folder = tmp_path / "captured"
+    folder.mkdir()
+    document = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [0.0, 1.0, 2.0, 3.0]}]}
+    for number in range(120):
+        (folder / name_of(1_700_000_000_000_000_000 + number, None)).write_text(json.dumps(document))
+    times = np.array([1, 1 << 18], np.int64)
+    large = save(tmp_path / "large.onnx", [helper.make_node("Tile", ["x", "times"], ["y"])], {"times": times})  # 4 MB
+    found = probe(ProbeJob(large, large, replay=1000, captured=folder), memory_mb=800).replay
+    assert found is not None and found["problem"] is None
+    assert found["candidate"]["first_error"] is None and found["candidate"]["errors"] == 0
+    assert 20 <= found["requests"] == found["compared"] < found["of"] == 120
+
+
 # --- how it ends: a stand-in for a model whose native code does what Python cannot make one do
 
 

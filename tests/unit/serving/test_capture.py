@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import stat
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.errors import NotFoundError, UsageError
+from registry.errors import NotFoundError, UnavailableError, UsageError
 from serving import capture as capturing
 from serving.capture import Capture, name_of, parse_name
 from serving.captured_page import router
@@ -175,6 +178,192 @@ def test_what_is_removed_is_gone_from_the_disk_too(make: Make, tmp_path: Path) -
             capture.remove(name)
         with pytest.raises(UsageError, match="is not a model name"):
             capture.pack(name, 1, io.BytesIO())
+
+
+@contextmanager
+def stopped(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Iterator[threading.Event]:
+    """Within, every call of that method waits; the event says that one does."""
+    inside, go = threading.Event(), threading.Event()
+    original = getattr(owner, name)
+
+    def waiting(*args: object, **kwargs: object) -> object:
+        inside.set()
+        assert go.wait(60)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, waiting)
+        try:
+            yield inside
+        finally:
+            go.set()
+
+
+def test_what_still_waits_for_the_disk_is_removed_with_the_rest(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = make()
+    with ThreadPoolExecutor() as pool:
+        with stopped(monkeypatch, Capture, "_write") as writing:
+            capture.offer("m", b"1", None)
+            capture.offer("m", b"2", None)
+            assert writing.wait(30)
+            removing = pool.submit(capture.remove, "m")
+            until(lambda: removing.done() or capture._queue.qsize() == 2)
+        assert removing.result(30) == 2
+    written(capture, 2)
+    assert not capture.held() and not list((tmp_path / "captured" / "m").iterdir())
+
+
+def test_what_an_earlier_process_left_is_removed_also_before_it_was_found(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "captured" / "m"
+    place.mkdir(parents=True)
+    (place / name_of(int(NOW * 1e9), None)).write_bytes(b"1")
+    with ThreadPoolExecutor() as pool:
+        with stopped(monkeypatch, Capture, "_find"):
+            capture = make()
+            removing = pool.submit(capture.remove, "m")
+            until(lambda: removing.done() or capture._queue.qsize() == 1)
+        assert removing.result(30) == 1
+    assert not list(place.iterdir())
+
+
+def test_a_removal_that_the_disk_holds_up_says_so(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capturing, "REMOVE_SECONDS", 0.05)
+    capture = make()
+    client = TestClient(create_pages(serve().serving, nudge=no_nudge, info=dict, routers=[router(capture)]))
+    with stopped(monkeypatch, Capture, "_write") as writing:
+        capture.offer("m", b"1", None)
+        assert writing.wait(30)
+        with pytest.raises(UnavailableError, match="of m are not all removed yet"):
+            capture.remove("m")
+        answer = client.delete("/api/v2/captured/m")
+        assert answer.status_code == 503 and "not all removed yet" in answer.json()["error"]
+    until(lambda: capture.counts["kept"] == 1 and not capture.held())
+
+
+def test_a_removal_counts_only_what_is_gone(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    capture = make()
+    capture.offer("m", b"1", None)
+    capture.offer("m", b"2", None)
+    written(capture, 2)
+    (first, _) = sorted((tmp_path / "captured" / "m").iterdir())
+    first.unlink()
+    first.mkdir()  # no file any more: it cannot be unlinked
+    assert capture.remove("m") == 1
+    assert "could not be removed" in caplog.text
+
+
+def test_while_files_are_removed_nobody_waits_for_the_disk(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    capture = make(requests=1)
+    capture.offer("m", b"1", None)
+    written(capture, 1)
+    with ThreadPoolExecutor() as pool, stopped(monkeypatch, Path, "unlink") as removing:
+        capture.offer("m", b"22", None)
+        assert removing.wait(30)
+        asked = pool.submit(lambda: (capture.offer("n", b"3", None), capture.held()["m"].bytes))
+        assert asked.result(30) == (True, 2)
+    written(capture, 3)
+
+
+def test_an_entry_that_cannot_be_read_costs_the_others_nothing(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = tmp_path / "captured"
+    for name in ("a", "b", "c"):
+        (home / name).mkdir(parents=True)
+        for number in range(3):
+            (home / name / name_of(int(NOW * 1e9) + number, None)).write_bytes(b"1")
+    (home / "b" / "0-.v2.new").mkdir()
+    (home / "b" / "1-.v2").symlink_to(tmp_path / "nowhere")
+    (home / "b" / "2-.v2").mkdir()
+    listing = Path.iterdir
+
+    def listed(path: Path) -> Iterator[Path]:
+        if path == home / "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    capture = make(requests=2)
+    until(lambda: {name: held.requests for name, held in capture.held().items()} == {"b": 2, "c": 2})
+    assert capture.remove("c") == 2, "its thread is alive"
+    assert "cannot be read: [Errno 13] Permission denied" in caplog.text and "2 files among" in caplog.text
+
+
+# --- clocks that are wrong
+
+
+def test_after_a_clock_was_set_back_requests_are_named_by_it_and_those_from_the_future_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capturing, "_LOOK_SECONDS", 0.01)
+    now = [int((NOW + 3600) * 1e9)]
+    capture = Capture(tmp_path, SimpleNamespace(share=1.0, requests=9, max_mb=1, days=1.0), wall_ns=lambda: now[0])
+    capture.start()
+    try:
+        capture.offer("m", b"ahead", None)
+        written(capture, 1)
+        now[0] = int(NOW * 1e9)
+        capture.offer("m", b"right", None)
+        written(capture, 2)
+        until(lambda: capture.held()["m"].requests == 1)
+        assert capture.held()["m"].newest == NOW and bodies(capture) == [b"right"]
+        assert len(list((tmp_path / "m").iterdir())) == 1
+    finally:
+        capture.end(seconds=10)
+
+
+def test_what_is_found_from_far_ahead_of_the_clock_goes_and_what_a_little_ahead_stays(
+    make: Make, tmp_path: Path
+) -> None:
+    place = tmp_path / "captured" / "m"
+    place.mkdir(parents=True)
+    for seconds in (-60, 60, 3600):
+        (place / name_of(int((NOW + seconds) * 1e9), None)).write_bytes(b"%d" % seconds)
+    capture = make()
+    until(lambda: capture.held() and capture.held()["m"].requests == 2)
+    assert bodies(capture) == [b"-60", b"60"]
+
+
+def test_no_request_takes_the_name_of_another_where_the_clock_shows_a_time_again(tmp_path: Path) -> None:
+    times = [NOW, NOW + 10, NOW]
+    capture = Capture(
+        tmp_path,
+        SimpleNamespace(share=1.0, requests=9, max_mb=1, days=1.0),
+        wall_ns=lambda: int((times.pop(0) if len(times) > 1 else times[0]) * 1e9),
+    )
+    for body in (b"1", b"2", b"3"):
+        capture.offer("m", body, None)
+    capture.start()
+    try:
+        written(capture, 3)
+        into = io.BytesIO()
+        assert capture.pack("m", 9, into) == 3
+        with zipfile.ZipFile(into) as archive:
+            assert sorted(archive.read(name) for name in archive.namelist()) == [b"1", b"2", b"3"]
+        assert capture.held()["m"].requests == 3
+    finally:
+        capture.end(seconds=10)
+
+
+def test_a_clock_that_is_corrected_by_less_than_a_second_keeps_the_order(tmp_path: Path) -> None:
+    times = [NOW, NOW - 0.5]
+    capture = Capture(
+        tmp_path,
+        SimpleNamespace(share=1.0, requests=9, max_mb=1, days=1.0),
+        wall_ns=lambda: int((times.pop(0) if len(times) > 1 else times[0]) * 1e9),
+    )
+    capture.offer("m", b"1", None)
+    capture.offer("m", b"2", None)
+    capture.start()
+    try:
+        written(capture, 2)
+        assert bodies(capture) == [b"1", b"2"]
+    finally:
+        capture.end(seconds=10)
 
 
 def test_what_the_stable_version_answered_is_kept_and_nothing_else(make: Make) -> None:

@@ -132,6 +132,18 @@ def test_without_enough_to_judge_by_it_is_held_and_only_what_the_candidate_did_c
     assert why in caught.value.reason
 
 
+def test_what_clients_sent_lies_below_the_cache_of_the_promotion_while_it_is_replayed(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Path] = []
+    operation = kit.begin(database, "2", strategy="replay")
+    job = ways.probe.ProbeJob(None, replay=100)  # type: ignore[arg-type]
+    monkeypatch.setattr(ways, "_job", lambda work, folder: (places.append(folder), (job, "captured ones"))[1])
+    monkeypatch.setattr(ways.probe, "run_probe", lambda job, **_: ProbeResult("done", replay=counts()))
+    ways.replay(working(database, tmp_path, operation))
+    assert places[0].is_relative_to(tmp_path / "replays") and not places[0].exists()
+
+
 def test_a_replay_that_is_on_record_is_not_made_again(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
