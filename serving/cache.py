@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from registry.errors import ModelkeepError
 from serving.cache_store import LocalStore, Owner
 from serving.cache_values import Answer, Arrays, KeyMaker, kept
+from serving.engine import QueueFullError
 from serving.statuses import ClientGoneError, DeadlineError
 from serving.telemetry import CacheCounts
 from serving.work import ParkedWork, Work, cached_by, saved_by
@@ -51,6 +52,7 @@ class ResponseCache:
         self.shared: SharedStore | None = None
         self.counts = CacheCounts()
         self._answers: dict[Owner, VersionAnswers] = {}
+        self._sweeping = False
 
     def follow(self, loaded: Iterable[LoadedVersion]) -> None:
         """From now on these versions are loaded: give those that are deterministic their part of the cache, drop all others'."""
@@ -65,6 +67,7 @@ class ResponseCache:
         for owner in self.local.owners():
             if owner not in answers:
                 self.local.drop(owner)
+        self._sweep()
 
     def models(self) -> set[str]:
         """Whose answers are kept."""
@@ -77,8 +80,22 @@ class ResponseCache:
         """Remove what this process holds of a model, and do not keep what is being computed; how many answers that were."""
         for answers in self._answers.values():
             if answers.owner[0] == model:
-                answers.invalidated += 1
-        return sum(self.local.drop(owner) for owner in self.local.owners() if owner[0] == model)
+                answers.forget()
+        dropped = sum(self.local.drop(owner) for owner in self.local.owners() if owner[0] == model)
+        self._sweep()
+        return dropped
+
+    def _sweep(self) -> None:
+        """Remove what was dropped, a slice at a time: a promotion's switch and the requests do not wait for it."""
+        if self._sweeping:
+            return
+        if self.local.sweep():
+            asyncio.get_running_loop().call_soon(self._sweep_on)
+            self._sweeping = True
+
+    def _sweep_on(self) -> None:
+        self._sweeping = False
+        self._sweep()
 
     def matching(self, pattern: str) -> list[str]:
         """The models that a shell pattern matches, in order."""
@@ -110,6 +127,17 @@ class ResponseCache:
         }
 
 
+class Flight:
+    """A request that is looked up or computed, and those that wait for its answer."""
+
+    __slots__ = ("behind", "leader")
+
+    def __init__(self, leader: Work) -> None:
+        self.leader = leader
+        self.behind: dict[ParkedWork, bool] = {}
+        """In the order in which they came."""
+
+
 class VersionAnswers:
     """One version's part of the cache: what `api.V2` asks instead of the version itself."""
 
@@ -120,13 +148,20 @@ class VersionAnswers:
         self._cache = cache
         self._loaded = loaded
         self._key = KeyMaker(loaded.model, loaded.version, loaded.digest, loaded.runtime.platform)
-        self._flights: dict[bytes, list[ParkedWork]] = {}
-        """The requests that wait behind the one that is looked up or computed, by key."""
+        self._flights: dict[bytes, Flight] = {}
+        """Those that a new request may join, by key."""
+        self._waiting = 0
+        """How many requests wait behind others, those of flights that can no longer be joined too."""
         self._looking: set[asyncio.Task[Answer | None]] = set()
 
     @property
     def counts(self) -> CacheCounts:
         return self._loaded.telemetry.cache
+
+    def forget(self) -> None:
+        """Keep nothing of what is being computed, and let nobody join it who comes from now on."""
+        self.invalidated += 1
+        self._flights.clear()
 
     def submit(
         self, inputs: Arrays, outputs: tuple[str, ...] | None, route: Route | None = None, mark: int | None = None
@@ -151,9 +186,7 @@ class VersionAnswers:
             return hit
         flight = self._flights.get(key)
         if flight is not None:
-            behind = loaded.park(inputs, outputs, mark)
-            flight.append(behind)
-            return behind
+            return self._join(flight, mark)
         shared = cache.shared
         if shared is not None and shared.ready(loaded.model):
             work = parked = loaded.park(inputs, outputs, mark)
@@ -161,11 +194,31 @@ class VersionAnswers:
         else:
             work = loaded.submit(inputs, outputs, route, mark)
             self._count("misses")
-        self._take_off(key, work, [])
+        flight = self._flights[key] = Flight(work)
+        self._take_off(key, flight)
         return work
 
+    def _join(self, flight: Flight, mark: int | None) -> ParkedWork:
+        loaded, leader = self._loaded, flight.leader
+        if self._waiting >= loaded.queue_size:
+            raise QueueFullError(
+                f"model '{loaded.model}' version '{loaded.version}' has {loaded.queue_size} requests waiting for answers "
+                "that are being computed for others; try again later"
+            )
+        # With the leader's inputs, which are equal: its own, and with them the body that they lie in, need not stay.
+        work = loaded.park(leader.inputs, leader.outputs, mark)
+        flight.behind[work] = True
+        self._waiting += 1
+        work.future.add_done_callback(partial(self._leave, flight, work))
+        return work
+
+    def _leave(self, flight: Flight, work: ParkedWork, future: asyncio.Future[None] | None = None) -> None:
+        """It waits behind nobody any more: it gave up, or is computed itself."""
+        if flight.behind.pop(work, False):
+            self._waiting -= 1
+
     def _look(self, shared: SharedStore, key: bytes, work: ParkedWork) -> None:
-        task = asyncio.get_running_loop().create_task(shared.get(self._loaded.model, key))
+        task = shared.begin(self._loaded.model, key)
         self._looking.add(task)
         task.add_done_callback(partial(self._looked, work))
 
@@ -191,29 +244,33 @@ class VersionAnswers:
         except ModelkeepError as error:
             work.future.set_exception(error)
 
-    def _take_off(self, key: bytes, leader: Work, behind: list[ParkedWork]) -> None:
-        self._flights[key] = behind
-        leader.future.add_done_callback(partial(self._landed, key, leader, self.invalidated))
+    def _take_off(self, key: bytes, flight: Flight) -> None:
+        flight.leader.future.add_done_callback(partial(self._landed, key, flight, self.invalidated))
 
-    def _landed(self, key: bytes, leader: Work, invalidated: int, future: asyncio.Future[None]) -> None:
-        behind = self._flights.pop(key)
+    def _landed(self, key: bytes, flight: Flight, invalidated: int, future: asyncio.Future[None]) -> None:
+        leader = flight.leader
+        waiting = [work for work in flight.behind if not work.future.done()]
         error = None if future.cancelled() else future.exception()
-        if error is None and not future.cancelled():
-            self._store(key, leader, invalidated, future)
-            for work in behind:
-                if not work.future.done():
-                    self._answer(work, leader.answer, SHARED, leader.model_seconds / leader.company)
-            return
-        waiting = [work for work in behind if not work.future.done()]
         if waiting and (future.cancelled() or isinstance(error, ClientGoneError | DeadlineError)):
             # Only the first client is gone: the next one takes its place.
-            self._take_off(key, waiting[0], waiting[1:])
-            waiting = waiting[:1]
-        else:
-            # The version failed. An error is nobody's answer but its own request's: each is computed, and counted.
+            first = flight.leader = waiting[0]
+            self._leave(flight, first)
+            self._take_off(key, flight)
+            self._count("misses")
+            self._compute(first)
+            return
+        if self._flights.get(key) is flight:  # and not a later one: this may have been forgotten
+            del self._flights[key]
+        for work in tuple(flight.behind):
+            self._leave(flight, work)
+        if error is None and not future.cancelled():
             for work in waiting:
-                work.future.add_done_callback(partial(self._store, key, work, self.invalidated))
+                self._answer(work, leader.answer, SHARED, leader.model_seconds / leader.company)
+            self._store(key, leader, invalidated, future)
+            return
+        # The version failed. An error is nobody's answer but its own request's: each is computed, and counted.
         for work in waiting:
+            work.future.add_done_callback(partial(self._store, key, work, self.invalidated))
             self._count("misses")
             self._compute(work)
 
@@ -223,6 +280,12 @@ class VersionAnswers:
             return
         if invalidated != self.invalidated or not self._cache.follows(self.owner):
             return
+        try:
+            self._keep(key, work)
+        except Exception:  # the request has its answer all the same
+            log.exception("an answer of model '%s' version '%s' could not be kept", *self.owner[:2])
+
+    def _keep(self, key: bytes, work: Work) -> None:
         arrays, size_bytes = kept(work.answer)
         computed = cached_by(work) is None
         seconds = work.model_seconds / work.company if computed else saved_by(work)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from registry.redaction import redact
-from serving.cache_values import Answer, pack, unpack
+from serving.cache_values import Answer, is_longer, pack, unpack
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -38,7 +38,7 @@ _NAMES = ("hits", "misses", "poisoned", "failed", "skipped", "written", "not_wri
 
 
 class SharedStore:
-    """Used on the event loop. `changed` is called with a model whose mark is another than before."""
+    """Used on the event loop. `changed` is called with a model whose mark is another than before, or was not known here."""
 
     def __init__(
         self,
@@ -66,6 +66,9 @@ class SharedStore:
         self._changed = changed
         self._marks: dict[str, str] = {}
         self._pending: set[str] = set()
+        """The models that need a new mark, and ..."""
+        self._settled: set[str] = set()
+        """... those for which it is being written."""
         self._settling = asyncio.Lock()
         self._failures = 0
         self._asking = 0
@@ -95,21 +98,28 @@ class SharedStore:
             return False
         return True
 
+    def begin(self, model: str, key: bytes) -> asyncio.Task[Answer | None]:
+        """Get in the background. It is one of those that ask from now on, not from when the task is run."""
+        self._asking += 1
+        task = asyncio.create_task(self.get(model, key))
+        task.add_done_callback(self._asked)  # a task that is cancelled before it runs has no `finally`
+        return task
+
+    def _asked(self, task: asyncio.Task[Answer | None]) -> None:
+        self._asking -= 1
+
     async def get(self, model: str, key: bytes) -> Answer | None:
         """The answer, None where there is none to be had in time."""
         mark = self._marks.get(model)
         if mark is None:  # invalidated a moment ago
             return None
         name = self._name(mark, key)
-        self._asking += 1
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 value = await _awaited(self._client.get(name))
         except self._errors as error:
             self._failed(error)
             return None
-        finally:
-            self._asking -= 1
         self._failures = 0
         answer = unpack(key, value) if isinstance(value, bytes) else None
         self.counts["hits" if answer is not None else "misses"] += 1
@@ -122,7 +132,8 @@ class SharedStore:
         if not self.usable or model not in self._marks or len(self._writes) >= _WRITES_WAITING:
             self.counts["not_written"] += 1
             return
-        value = pack(key, answer)
+        # Packing is what takes the time, so what is too long anyway is not packed.
+        value = None if is_longer(answer, _LARGEST_BYTES) else pack(key, answer)
         if value is None or len(value) > _LARGEST_BYTES:
             self.counts["not_written"] += 1
             return
@@ -142,7 +153,7 @@ class SharedStore:
             "url": self.url,
             "usable": self.usable,
             "models": sorted(self._marks),
-            "invalidations_waiting": sorted(self._pending),
+            "invalidations_waiting": sorted(self._pending | self._settled),
             **self.counts,
         }
 
@@ -187,10 +198,19 @@ class SharedStore:
     async def _settle(self) -> bool:
         """Write the marks that are to be written, read all, and find out whether Redis answers in time."""
         async with self._settling:  # or marks that were read before an invalidation would be noted after it
-            return await self._settle_alone()
+            # What is invalidated from here on is for the next time, also where it is one of these models again.
+            pending = self._settled = self._pending
+            self._pending = set()
+            settled = False
+            try:
+                settled = await self._settle_alone(pending)
+            finally:
+                self._settled = set()
+                if not settled:
+                    self._pending |= pending
+            return settled
 
-    async def _settle_alone(self) -> bool:
-        pending = set(self._pending)
+    async def _settle_alone(self, pending: Collection[str]) -> bool:
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 if pending:
@@ -211,13 +231,11 @@ class SharedStore:
         except self._errors as error:
             self._unusable(error)
             return False
-        self._pending -= pending
         for model, mark in found.items():
             if model not in self._pending and self._marks.get(model) != mark:
-                known = model in self._marks
                 self._marks[model] = mark
-                if known:
-                    self._changed(model)
+                # Also for the first mark: while none was known here, others may have invalidated.
+                self._changed(model)
         if not self.usable and taken <= self._timeout_seconds:
             self.usable = True
             self._failures = 0

@@ -25,6 +25,8 @@ _FEWEST_COUNTERS, _MOST_COUNTERS = 1 << 12, 1 << 20
 _BYTES_A_COUNTER = 128
 _REMEMBERED = 30
 """The counters are halved after so many askings for each entry that is held."""
+_SLICE = 200
+"""Entries that are removed in one go: under a millisecond of the event loop."""
 _HALVED = bytes(value >> 1 for value in range(256))
 
 WINDOW, PROBATION, PROTECTED = 0, 1, 2
@@ -65,13 +67,25 @@ class Sketch:
         return found
 
 
+class Holding:
+    """The keys of an owner, and what their entries take. Once it is `gone` none of them is an answer any more."""
+
+    __slots__ = ("bytes", "gone", "keys", "owner")
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+        self.keys: set[bytes] = set()
+        self.bytes = 0
+        self.gone = False
+
+
 class Entry:
     """What is held for a key. `size_bytes` is all that it takes."""
 
-    __slots__ = ("expires", "owner", "size_bytes", "value", "where")
+    __slots__ = ("expires", "holding", "size_bytes", "value", "where")
 
-    def __init__(self, owner: Owner, value: Any, size_bytes: int, expires: float) -> None:
-        self.owner = owner
+    def __init__(self, holding: Holding, value: Any, size_bytes: int, expires: float) -> None:
+        self.holding = holding
         self.value = value
         self.size_bytes = size_bytes
         self.expires = expires
@@ -79,7 +93,10 @@ class Entry:
 
 
 class LocalStore:
-    """Used on one thread. Keys are 16 random-looking bytes. The sketch takes about 3 % of `max_bytes` beside them."""
+    """Used on one thread. Keys are 16 random-looking bytes. The sketch takes about 3 % of `max_bytes` beside them.
+
+    What was dropped is an answer no longer, but takes its bytes until `sweep` has removed it.
+    """
 
     def __init__(self, max_bytes: int, ttl_seconds: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.max_bytes = max_bytes
@@ -94,7 +111,8 @@ class LocalStore:
         self._sizes = [0, 0, 0]
         self._window_bytes = int(max_bytes * WINDOW_SHARE)
         self._protected_bytes = int((max_bytes - self._window_bytes) * PROTECTED_SHARE)
-        self._owned: dict[Owner, set[bytes]] = {}
+        self._owned: dict[Owner, Holding] = {}
+        self._gone: list[Holding] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -104,6 +122,9 @@ class LocalStore:
         self.ask(key)
         entry = self._entries.get(key)
         if entry is None:
+            return None
+        if entry.holding.gone:
+            self._remove(key, entry)
             return None
         if self._clock() >= entry.expires:
             self._remove(key, entry)
@@ -128,24 +149,44 @@ class LocalStore:
         if size_bytes > self.max_bytes * LARGEST_SHARE:
             self.counts["too_large"] += 1
             return False
-        entry = Entry(owner, value, size_bytes, self._clock() + self._ttl_seconds)
+        holding = self._owned.get(owner)
+        if holding is None:
+            holding = self._owned[owner] = Holding(owner)
+        entry = Entry(holding, value, size_bytes, self._clock() + self._ttl_seconds)
         self._entries[key] = entry
         self._segments[WINDOW][key] = entry
         self._sizes[WINDOW] += size_bytes
         self.bytes += size_bytes
-        self._owned.setdefault(owner, set()).add(key)
+        holding.keys.add(key)
+        holding.bytes += size_bytes
         while self._sizes[WINDOW] > self._window_bytes and self._segments[WINDOW]:
             self._leave_window()
         return key in self._entries
 
     def drop(self, owner: Owner) -> int:
-        """Remove all entries of an owner; how many there were."""
-        keys = self._owned.get(owner, set())
-        count = len(keys)
-        for key in tuple(keys):
-            self._remove(key, self._entries[key])
+        """From now on no entry of an owner is an answer; how many there were. Call `sweep` until nothing is left of them."""
+        holding = self._owned.pop(owner, None)
+        if holding is None:
+            return 0
+        holding.gone = True
+        self._gone.append(holding)
+        count = len(holding.keys)
         self.counts["dropped"] += count
         return count
+
+    def sweep(self) -> bool:
+        """Remove some of what was dropped, so many as take no time to speak of; whether more is left."""
+        left = _SLICE
+        while self._gone:
+            keys = self._gone[-1].keys
+            while keys:
+                if not left:
+                    return True
+                left -= 1
+                key = keys.pop()
+                self._remove(key, self._entries[key])
+            self._gone.pop()
+        return False
 
     def owners(self) -> list[Owner]:
         """Whose entries there are."""
@@ -153,12 +194,15 @@ class LocalStore:
 
     def held(self) -> Iterator[tuple[Owner, int, int]]:
         """(owner, entries, bytes)."""
-        for owner, keys in self._owned.items():
-            yield owner, len(keys), sum(self._entries[key].size_bytes for key in keys)
+        for owner, holding in self._owned.items():
+            yield owner, len(holding.keys), holding.bytes
 
     def _leave_window(self) -> None:
         """The window's oldest entry: into the main part where there is room, or in place of what was asked for less often."""
         key, entry = next(iter(self._segments[WINDOW].items()))
+        if entry.holding.gone:
+            self._remove(key, entry)
+            return
         limit = self.max_bytes - self._window_bytes
         over = self._sizes[PROBATION] + self._sizes[PROTECTED] + entry.size_bytes - limit
         if over > 0:
@@ -181,7 +225,7 @@ class LocalStore:
             for key, entry in self._segments[segment].items():
                 if wanted_bytes <= 0:
                     return victims
-                if now < entry.expires and self._sketch.count(key) >= asked:
+                if not entry.holding.gone and now < entry.expires and self._sketch.count(key) >= asked:
                     return None
                 victims.append((key, entry))
                 wanted_bytes -= entry.size_bytes
@@ -205,7 +249,8 @@ class LocalStore:
         del self._segments[entry.where][key]
         self._sizes[entry.where] -= entry.size_bytes
         self.bytes -= entry.size_bytes
-        owned = self._owned[entry.owner]
-        owned.discard(key)
-        if not owned:
-            del self._owned[entry.owner]
+        holding = entry.holding
+        holding.keys.discard(key)
+        holding.bytes -= entry.size_bytes
+        if not holding.keys and not holding.gone:
+            del self._owned[holding.owner]

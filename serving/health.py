@@ -39,7 +39,10 @@ class HealthLimits(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HealthResult:
-    """`requests`, `error_rate` and `response_seconds` are those of the window; absent where nothing was asked."""
+    """`requests`, `error_rate` and `response_seconds` are those of the window; absent where nothing was asked.
+
+    Requests that the cache answered are among the requests, since clients had them answered; they took none of its time.
+    """
 
     status: HealthStatus
     reasons: tuple[str, ...]
@@ -60,10 +63,19 @@ class HealthResult:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
+    """`requests` are those that were computed, `hits` those that the cache answered in its place."""
+
     at: float
     requests: int
     errors: int
     seconds: float
+    hits: int
+
+
+def _sample(at: float, version: LoadedVersion) -> _Sample:
+    total, cache = version.telemetry.total, version.telemetry.cache
+    hits = cache.l1 + cache.l2 + cache.shared
+    return _Sample(at, total.requests, total.errors, total.latency_seconds_total, hits)
 
 
 class ModelHealth:
@@ -80,26 +92,27 @@ class ModelHealth:
         for key in self._samples.keys() - loaded.keys():
             del self._samples[key]
         for key, version in loaded.items():
-            total = version.telemetry.total
             samples = self._samples.setdefault(key, deque())
             if not samples or now - samples[-1].at >= self._limits.window_seconds / 30:
-                samples.append(_Sample(now, total.requests, total.errors, total.latency_seconds_total))
+                samples.append(_sample(now, version))
             while len(samples) > 1 and now - samples[1].at >= self._limits.window_seconds:
                 samples.popleft()
         return {key: self.judge(key, version) for key, version in loaded.items()}
 
     def judge(self, key: Key, version: LoadedVersion) -> HealthResult:
         """By the limits of the settings: memory and errors make a version unhealthy, slow answers degraded."""
-        limits, total = self._limits, version.telemetry.total
+        limits, newest = self._limits, _sample(0.0, version)
         samples = self._samples.get(key)
-        oldest = samples[0] if samples else _Sample(0.0, total.requests, total.errors, total.latency_seconds_total)
-        requests, errors = total.requests - oldest.requests, total.errors - oldest.errors
+        oldest = samples[0] if samples else newest
+        computed, errors = newest.requests - oldest.requests, newest.errors - oldest.errors
+        # A hit is a request that did not fail: without it a few errors of the few that are computed would weigh too much.
+        requests = computed + newest.hits - oldest.hits
         rate = errors / requests if requests else None
-        mean = (total.latency_seconds_total - oldest.seconds) / requests if requests else None
+        mean = (newest.seconds - oldest.seconds) / computed if computed else None
         memory = version.runtime.memory_bytes
         reasons, status = [], HealthStatus.HEALTHY
         enough = requests >= limits.minimum_requests
-        if mean is not None and enough and mean > limits.response_seconds:
+        if mean is not None and computed >= limits.minimum_requests and mean > limits.response_seconds:
             status = HealthStatus.DEGRADED
             reasons.append(f"answers take {mean:.2f} s on average, more than {limits.response_seconds:g} s")
         if rate is not None and enough and rate > limits.error_rate:

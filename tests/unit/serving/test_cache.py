@@ -21,7 +21,8 @@ from registry.errors import UsageError
 from registry.modeltoml import given as facts_given
 from serving.cache import ResponseCache
 from serving.cache_page import router
-from serving.cache_values import Answer, KeyMaker, pack, unpack
+from serving.cache_store import _SLICE
+from serving.cache_values import Answer, KeyMaker, kept, pack, unpack
 from serving.engine import LoadedVersion, ModelError, QueueFullError
 from serving.metrics import Metrics
 from serving.pages import create_pages
@@ -337,16 +338,86 @@ async def test_who_waits_behind_another_has_his_own_deadline() -> None:
 
 @on_a_loop
 async def test_a_full_queue_is_told_to_each_that_waited() -> None:
-    version = load(runtime := fails_at_first(1), deterministic=True, queue_size=1, rows_independent=False)
+    version = load(runtime := fails_at_first(1), deterministic=True, queue_size=2, rows_independent=False)
     cached(version)
     runtime.gate.clear()
     works = [ask(version, 1, 2) for _ in range(3)]
     await until(runtime.entered.is_set)
-    version.submit(row(9, 9), None)
+    for number in (8, 9):
+        version.submit(row(number, 9), None)
     runtime.gate.set()
     found = await asyncio.gather(*(work.future for work in works), return_exceptions=True)
     assert isinstance(found[0], ModelError)
     assert {type(error) for error in found[1:]} <= {QueueFullError, type(None)}
+    close(version)
+
+
+@on_a_loop
+async def test_who_waits_behind_another_holds_no_inputs_of_his_own_and_nothing_once_he_gave_up() -> None:
+    version = load(runtime := PythonRuntime(), deterministic=True)
+    cached(version)
+    runtime.gate.clear()
+    works = [ask(version, 1, 2) for _ in range(4)]
+    await until(runtime.entered.is_set)
+    assert {id(work.inputs) for work in works} == {id(works[0].inputs)}
+    assert version.answers is not None
+    (flight,) = version.answers._flights.values()
+    version.withdraw(works[1], DeadlineError("late"), count_as_error=False)
+    works[2].future.cancel()
+    await landed()
+    assert list(flight.behind) == [works[3]] and version.answers._waiting == 1
+    runtime.gate.set()
+    await works[3].future
+    assert works[3].answer["y"].tolist() == [[2, 4]]
+    await landed()
+    assert version.answers._waiting == 0 and not version.answers._flights
+    close(version)
+
+
+@on_a_loop
+async def test_no_more_wait_behind_others_than_may_wait_for_the_version() -> None:
+    version = load(runtime := PythonRuntime(), deterministic=True, queue_size=3)
+    server = cached(version)
+    runtime.gate.clear()
+    works = [ask(version, 1, 2) for _ in range(3)]
+    await until(runtime.entered.is_set)
+    works += [ask(version, 3, 4), ask(version, 3, 4)]
+    for value in (1, 3):
+        with pytest.raises(QueueFullError, match="3 requests waiting"):
+            ask(version, value, value + 1)
+    assert (await server.infer(1, 2)).status == 429
+    works[1].future.cancel()
+    await landed()
+    works.append(ask(version, 1, 2))
+    # The first client goes: who takes his place waits behind nobody, and makes room for another.
+    works[0].future.cancel()
+    await landed()
+    works.append(ask(version, 1, 2))
+    with pytest.raises(QueueFullError):
+        ask(version, 1, 2)
+    runtime.gate.set()
+    await asyncio.gather(*(work.future for work in works[2:]))
+    await landed()
+    assert version.answers is not None and version.answers._waiting == 0
+    close(version)
+
+
+@on_a_loop
+async def test_an_answer_that_cannot_be_kept_is_given_to_all_who_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(arrays: Any) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("serving.cache.kept", fails)
+    version = load(PythonRuntime(), deterministic=True)
+    cached(version)
+    works = [ask(version, 1, 2) for _ in range(3)]
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(work.future for work in works))
+    assert [work.answer["y"].tolist() for work in works] == [[[2, 4]]] * 3
+    await landed()
+    assert "could not be kept" in caplog.text
     close(version)
 
 
@@ -452,6 +523,75 @@ async def test_what_was_being_computed_when_the_answers_were_dropped_is_not_kept
     await landed()
     assert len(cache.local) == 0
     close(version)
+
+
+@on_a_loop
+async def test_who_comes_after_the_answers_were_dropped_does_not_join_a_request_from_before() -> None:
+    version = load(runtime := PythonRuntime(), deterministic=True, max_batch=1)
+    cache = cache_of(cached(version))
+    runtime.gate.clear()
+    before = [ask(version, 1, 2), ask(version, 1, 2)]
+    await until(runtime.entered.is_set)
+    await cache.invalidate(["m"])
+    after = [ask(version, 1, 2), ask(version, 1, 2)]
+    before[0].future.cancel()  # who waited behind takes its place, and does not come between the later ones
+    await landed()
+    assert version.answers is not None
+    (flight,) = version.answers._flights.values()
+    assert flight.leader is after[0] and list(flight.behind) == [after[1]]
+    runtime.gate.set()
+    await asyncio.gather(*(work.future for work in [*before[1:], *after]))
+    await landed()
+    assert len(runtime.calls) == 3 and after[1].cached == "shared"
+    assert not version.answers._flights and version.answers._waiting == 0
+    close(version)
+
+
+@on_a_loop
+async def test_a_request_from_before_the_answers_were_dropped_does_not_end_what_a_later_one_began() -> None:
+    version = load(runtime := PythonRuntime(), deterministic=True, max_batch=1)
+    cache = cache_of(cached(version))
+    runtime.gate.clear()
+    before = ask(version, 1, 2)
+    await until(runtime.entered.is_set)
+    await cache.invalidate(["m"])
+    after = ask(version, 1, 2)
+    before.future.cancel()
+    await landed()
+    behind = ask(version, 1, 2)
+    runtime.gate.set()
+    await asyncio.gather(after.future, behind.future)
+    assert len(runtime.calls) == 2 and behind.cached == "shared"
+    close(version)
+
+
+@on_a_loop
+async def test_many_answers_that_are_dropped_are_removed_little_by_little_and_none_is_given() -> None:
+    version = load(runtime := PythonRuntime(), deterministic=True)
+    server = cached(version, max_mb=8)
+    cache = cache_of(server)
+    many = 4 * _SLICE
+    for number in range(many):
+        cache.local.put(number.to_bytes(16, "little"), ("m", "1", version.digest), Answer({}, 0.0), 100)
+    await server.infer(1, 2)
+    await landed()
+    assert cache.forget("m") == many + 1
+    assert len(cache.local) == many + 1 - _SLICE and cache.stats()["versions"][0]["entries"] == 0
+    assert "cache" not in (await server.infer(1, 2)).json()["parameters"] and len(runtime.calls) == 2
+    await until(lambda: len(cache.local) == 1)
+    assert (await server.infer(1, 2)).json()["parameters"]["cache"] == "l1"
+    close(version)
+
+
+@pytest.mark.parametrize("text", ["a" * 1_000, "\u00e9" * 1_000, "\u6c34" * 1_000, "\U0001f40d" * 1_000, b"a" * 1_000])
+def test_a_text_counts_with_the_bytes_that_it_takes(text: Any) -> None:
+    array = np.empty(1, dtype=object)
+    array[0] = text
+    empty = np.empty(1, dtype=object)
+    empty[0] = b""
+    more = kept({"y": array})[1] - kept({"y": empty})[1]
+    wide = 1 if isinstance(text, bytes) or text[0] < "\u0100" else 2 if text[0] < "\U00010000" else 4
+    assert wide * 1_000 <= more <= wide * 1_000 + 100
 
 
 # --- the API, the metrics, the flag
@@ -561,5 +701,5 @@ async def test_in_any_order_of_requests_departures_swaps_and_errors_every_answer
     assert set(seen) == {None, "l1", "shared"}, seen
     assert server.serving.in_flight == 0 and [version.references for version in versions.values()] == [0, 0]
     for version in versions.values():
-        assert version.answers is None or not version.answers._flights
+        assert version.answers is None or not (version.answers._flights or version.answers._waiting)
     close(*versions.values())

@@ -134,9 +134,9 @@ def test_a_redis_that_hangs_is_left_after_its_time_and_holds_no_more_than_a_few_
         store = shared(redis)
         await store._settle()
         redis.stuck = asyncio.Event()
-        asking = [asyncio.create_task(store.get("m", KEY)) for _ in range(CONNECTIONS)]
-        await until(lambda: redis.gets == CONNECTIONS)
+        asking = [store.begin("m", KEY) for _ in range(CONNECTIONS)]
         assert not store.ready("m") and store.counts["skipped"] == 1
+        await until(lambda: redis.gets == CONNECTIONS)
         assert await asyncio.gather(*asking) == [None] * CONNECTIONS
         assert not store.usable and store.counts["failed"] == CONNECTIONS
 
@@ -190,6 +190,7 @@ def test_an_invalidation_reaches_the_other_server_at_its_next_look() -> None:
         one, other = shared(redis), shared(redis, forgotten.append)
         await one._settle()
         await other._settle()
+        forgotten.clear()
         await put(one)
         assert await other.get("m", KEY) is not None
         assert await one.invalidate(["m"])
@@ -250,6 +251,108 @@ def test_a_very_long_answer_is_not_shared() -> None:
     asyncio.run(scenario())
 
 
+def texts(*values: Any) -> np.ndarray[Any, Any]:
+    found = np.empty(len(values), dtype=object)
+    found[:] = values
+    return found
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((1 << 20) + 1, "<u1"), texts(b"x" * (1 << 20)), texts(*["x" * 1_000] * 1_050), texts(*[""] * 300_000)],
+)
+def test_an_answer_that_is_too_long_is_not_even_packed(array: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        store = shared(FakeRedis())
+        await store._settle()
+        packed = list[bytes]()
+        monkeypatch.setattr(cache_shared, "pack", lambda key, answer: packed.append(key))
+        store.put("m", KEY, Answer({"y": array}, 0.25))
+        assert store.counts["not_written"] == 1 and packed == []
+        store.put("m", KEY, ANSWER)
+        assert packed == [KEY]
+
+    asyncio.run(scenario())
+
+
+def test_one_that_is_cancelled_before_it_asked_makes_room_for_another() -> None:
+    async def scenario() -> None:
+        store = shared(FakeRedis())
+        await store._settle()
+        asking = [store.begin("m", KEY) for _ in range(CONNECTIONS)]
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        await until(lambda: store.ready("m"))
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_started_without_redis_hears_of_what_was_invalidated_meanwhile() -> None:
+    async def scenario() -> None:
+        redis, forgotten = FakeRedis(), list[str]()
+        one, late = shared(redis), shared(redis, forgotten.append)
+        await one._settle()
+        redis.down = True
+        assert not await late._settle()  # it answers from its own memory
+        redis.down = False
+        await one.invalidate(["m"])
+        assert await late._settle() and forgotten == ["m"]
+        await late._settle()
+        assert forgotten == ["m"]
+
+    asyncio.run(scenario())
+
+
+def test_an_invalidation_while_another_of_the_model_is_written_is_written_too() -> None:
+    async def scenario() -> None:
+        redis = FakeRedis()
+        one, other = shared(redis), shared(redis)
+        await one._settle()
+        written = redis.hset
+
+        async def slow(name: str, mapping: dict[str, str]) -> None:
+            await written(name, mapping)
+            second.append(asyncio.create_task(one.invalidate(["m"])))
+            await asyncio.sleep(0)
+            await other._settle()  # another server has the first's mark already, and stores under it
+            redis.hset = written  # type: ignore[method-assign]
+            assert one.as_dict()["invalidations_waiting"] == ["m"]
+
+        second: list[asyncio.Task[bool]] = []
+        redis.hset = slow  # type: ignore[method-assign]
+        await one.invalidate(["m"])
+        await put(other)
+        assert await second[0]
+        assert one.ready("m") and await one.get("m", KEY) is None
+        assert one.as_dict()["invalidations_waiting"] == []
+
+    asyncio.run(scenario())
+
+
+def test_an_invalidation_is_not_forgotten_when_the_marks_cannot_be_read() -> None:
+    async def scenario() -> None:
+        redis = FakeRedis()
+        store = shared(redis)
+        await store._settle()
+        before = dict(redis.marks[store._prefix + "marks"])
+        redis.marks[store._prefix + "marks"] = {}
+        read = redis.hgetall
+
+        async def poisoned(name: str) -> dict[bytes, bytes]:
+            return {b"m": b"\xff"}
+
+        redis.hgetall = poisoned  # type: ignore[method-assign]
+        with pytest.raises(UnicodeDecodeError):
+            await store.invalidate(["m"])
+        assert store.as_dict()["invalidations_waiting"] == ["m"]
+        redis.hgetall = read  # type: ignore[method-assign]
+        assert await store._settle()
+        assert redis.marks[store._prefix + "marks"]["m"] != before["m"]
+
+    asyncio.run(scenario())
+
+
 def test_an_invalidation_without_redis_is_made_up_for_before_it_is_used_again() -> None:
     async def scenario() -> None:
         redis = FakeRedis()
@@ -272,6 +375,7 @@ def test_a_redis_that_lost_everything_gives_nothing_old_back() -> None:
         store = shared(redis, forgotten.append)
         await store._settle()
         await put(store)
+        forgotten.clear()
         redis.marks.clear()  # the marks only: they were evicted
         await store._settle()
         assert forgotten == ["m"] and await store.get("m", KEY) is None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from hashlib import blake2b
 
 import pytest
 
 from benchmarks import cache_hit_rate
-from serving.cache_store import LocalStore, Owner, Sketch
+from serving.cache_store import _SLICE, LocalStore, Owner, Sketch
 
 ONE: Owner = ("m", "1", "d")
 TWO: Owner = ("m", "2", "e")
@@ -29,6 +30,11 @@ class Clock:
 def store(max_bytes: int = 100_000, ttl_seconds: float = 60.0) -> tuple[LocalStore, Clock]:
     clock = Clock()
     return LocalStore(max_bytes, ttl_seconds, clock=clock), clock
+
+
+def sweep(held: LocalStore) -> None:
+    while held.sweep():
+        pass
 
 
 def consistent(held: LocalStore) -> bool:
@@ -63,6 +69,7 @@ def test_it_never_takes_more_than_its_bytes_whatever_comes() -> None:
             held.put(name, draw.choice([ONE, TWO]), number, draw.choice([50, 900, 3_000, 20_000]))
         if number % 1_000 == 0:
             held.drop(draw.choice([ONE, TWO]))
+            sweep(held)
         assert held.bytes <= 50_000
         assert number % 100 or consistent(held)
     assert min(held.counts.values()) > 0, held.counts
@@ -131,7 +138,56 @@ def test_the_entries_of_an_owner_go_together() -> None:
         held.put(key(number), ONE if number % 2 else TWO, number, 100)
     assert held.drop(ONE) == 10
     assert held.owners() == [TWO] and [held.get(key(n)) for n in range(4)] == [0, None, 2, None]
-    assert held.drop(ONE) == 0 and consistent(held)
+    assert held.drop(ONE) == 0
+    sweep(held)
+    assert len(held) == 10 and consistent(held)
+
+
+def test_a_drop_touches_no_entry_and_what_it_drops_is_no_answer_before_it_is_removed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held, _ = store(1_000_000)
+    for number in range(3_000):
+        held.put(key(number), ONE, "old", 100)
+    there = len(held)
+    removed: list[bytes] = []
+    remove: Callable[..., None] = held._remove
+    monkeypatch.setattr(held, "_remove", lambda name, entry: (removed.append(name), remove(name, entry)))
+    assert held.drop(ONE) == there and removed == [] and held.owners() == []
+    assert held.get(key(0)) is None and held.get(key(2_999)) is None
+    for number in range(
+        10
+    ):  # the same owner is back: nothing of before comes with it, and nothing of now goes with that
+        held.put(key(number), ONE, "new", 100)
+    assert list(held.held()) == [(ONE, 10, 1_000)]
+    before = len(removed)
+    assert held.sweep() and len(removed) - before == _SLICE
+    sweep(held)
+    assert len(held) == 10 and consistent(held)
+    assert {held.get(key(number)) for number in range(10)} == {"new"}
+
+
+def test_dropped_entries_make_room_for_others_before_they_are_removed() -> None:
+    held, _ = store(10_000)
+    for _ in range(5):
+        for number in range(9):
+            held.ask(key(number))
+    for number in range(9):
+        held.put(key(number), ONE, number, 1_000)
+    held.drop(ONE)
+    held.put(key(50), TWO, "new", 1_200)
+    assert held.get(key(50)) == "new" and held.bytes <= 10_000
+    sweep(held)
+    assert consistent(held) and held.owners() == [TWO]
+
+
+def test_what_an_owner_holds_is_known_without_looking_at_its_entries() -> None:
+    held, _ = store()
+    for number in range(20):
+        held.put(key(number), ONE if number % 2 else TWO, number, 100)
+    entries, held._entries = held._entries, {}
+    assert sorted(held.held()) == [(ONE, 10, 1_000), (TWO, 10, 1_000)]
+    held._entries = entries
 
 
 def test_the_sketch_counts_about_right_and_forgets() -> None:
