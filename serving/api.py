@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 WATCH_AFTER_SECONDS = 0.05
 """A request that waits longer than this is looked after: is its client still there, has it run out of time?"""
+AMPLE_SECONDS = 1.0
+"""A client's deadline from here on counts against a version whose route has no measure of slow: any model that is fit to
+serve answers within it, so a version that hangs shows, and clients in a hurry bring no version down."""
 
 _JSON = (b"content-type", b"application/json")
 _OCTETS = (b"content-type", b"application/octet-stream")
@@ -154,8 +157,7 @@ class V2:
         except ClientGoneError:
             return
         except ModelkeepError as error:
-            status = status_of(error)
-            await self._send_error(send, status, error, [], unread=receive if status == 413 else None)
+            await self._send_error(send, status_of(error), error, [], unread=receive if _unread(error) else None)
             return
         await _send(send, 200, orjson.dumps(answer), [_JSON])
 
@@ -216,7 +218,7 @@ class V2:
         except ModelkeepError as error:
             status = status_of(error)
             self._count(loaded, status)
-            await self._send_error(send, status, error, named, unread=receive if status == 413 else None)
+            await self._send_error(send, status, error, named, unread=receive if _unread(error) else None)
             return
         except Exception:
             # A fault of this server, not of the model: the client learns no more than that, the log has it all.
@@ -274,7 +276,7 @@ class V2:
         limit = self._max_body_bytes
         declared = headers.get(b"content-length")
         if declared is not None and int(declared) > limit:
-            raise InputError(f"the body has {int(declared)} bytes, the limit is {limit}", status=413)
+            raise InputError(f"the body has {int(declared)} bytes, the limit is {limit}", status=413, unread=True)
         message = await receive()
         body: bytes = message.get("body", b"")
         if message["type"] == "http.disconnect":
@@ -292,7 +294,8 @@ class V2:
                 size += len(chunks[-1])
             body = b"".join(chunks)
         if len(body) > limit:
-            raise InputError(f"the body is longer than the limit of {limit} bytes", status=413)
+            more = bool(message.get("more_body"))
+            raise InputError(f"the body is longer than the limit of {limit} bytes", status=413, unread=more)
         encoding = headers.get(b"content-encoding")
         if encoding is not None and encoding != b"identity":
             return inflate(body, encoding.decode("latin-1").strip().lower(), limit)
@@ -379,14 +382,18 @@ class V2:
 
 
 def _expire(work: Work, loaded: LoadedVersion, timeout_seconds: float) -> None:
-    """The client's own deadline has come. The version's error only where it was slow by the measure of its route as well.
-
-    A client that gives a microsecond proves nothing against a version.
+    """The client's own deadline has come. The version's error only where it was slow by the measure of its route as well,
+    or by AMPLE_SECONDS where the route has none: a client that gives a microsecond proves nothing against a version.
     """
     who = f"model '{loaded.model}' version '{loaded.version}'"
     error = DeadlineError(f"{who} did not answer within the {timeout_seconds:g} seconds of the parameter 'timeout'")
     threshold = work.slow_threshold_seconds
-    loaded.withdraw(work, error, count_as_error=threshold is not None and timeout_seconds > threshold)
+    slow = timeout_seconds >= AMPLE_SECONDS if threshold is None else timeout_seconds > threshold
+    loaded.withdraw(work, error, count_as_error=slow)
+
+
+def _unread(error: ModelkeepError) -> bool:
+    return isinstance(error, InputError) and error.unread
 
 
 def _times(work: Work) -> dict[str, Any]:

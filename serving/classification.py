@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 
-from serving.tensors import Array
+from serving.tensors import Array, InputError
 
 UNFIT = frozenset({"BOOL", "BYTES"})
 """Datatypes that have no order worth the name."""
+MOST_TEXTS = 100_000
+"""Of one output: the server makes them one by one, and answers nobody else meanwhile."""
 
 
 def classify(array: Array, count: int, *, batched: bool) -> Array:
@@ -17,11 +19,17 @@ def classify(array: Array, count: int, *, batched: bool) -> Array:
     A tensor of one dimension is one row.
 
     Floats have six decimals, as Triton writes them. Of equal numbers the first comes first, and NaN comes last.
+    Raises InputError where they would be more than MOST_TEXTS.
     """
     rows = batched and array.ndim > 1
     classes = math.prod(array.shape[1:] if rows else array.shape)
     table = array.reshape(array.shape[0] if rows else 1, classes)
     count = min(count, classes)
+    if len(table) * count > MOST_TEXTS:
+        raise InputError(
+            f"the parameter 'classification' asks for {len(table) * count} texts of one output ({len(table)} rows of "
+            f"{count}), the limit is {MOST_TEXTS}; ask for fewer, or send fewer rows"
+        )
     template = "%f:%d" if array.dtype.kind == "f" else "%d:%d"
     texts = np.empty((len(table), count), dtype=object)
     for number, row in enumerate(table):

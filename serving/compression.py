@@ -16,23 +16,44 @@ _SAMPLE_BYTES = 4096
 _INLINE_BYTES = 65536
 """What is longer is packed by a thread: zlib lets go of the interpreter, and the other requests go on."""
 _LEVEL = 1
+_PIECE_BYTES = 65536
+_MOST_MEMBERS = 10_000
+"""Of one gzip body. Each costs a decompressor and a copy of what is left of its piece, even one that holds nothing."""
 
 
 def inflate(body: bytes, encoding: str, limit: int) -> bytes:
-    """Undo Content-Encoding gzip or deflate, never beyond `limit` bytes. Raises InputError (413, 415 or 400)."""
+    """Undo Content-Encoding gzip or deflate, never beyond `limit` bytes. Raises InputError (413, 415 or 400).
+
+    A gzip body may have several members (RFC 1952, 2.2); nothing else may follow the end.
+    """
     if encoding not in ("gzip", "deflate"):
         raise InputError(f"Content-Encoding '{encoding}' is not supported; gzip and deflate are", status=415)
-    # RFC 9110 calls the zlib format "deflate".
-    inflater = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
-    try:
-        plain = inflater.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise InputError(f"the body is not valid {encoding}: {error}") from error
-    if len(plain) > limit:
-        raise InputError(f"the body is longer than {limit} bytes once it is unpacked", status=413)
+    wbits = 31 if encoding == "gzip" else 15  # RFC 9110 calls the zlib format "deflate"
+    inflater = zlib.decompressobj(wbits)
+    packed_bytes = memoryview(body)
+    pieces: list[bytes] = []
+    position, size, members = 0, 0, 1
+    while position < len(body):
+        if inflater.eof:
+            if encoding == "deflate":
+                raise InputError(f"the body has {len(body) - position} bytes after the end of its deflate data")
+            members += 1
+            if members > _MOST_MEMBERS:
+                raise InputError(f"the gzip body has more than {_MOST_MEMBERS} members; pack it as one")
+            inflater = zlib.decompressobj(wbits)
+        piece = packed_bytes[position : position + _PIECE_BYTES]
+        try:
+            plain = inflater.decompress(piece, limit + 1 - size)
+        except zlib.error as error:
+            raise InputError(f"the body is not valid {encoding}: {error}") from error
+        pieces.append(plain)
+        size += len(plain)
+        if size > limit:
+            raise InputError(f"the body is longer than {limit} bytes once it is unpacked", status=413)
+        position += len(piece) - len(inflater.unused_data)
     if not inflater.eof:
         raise InputError(f"the {encoding} body ends too early")
-    return plain
+    return b"".join(pieces)
 
 
 async def packed(body: bytes, accepts: bytes) -> tuple[bytes, bytes | None]:

@@ -214,15 +214,17 @@ class Reporter:
         for key, error in errors.items():
             if (key, error) in self._errors:
                 continue
+            why = ""
             for text in (error, _plain(error)):
                 note = partial(unfit.note_unloadable, self._database, environment, *key, observer=observer, error=text)
                 try:
                     await in_thread(note)
                 except Exception as refused:
                     why = _not_taken(refused)
-                    self._note_refused("unloadable", f"{key[0]} {key[1]} is not on record: {why}")
                 else:
                     break
+            else:
+                self._note_refused("unloadable", f"{key[0]} {key[1]} is not on record: {why}")
             self._errors.add((key, error))
 
 

@@ -172,7 +172,7 @@ class _TorchRuntime:
         names = [spec.name for spec in self.signature.outputs] if outputs is None else outputs
         wanted = {name: named[name].detach().cpu() for name in names}
         return {
-            name: np.ascontiguousarray((value.float() if value.dtype is torch.bfloat16 else value).numpy())
+            name: np.asarray((value.float() if value.dtype is torch.bfloat16 else value).numpy(), order="C")
             for name, value in wanted.items()
         }
 
@@ -278,7 +278,7 @@ def _run_with_bf16(session: Any, inputs: Arrays, outputs: Sequence[str], bf16: S
     feeds = {
         name: OrtValue.ortvalue_from_numpy_with_onnx_type(to_bf16(value).view(np.uint16), _ONNX_BF16)
         if name in bf16
-        else OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+        else OrtValue.ortvalue_from_numpy(np.asarray(value, order="C"))
         for name, value in inputs.items()
     }
     answers: dict[str, NDArray[Any]] = {}

@@ -19,11 +19,15 @@ Array = NDArray[Any]
 
 
 class InputError(UsageError):
-    """A request that the protocol or the model's signature does not allow: the client's error, answered 4xx."""
+    """A request that the protocol or the model's signature does not allow: the client's error, answered 4xx.
 
-    def __init__(self, message: str, status: int = 400) -> None:
+    `unread`: the client may still be sending.
+    """
+
+    def __init__(self, message: str, status: int = 400, *, unread: bool = False) -> None:
         super().__init__(message)
         self.status = status
+        self.unread = unread
 
 
 class OutputError(ModelkeepError):
@@ -44,6 +48,7 @@ DTYPES = {name: np.dtype(numpy).newbyteorder("<") for name, numpy in DATATYPES.i
 DATATYPE_OF = {dtype: name for name, dtype in DTYPES.items() if name not in ("BYTES", "BF16")} | {BF16: "BF16"}
 _NOT_IN_JSON_AS_NUMBERS = frozenset({"BYTES", "BF16"})
 _NOT_IN_MEMORY_AS_SENT = frozenset({"BOOL", "BF16"})
+_ELEMENTS = {"f": "numbers", "b": "true or false", "i": "whole numbers", "u": "whole numbers"}
 
 
 def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> Array:
@@ -60,6 +65,8 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> Ar
         texts.reshape(-1)[:] = [value.encode() for value in array.flat]
         array = texts
     else:
+        if _has_text(data):  # numpy would make every element as long as the longest text
+            raise _unfit_elements(name, datatype)
         try:
             array = np.array(data)
         except (ValueError, OverflowError) as error:
@@ -72,6 +79,30 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> Ar
     if array.size != count:
         raise InputError(f"input '{name}' has {array.size} elements, its shape {list(shape)} needs {count}")
     return array.reshape(shape)
+
+
+def _has_text(data: list[Any]) -> bool:
+    lists = [data]
+    while lists:
+        deeper: list[list[Any]] = []
+        for one in lists:
+            if one and type(one[0]) is not list:
+                try:
+                    sum(one)  # fails on all but numbers: the quickest look at many of them
+                    continue
+                except TypeError:
+                    pass
+            kinds = set(map(type, one))
+            if str in kinds:
+                return True
+            if list in kinds:
+                deeper += [inner for inner in one if type(inner) is list] if len(kinds) > 1 else one
+        lists = deeper
+    return False
+
+
+def _unfit_elements(name: str, datatype: str) -> InputError:
+    return InputError(f"input '{name}': the elements of {datatype} must be {_ELEMENTS[DTYPES[datatype].kind]}")
 
 
 def _to_datatype(name: str, datatype: str, array: Array, data: Any) -> Array:
@@ -101,14 +132,13 @@ def _to_datatype(name: str, datatype: str, array: Array, data: Any) -> Array:
                     f"input '{name}' has a number that does not fit {datatype} ({limits.min} to {limits.max})"
                 )
             return array.astype(dtype, copy=False)
-    want = {"f": "numbers", "b": "true or false", "i": "whole numbers", "u": "whole numbers"}[kind]
-    raise InputError(f"input '{name}': the elements of {datatype} must be {want}")
+    raise _unfit_elements(name, datatype)
 
 
 def _whole_numbers(name: str, datatype: str, data: Any) -> Array:
     array = np.array(data, dtype=object)
     if any(type(value) is not int for value in array.flat):
-        raise InputError(f"input '{name}': the elements of {datatype} must be whole numbers")
+        raise _unfit_elements(name, datatype)
     return array
 
 
@@ -138,8 +168,9 @@ def from_bf16(data: bytes) -> Array:
 
 def to_bf16(array: Array) -> Array:
     """The nearest BF16 (ties to even), as `BF16`. What was BF16 before comes back bit by bit; NaN stays NaN."""
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    bits = np.asarray(array, dtype=np.float32, order="C").view(np.uint32)
+    with np.errstate(over="ignore"):  # of NaN, which is replaced; numpy tells of it where there is one number
+        rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
     quiet = (bits >> 16) | 0x40
     halves = np.where(np.isnan(array), quiet, rounded).astype("<u2")
     return halves.view(BF16)

@@ -60,6 +60,8 @@ class InferRequest:
 
 _JSON_NUMPY = orjson.OPT_SERIALIZE_NUMPY
 _NO_PARAMETERS: dict[str, Any] = {}
+_MOST_ELEMENTS = 2**59
+"""Of a shape with its zeros left out: numpy counts the bytes of an array, empty ones too, in 63 bits."""
 
 
 class Codec:
@@ -364,6 +366,8 @@ def _shape(item: dict[str, Any], spec: TensorSpec) -> tuple[int, ...]:
         if type(n) is not int or not 0 <= n <= 2**31:
             raise InputError(f"input '{spec.name}': {brief(n)} in 'shape' is not a dimension")
     dimensions = tuple(shape)
+    if 0 in dimensions and math.prod(n for n in dimensions if n) > _MOST_ELEMENTS:
+        raise InputError(f"input '{spec.name}' has the shape {brief(shape)}, which is too large even without elements")
     if not spec.accepts(dimensions):
         want = list(spec.shape)
         raise InputError(f"input '{spec.name}' has the shape {brief(shape)}, the model takes {want} (-1: any)")

@@ -125,6 +125,51 @@ def test_a_body_without_a_length_is_cut_off_at_the_limit_before_it_is_all_there(
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("path", [INFER, "/v2/repository/index"])
+@pytest.mark.parametrize(
+    ("body", "headers", "lingers"),
+    [
+        ([gzip.compress(bytes(100_001))], {"Content-Encoding": "gzip"}, False),
+        ([bytes(60_000), bytes(60_000)], {}, False),
+        ([bytes(100_001)], {}, False),
+        ([bytes(60_000), bytes(60_000), b"more"], {}, True),
+        (bytes(100_001), {}, True),
+    ],
+    ids=["unpacked", "last chunk", "only chunk", "more chunks", "declared"],
+)
+def test_a_refused_body_is_waited_for_only_where_more_of_it_may_come(
+    path: str, body: bytes | list[bytes], headers: dict[str, str], lingers: bool
+) -> None:
+    async def scenario() -> None:
+        version = load()
+        server = serve(version)
+        answer = await server.ask("POST", path, body, headers)
+        assert answer is not None and answer.status == 413
+        # Where it waits the answer's end comes by itself, after what was still to come.
+        assert [message.get("more_body", False) for message in server.sent[1:]] == (
+            [True, False] if lingers else [False]
+        )
+        assert server.serving.in_flight == 0
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_too_many_classes_are_the_clients_error_and_not_the_versions() -> None:
+    async def scenario() -> None:
+        wide = Signature((TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1, 100_001)),))
+        version = load(PythonRuntime(lambda inputs: {"y": np.zeros((len(inputs["x"]), 100_001), np.float32)}, wide))
+        server = serve(version, route=Route("m", 1, "1", watch=True))
+        wanted = [{"name": "y", "parameters": {"classification": 100_001}}]
+        answer = await server.post(INFER, {**request(), "outputs": wanted})
+        assert answer.status == 400 and "the limit is 100000" in answer.error
+        counts = version.counts_for(server.serving.routes["m"])
+        assert (counts.requests, counts.errors) == (1, 0)
+        close(version)
+
+    asyncio.run(scenario())
+
+
 def test_a_model_that_fails_answers_500_with_its_name_and_counts_as_its_error() -> None:
     async def scenario() -> None:
         version = load(PythonRuntime(fail), "3")
@@ -457,6 +502,26 @@ def test_a_deadline_beyond_what_is_usual_counts_against_the_version() -> None:
         runtime.gate.set()
         counts = version.counts_for(server.serving.routes["m"])
         assert (counts.requests, counts.errors) == (1, 1)
+        close(version)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("microseconds", "errors"), [(999_999, 0), (1_000_000, 1)])
+def test_without_a_measure_of_slow_an_ample_deadline_counts_against_the_version(microseconds: int, errors: int) -> None:
+    async def scenario() -> None:
+        runtime = PythonRuntime()
+        version = load(runtime)
+        server = serve(version, route=Route("m", 1, "1", watch=True))
+        runtime.gate.clear()
+        computing = asyncio.create_task(server.infer())
+        await until(runtime.entered.is_set)
+        late = await server.post(INFER, {**request(), "parameters": {"timeout": microseconds}})
+        assert late.status == 504
+        runtime.gate.set()
+        assert (await computing).status == 200
+        counts = version.counts_for(server.serving.routes["m"])
+        assert (counts.requests, counts.errors) == (1 + errors, errors)
         close(version)
 
     asyncio.run(scenario())

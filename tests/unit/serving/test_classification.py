@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.classification import classify, largest
+from serving.classification import MOST_TEXTS, classify, largest
+from serving.tensors import InputError
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 
@@ -31,6 +32,15 @@ def test_a_tensor_without_rows_is_one_row() -> None:
 
 def test_more_than_there_are_is_all() -> None:
     assert classify(np.array([[1, 2]], np.float16), 10**12, batched=True).shape == (1, 2)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(100, 1001), (MOST_TEXTS + 1, 1), (1, MOST_TEXTS + 1)])
+def test_more_texts_than_the_limit_are_refused_with_the_limit(rows: int, count: int) -> None:
+    table = np.zeros((rows, count), np.float32)
+    with pytest.raises(InputError, match=rf"asks for {rows * count} texts .*, the limit is 100000") as caught:
+        classify(table, count, batched=True)
+    assert caught.value.status == 400
+    assert len(classify(table[:100], 100, batched=True)) == min(rows, 100)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])

@@ -27,6 +27,47 @@ def test_bodies_are_unpacked_never_beyond_the_limit() -> None:
         assert caught.value.status == status
 
 
+def test_a_body_of_several_gzip_members_is_all_of_them() -> None:
+    noise = random.Random(2).randbytes(200_000)
+    members = [b"abc", b"", noise, b"d"]
+    packed_members = b"".join(gzip.compress(member) for member in members)
+    plain = b"".join(members)
+    assert inflate(packed_members, "gzip", len(plain)) == plain
+    assert inflate(gzip.compress(b"abc") * 10_000, "gzip", 30_000) == b"abc" * 10_000
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "status", "words"),
+    [
+        (gzip.compress(b"a" * 600) * 2, "gzip", 413, "longer than 1000 bytes"),
+        (gzip.compress(b"abc") + b"def", "gzip", 400, "not valid gzip"),
+        (gzip.compress(b"abc") * 2 + gzip.compress(b"abc")[:9], "gzip", 400, "ends too early"),
+        (gzip.compress(b"") * 10_001, "gzip", 400, "more than 10000 members"),
+        (zlib.compress(b"abc") + b"def", "deflate", 400, "3 bytes after the end"),
+        (zlib.compress(b"abc") * 2, "deflate", 400, "11 bytes after the end"),
+    ],
+    ids=["too long together", "no member", "cut off", "too many", "deflate", "deflate twice"],
+)
+def test_what_follows_the_end_of_a_packed_body_is_not_dropped(
+    body: bytes, encoding: str, status: int, words: str
+) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        inflate(body, encoding, 1000)
+    assert caught.value.status == status
+
+
+def test_the_end_of_a_packed_body_may_fall_anywhere() -> None:
+    noise = random.Random(4).randbytes(70_000)
+    for size in (*range(65_470, 65_540), 70_000):
+        for pack, encoding in ((gzip.compress, "gzip"), (zlib.compress, "deflate")):
+            body = pack(noise[:size], 1)
+            assert inflate(body, encoding, size) == noise[:size]
+            with pytest.raises(InputError):
+                inflate(body + b"x", encoding, size)
+            with pytest.raises(InputError):
+                inflate(body[:-1], encoding, size)
+
+
 @pytest.mark.parametrize(
     ("accepts", "coding"),
     [

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import event, select
 from sqlalchemy.exc import ProgrammingError
 
-from registry import clock, replicas
+from registry import clock, replicas, unfit
 from registry.database import Database
 from registry.errors import RefusedError, UnavailableError
 from registry.feedback import Verdict
@@ -152,6 +152,22 @@ def test_an_error_that_is_not_taken_is_tried_once_and_the_others_are_on_record(t
     assert "is not on record: UnicodeEncodeError" in told.reporter.refused["unloadable"]
     told.errors = {}
     told.report()
+    assert told.reporter.refused == {}
+
+
+def test_an_error_that_is_taken_as_plain_text_is_no_refusal(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite takes texts of any length; this one takes them as MariaDB does."""
+    taken = unfit.note_unloadable
+
+    def at_most_65535(*arguments: Any, error: str, **named: Any) -> None:
+        if len(error) > 65535:
+            raise RefusedError("Data too long for column 'text'")
+        taken(*arguments, error=error, **named)
+
+    monkeypatch.setattr(unfit, "note_unloadable", at_most_65535)
+    told.errors = {("digits", "1"): "does not load: " + "x" * 70_000}
+    told.report()
+    assert told.rows(AuditEvent.action).count("version.unloadable") == 1
     assert told.reporter.refused == {}
 
 

@@ -111,6 +111,37 @@ def test_bf16_goes_through_onnx_runtime_beside_others_but_not_beside_texts(tmp_p
         load_runtime(of(b=TensorProto.BFLOAT16, t=TensorProto.STRING), "onnx", signature=None)
 
 
+def test_scalars_stay_scalars_in_torch_and_beside_bf16(tmp_path: Path) -> None:
+    import torch
+    from onnx import TensorProto, helper
+
+    class Sum(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x.sum()
+
+    path = tmp_path / "m.pt"
+    torch.jit.trace(Sum(), (torch.ones(2),)).save(str(path))
+    signature = Signature((TensorSpec("x", "FP32", (-1,)),), (TensorSpec("y", "FP32", ()),))
+    y = load_runtime(path, "torchscript", signature=signature).run({"x": np.ones(3, np.float32)}, None)["y"]
+    assert y.shape == () and y == 3
+
+    kinds = {"b": TensorProto.BFLOAT16, "n": TensorProto.INT64}
+    graph = helper.make_graph(
+        [helper.make_node("Identity", [name], [f"{name}_out"]) for name in kinds],
+        "scalars",
+        [helper.make_tensor_value_info(name, kind, []) for name, kind in kinds.items()],
+        [helper.make_tensor_value_info(f"{name}_out", kind, []) for name, kind in kinds.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    inputs: dict[str, NDArray[Any]] = {"b": np.array(1.5, np.float32), "n": np.array(7)}
+    answer = load_runtime(tmp_path / "m.onnx", "onnx", signature=None).run(inputs, None)
+    assert {name: (array.shape, array.item()) for name, array in answer.items()} == {
+        "b_out": ((), 1.5),
+        "n_out": ((), 7),
+    }
+
+
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x80\x04\x95"])
 def test_what_is_no_onnx_model_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -385,6 +386,52 @@ def test_bf16_is_float32_inside_and_travels_in_binary_only() -> None:
     request = decode(codec, {"inputs": [tensor], "outputs": [largest]}, sent)
     body, _ = codec.encode("m", "1", request, {"y": np.array([1, 2.5], np.float32)}, {})
     assert orjson.loads(body)["outputs"][0]["data"] == ["2.500000:1"]
+
+
+def test_a_scalar_of_bf16_stays_a_scalar() -> None:
+    for bits, half in ((0x3F818000, 0x3F82), (0xFFFFFFFF, 0xFFFF)):
+        packed = to_bf16(np.array(bits, np.uint32).view(np.float32))
+        assert packed.shape == () and packed.view("<u2").item() == half
+    codec = of("BF16", ())
+    tensor = {"name": "x", "datatype": "BF16", "shape": [], "parameters": {"binary_data_size": 2}}
+    request = decode(codec, {"inputs": [tensor], **BINARY}, b"\x80\x3f")
+    body, length = codec.encode("m", "1", request, {"y": request.inputs["x"]}, {})
+    assert orjson.loads(body[:length])["outputs"][0]["shape"] == [] and body[length:] == b"\x80\x3f"
+
+
+@pytest.mark.parametrize(
+    ("datatype", "elements"), [("FP32", "numbers"), ("BOOL", "true or false"), ("INT64", "whole numbers")]
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_long_text_among_numbers_costs_no_memory(datatype: str, elements: str, nested: bool) -> None:
+    data: list[Any] = ["1"] * 3000 + ["x" * 3000]
+    tensor = {"name": "x", "shape": [1, 3001], "datatype": datatype, "data": [data] if nested else data}
+    codec = of(datatype, (-1, -1))
+    tracemalloc.start()
+    try:
+        words = refused(codec, {"inputs": [tensor]})
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert words == f"input 'x': the elements of {datatype} must be {elements}"
+    assert most < 2_000_000, "numpy would take 36 MB"
+
+
+def test_a_shape_that_no_array_has_is_refused_even_without_elements() -> None:
+    shape = [0, 2**31, 2**31, 2**31]
+    codec = of("FP32", (-1, -1, -1, -1))
+    tensor = {"name": "x", "shape": shape, "datatype": "FP32"}
+    for nothing in ({"data": []}, {"parameters": {"binary_data_size": 0}}):
+        assert "has the shape [0, 2147483648, 2147483648, 2147483648], which is too large" in refused(
+            codec, {"inputs": [{**tensor, **nothing}]}
+        )
+    for datatype in DATATYPES:
+        largest = {"name": "x", "shape": [0, 2**31, 2**28], "datatype": datatype, "parameters": {"binary_data_size": 0}}
+        assert decode(of(datatype, (-1, -1, -1)), {"inputs": [largest], **BINARY}).inputs["x"].shape == (
+            0,
+            2**31,
+            2**28,
+        )
 
 
 def test_the_largest_numbers_come_as_texts_for_each_row_in_json_and_in_binary() -> None:
