@@ -125,6 +125,11 @@ class Promoting:
         self.sleep(min(self.poll_seconds, 1.0))
         self.keeper.check()
 
+    def pause(self, seconds: float) -> None:
+        """Sleep while something else is waited for. Raises FencedError as soon as the lease is known to be lost: then it is in vain."""
+        self.keeper.check()
+        self.sleep(seconds)
+
     def has_all_traffic(self) -> None:
         """Keep when the version came to answer everything, as the first process of this promotion saw it."""
         if "all_traffic_at" not in self.operation.progress:

@@ -337,7 +337,7 @@ def _followed(work: Promoting, epoch: str, generation: int) -> None:
         epoch=epoch,
         generation=generation,
         timeout_seconds=FOLLOW_SECONDS,
-        sleep=work.sleep,
+        sleep=work.pause,
         monotonic=work.monotonic,
     )
     work.keeper.check()

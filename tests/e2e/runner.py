@@ -7,6 +7,8 @@ server) would only make each of two hundred kills slower. tests/e2e/test_promote
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import signal
 import sys
 
 from registry import promotions
@@ -42,6 +44,7 @@ def main() -> int:
     parser.add_argument("version")
     parser.add_argument("--unvalidated", action="store_true", help="put a validation on record without doing it")
     options = parser.parse_args()
+    faulthandler.register(signal.SIGUSR1)  # to see in its log where one hangs
     settings = load_settings()
     database = Database(settings.database_url, anchors=settings.home / "audit.anchors")
     database.prepare()

@@ -10,12 +10,12 @@ import pytest
 
 from registry import promotions, routes, states
 from registry.database import Database
-from registry.errors import ConflictError
+from registry.errors import ConflictError, FencedError
 from registry.policy import PromotionPolicy
 from registry.promotions import STAGING, Operation
 from registry.schema import AuditEvent
 from registry.store import DirectoryStore
-from tasks import judgement, ways
+from tasks import judgement, promotion, ways
 from tasks.captured import Gathered
 from tasks.lease import Keeper
 from tasks.probe import ProbeResult
@@ -285,3 +285,28 @@ def test_where_each_field_of_the_policy_comes_from_is_in_the_audit_trail(databas
     with database.read() as session:
         event = session.query(AuditEvent).filter_by(action="promotion.begun", subject=operation.subject).one()
         assert json.loads(event.text)["after"]["policy_from"] == {"soak_seconds": "this run"}
+
+
+# --- waiting for servers
+
+
+def test_a_promotion_that_loses_its_lease_while_it_waits_for_servers_waits_no_longer(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promotion.servers, "alive", lambda *_: {"r0": "http://127.0.0.1:1"})
+    monkeypatch.setattr(promotion.servers, "nudge", lambda *_, **__: None)
+    behind = {"epoch": "of before", "generation": 0, "errors": {}}
+    monkeypatch.setattr(promotion.servers, "_look", lambda *_: (behind, False))
+    work = working(database, tmp_path, kit.begin(database, "2"))
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        assert len(slept) < 10, "it waits on for servers that will never follow it"
+        if len(slept) == 3:
+            work.keeper.lost = "the registry was restored"
+
+    work.sleep = sleep
+    with pytest.raises(FencedError, match="restored"):
+        promotion._followed(work, "e", 1)
+    assert len(slept) == 3
