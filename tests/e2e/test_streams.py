@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -123,11 +124,13 @@ def test_verdicts_posted_to_the_other_server_reach_the_judge_and_count_once(two:
     judgement = judge([window], {}, two.operation.policy, stage_seconds=1, streams=streams)
     assert judgement.verdict == "withdraw" and "bad verdicts" in judgement.reason
 
-    def written() -> bool:
-        text = httpx.get(f"{first}/metrics").text
-        return f'modelkeep_feedback_total{{result="known"}} {float(len(verdicts))}' in text
+    def known() -> float:
+        """Either copy may come second: the two servers write to the registry at their own times."""
+        texts = [httpx.get(f"{url}/metrics").text for url in two.urls]
+        found = [re.search(r'^modelkeep_feedback_total\{result="known"\} (\S+)$', text, re.MULTILINE) for text in texts]
+        return sum(float(match[1]) for match in found if match)
 
-    wait_for("the second copy of the verdicts to be found known", written)
+    wait_for("the second copy of the verdicts to be found known", lambda: known() == len(verdicts))
     assert two.counted().candidate["feedback"].requests == answered["2"]
 
 
