@@ -6,13 +6,9 @@ of 3.17.2 were compared: they differ in what skinny leaves out, the server and i
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -26,43 +22,23 @@ from registry import exporting, formats, versions
 from registry.signature import TensorSpec
 from serving.runtimes import load_runtime
 from tests.e2e.harness import Box, box, build, go, images, wait_for
+from tests.own_environment import ROOT, own_environment
 from tests.unit.registry.kit import onnx_file
 
-ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = (
     "mlflow-skinny==3.17.2",
     "coremltools==9.0",
     *(f"{name}=={metadata.version(name)}" for name in ("onnx", "onnxruntime", "numpy", "pandas")),
 )
-INSTALL_SECONDS = 400
 pytestmark = pytest.mark.timeout(700)  # the first run installs
 
 
 @pytest.fixture(scope="session")
 def python() -> Path:
     """The interpreter of the environment, made once: 35 s and 600 MB on two idle cores when this was written."""
-    key = hashlib.sha256(json.dumps([sys.version, *PACKAGES]).encode()).hexdigest()[:12]
-    folder = ROOT / ".test-results" / "environments" / f"mlflow-{key}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests at once make one
-        if not (folder / "ready").exists():
-            subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True, timeout=120)
-            began = time.monotonic()
-            install = [
-                str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries", "1",
-                "--constraint", str(ROOT / "constraints.txt"), *PACKAGES,
-            ]  # fmt: skip
-            try:
-                done = subprocess.run(install, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
-                why = None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            except subprocess.TimeoutExpired:
-                why = f"pip did not end within {INSTALL_SECONDS} s"
-            if why is not None:
-                pytest.skip(
-                    f"NOT TESTED: mlflow and coremltools could not be installed in an environment of their own: {why}"
-                )
-            (folder / "ready").write_text(f"{time.monotonic() - began:.0f} s\n")
+    folder = own_environment(
+        "mlflow", PACKAGES, "--constraint", str(ROOT / "constraints.txt"), without="mlflow and coremltools"
+    )
     return folder / "bin" / "python"
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import http.client
-import json
 import os
 import platform
 import shutil
@@ -24,8 +21,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.serving.parity.models import ParityModel, write_onnx, write_triton
+from tests.own_environment import ROOT, own_environment
 
-ROOT = Path(__file__).resolve().parents[4]
 TRITON = "nvidia-pytriton==0.7.0"
 NEEDED = ("onnxruntime", "flatbuffers", "protobuf", "packaging")
 PACKAGES = (TRITON, "numpy==1.26.4", *(f"{name}=={metadata.version(name)}" for name in NEEDED))
@@ -34,7 +31,6 @@ with numpy 2 its stubs misread arrays, and the first text kills one."""
 WITHOUT = "NOT TESTED: parity with Triton: "
 UNPACKED = Path("/tmp")
 """Where Triton makes a folder for packed environments, whatever TMPDIR says."""
-INSTALL_SECONDS = 400
 START_SECONDS = 120
 
 
@@ -42,26 +38,7 @@ def environment() -> Path:
     """The folder of an environment with Triton, made once: 98 MB to download, 320 MB, 10 s when this was written."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         pytest.skip(f"{WITHOUT}its wheel is for Linux on x86_64, this is {sys.platform} on {platform.machine()}")
-    key = hashlib.sha256(json.dumps([sys.version, *PACKAGES]).encode()).hexdigest()[:12]
-    folder = ROOT / ".test-results" / "environments" / f"triton-{key}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests at once make one
-        if not (folder / "ready").exists():
-            subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True, timeout=120)
-            began = time.monotonic()
-            install = [
-                str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries", "1", "--no-deps", *PACKAGES,
-            ]  # fmt: skip
-            try:
-                done = subprocess.run(install, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
-                why = None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            except subprocess.TimeoutExpired:
-                why = f"pip did not end within {INSTALL_SECONDS} s"
-            if why is not None:
-                pytest.skip(f"{WITHOUT}{TRITON} could not be installed in an environment of its own: {why}")
-            (folder / "ready").write_text(f"{time.monotonic() - began:.0f} s\n")
-    return folder
+    return own_environment("triton", PACKAGES, "--no-deps", without=f"parity with Triton: {TRITON} and what it needs")
 
 
 @dataclass(frozen=True)
