@@ -14,14 +14,11 @@ from typing import Any
 
 import pytest
 
-from registry import attempts, rollbacks, versions
+from registry import attempts, rollbacks
 from registry.actor import Who
 from registry.database import Database
 from registry.errors import ConflictError, UnavailableError, UsageError
 from registry.rollbacks import Seen
-from registry.schema import Version
-from registry.settings import Settings
-from registry.store import DirectoryStore
 from serving import rollback_page
 from serving.api import create_app
 from serving.emergency import Emergency
@@ -29,10 +26,10 @@ from serving.engine import LoadedVersion
 from serving.laststate import Wanted
 from serving.reconcile import Reconciler
 from serving.routing import Route
-from serving.state import Serving
 from tests.unit.registry import kit
-from tests.unit.registry.kit import ENVIRONMENT, MODEL
+from tests.unit.registry.kit import MODEL
 from tests.unit.serving.helpers import Answer, Server, until
+from tests.unit.serving.rounds import following, three_versions
 
 ME = Who("os:me")
 KEPT = ["1", "2", "3"]
@@ -40,21 +37,8 @@ KEPT = ["1", "2", "3"]
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry whose versions 1, 2 and 3 have been stable in that order, with their files."""
-    folder = tmp_path_factory.mktemp("three")
-    made = kit.prepared(folder)
-    for number in KEPT:
-        path = kit.onnx_file(folder / f"{number}.onnx", scale=float(number))
-        versions.register(
-            made, DirectoryStore(folder / "artifacts"), path, name=MODEL, version=number, max_bytes=1 << 20
-        )
-        with made.write(actor="test") as transaction:
-            row = transaction.session.get_one(Version, (MODEL, number))
-            row.state = "validated"
-            transaction.record("version.validated", f"version:{MODEL}/{number}")
-    kit.stable_by(made, *KEPT)
-    made.dispose()
-    return folder / "registry.db"
+    """Versions 1, 2 and 3 have been stable in that order."""
+    return three_versions(tmp_path_factory.mktemp("three"), *KEPT)
 
 
 @pytest.fixture
@@ -67,19 +51,9 @@ def database(tmp_path: Path, template: Path) -> Iterator[Database]:
 @asynccontextmanager
 async def serving(database: Database, tmp_path: Path, template: Path) -> AsyncIterator[Reconciler]:
     """A server that serves version 3 and keeps what it can go back to."""
-    reconciler = Reconciler(
-        Serving(environment=ENVIRONMENT, replica_id="r1", boot_id="boot"), Settings(home=tmp_path, profile="cpu"), database,
-        DirectoryStore(template.parent / "artifacts"), state_folder=tmp_path, address="http://127.0.0.1:1",
-    )  # fmt: skip
-    await reconciler.start()
-    try:
+    async with following(database, tmp_path, template) as reconciler:
         await until(lambda: reconciler.backstop.kept.names(MODEL) == KEPT)
         yield reconciler
-    finally:
-        for version in reconciler.serving.loaded.values():
-            version.close()
-        reconciler.caretaker.end()
-        await reconciler.stop()
 
 
 Test = Callable[[Reconciler, Emergency], Awaitable[None]]

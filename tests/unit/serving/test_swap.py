@@ -10,12 +10,8 @@ from typing import Any
 
 import pytest
 
-from registry import versions
 from registry.database import Database
 from registry.errors import ArtifactError, UnavailableError
-from registry.schema import Version
-from registry.settings import Settings
-from registry.store import DirectoryStore
 from serving.api import create_app
 from serving.desired import desired
 from serving.engine import LoadedVersion
@@ -29,6 +25,7 @@ from serving.swap import Room, staying
 from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, MODEL
 from tests.unit.serving.helpers import Answer, PythonRuntime, Server, close, load, until
+from tests.unit.serving.rounds import following, three_versions
 
 MB = 1 << 20
 INFER = f"/v2/models/{MODEL}/infer"
@@ -127,20 +124,8 @@ def test_requests_wait_no_longer_than_they_may_and_no_more_of_them_than_may() ->
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry whose versions 1, 2 and 3 are validated, with their files; 1 is stable."""
-    folder = tmp_path_factory.mktemp("three")
-    made = kit.prepared(folder)
-    for number in ("1", "2", "3"):
-        path = kit.onnx_file(folder / f"{number}.onnx", scale=float(number))
-        versions.register(
-            made, DirectoryStore(folder / "artifacts"), path, name=MODEL, version=number, max_bytes=1 << 20
-        )
-        with made.write(actor="test") as transaction:
-            transaction.session.get_one(Version, (MODEL, number)).state = "validated"
-            transaction.record("version.validated", f"version:{MODEL}/{number}")
-    kit.stable_by(made, "1")
-    made.dispose()
-    return folder / "registry.db"
+    """Versions 1, 2 and 3; 1 is stable."""
+    return three_versions(tmp_path_factory.mktemp("three"), "1")
 
 
 @pytest.fixture
@@ -152,22 +137,11 @@ def database(tmp_path: Path, template: Path) -> Iterator[Database]:
 
 @asynccontextmanager
 async def small(database: Database, tmp_path: Path, template: Path) -> AsyncIterator[tuple[Reconciler, Server]]:
-    settings = Settings(home=tmp_path, profile="cpu")
-    reconciler = Reconciler(
-        Serving(environment=ENVIRONMENT, replica_id="r1", boot_id="boot"), settings, database,
-        DirectoryStore(template.parent / "artifacts"), state_folder=tmp_path, address="http://127.0.0.1:1",
-    )  # fmt: skip
-    await reconciler.start()
-    (version,) = reconciler.serving.loaded.values()
-    reconciler.room.budget_bytes = version.runtime.memory_bytes  # for this one, and no other beside it
-    app = create_app(reconciler.serving, settings=settings, nudge=reconciler.nudge, info=reconciler.info)
-    try:
+    async with following(database, tmp_path, template) as reconciler:
+        (version,) = reconciler.serving.loaded.values()
+        reconciler.room.budget_bytes = version.runtime.memory_bytes  # for this one, and no other beside it
+        app = create_app(reconciler.serving, settings=reconciler.settings, nudge=reconciler.nudge, info=reconciler.info)
         yield reconciler, Server(reconciler.serving, app)
-    finally:
-        for version in reconciler.serving.loaded.values():
-            version.close()
-        reconciler.caretaker.end()
-        await reconciler.stop()
 
 
 Test = Callable[[Reconciler, Server], Awaitable[None]]
