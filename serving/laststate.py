@@ -38,6 +38,10 @@ class LastState:
     routes: tuple[Route, ...]
     versions: tuple[Wanted, ...]
 
+    def by_key(self) -> dict[tuple[str, str], Wanted]:
+        """The versions by (model, version)."""
+        return {(version.model, version.version): version for version in self.versions}
+
 
 def write(path: Path, state: LastState) -> None:
     """Replace the file in one step: a kill leaves the old or the new one."""

@@ -239,7 +239,7 @@ class Reconciler:
         if not due and (pulse.epoch, pulse.generation) == (self.serving.epoch, self.serving.generation):
             return None
         state = await self._in_thread(self._desired)
-        for crashed in self.caretaker.crashed(state.routes, _by_key(state)):
+        for crashed in self.caretaker.crashed(state.routes, state.by_key()):
             if await self._take_out(crashed):
                 state = await self._in_thread(self._desired)
         return state
@@ -485,10 +485,6 @@ class Reconciler:
 
     async def _in_thread(self, work: Callable[[], T], thread: ThreadPoolExecutor | None = None) -> T:
         return await asyncio.get_running_loop().run_in_executor(thread or self._thread, work)
-
-
-def _by_key(state: LastState) -> dict[Key, Wanted]:
-    return {(version.model, version.version): version for version in state.versions}
 
 
 def _plain(text: str) -> str:

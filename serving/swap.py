@@ -154,7 +154,7 @@ class Plan:
 
 def plan_of(state: LastState, serving: Serving, caretaker: Caretaker, room: Room) -> Plan:
     """What of the wanted state is not here yet, and what of that is not to be tried now."""
-    versions = {(version.model, version.version): version for version in state.versions}
+    versions = state.by_key()
     plan = Plan(state, versions, caretaker.hold_back(state.routes, versions), {}, [])
     for key, version in versions.items():
         why = room.refuses(version, plan.change(version.model)) if serves(serving, version.model) else None

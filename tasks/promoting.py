@@ -125,7 +125,7 @@ class Promoting:
         self.sleep(min(self.poll_seconds, 1.0))
         self.keeper.check()
 
-    def pause(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> None:
         """Sleep while something else is waited for. Raises FencedError as soon as the lease is known to be lost: then it is in vain."""
         self.keeper.check()
         self.sleep(seconds)

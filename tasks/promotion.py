@@ -337,7 +337,7 @@ def _followed(work: Promoting, epoch: str, generation: int) -> None:
         epoch=epoch,
         generation=generation,
         timeout_seconds=FOLLOW_SECONDS,
-        sleep=work.pause,
+        sleep=work.wait,
         monotonic=work.monotonic,
     )
     work.keeper.check()

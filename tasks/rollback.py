@@ -313,7 +313,7 @@ def _step(work: Promoting, stage: str, share: float, *, first: bool, reason: str
     )
     following = servers.follow(
         work.database, operation.environment, epoch=epoch, generation=generation, timeout_seconds=FOLLOW_SECONDS,
-        sleep=work.pause, monotonic=work.monotonic,
+        sleep=work.wait, monotonic=work.monotonic,
     )  # fmt: skip
     work.keeper.check()
     errors = following.errors_of(operation.model, operation.version)
