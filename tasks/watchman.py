@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from registry import approvals, leases, promotions
+from registry import approvals, client_tls, leases, promotions
 from registry.database import Database
 from registry.errors import ConflictError, FencedError, LockedError, ModelkeepError, UnavailableError
 from registry.settings import Settings, load_settings
@@ -176,12 +176,16 @@ def run(watchman: Watchman, stopping: threading.Event, *, parent: int | None = N
         log.warning("what it carried waits for its lease to run out: %s", error)
 
 
-def _opened(settings: Settings, stopping: threading.Event) -> Database | None:
-    """The registry at this release's schema, once it answers."""
+def opened(settings: Settings, stopping: threading.Event) -> Database | None:
+    """The registry at this release's schema, once it answers. One that is gone is not made anew here: who serves from it decides that."""
     from registry.connect import open_database
 
     database = open_database(settings)
+    path = Path(database.url.database or "")
     while not stopping.is_set():
+        if database.sqlite and not path.exists():
+            stopping.wait(max(settings.poll_seconds, _IDLE_SECONDS))
+            continue
         try:
             database.prepare()
             return database
@@ -201,12 +205,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.parent is not None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     settings = load_settings()
+    client_tls.publish(settings.client)
     logging.basicConfig(
         stream=sys.stderr, level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
-        database = _opened(settings, stopping)
+        database = opened(settings, stopping)
     except ModelkeepError as error:  # say, a registry that is newer than this code
         log.error("%s", error)
         return 1

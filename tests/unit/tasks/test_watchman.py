@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,9 @@ import pytest
 from registry import leases, promotions
 from registry.database import Database
 from registry.errors import UnavailableError
+from registry.settings import Settings
 from tasks import observation
-from tasks.watchman import Watchman, run
+from tasks.watchman import Watchman, opened, run
 from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, Clock
 from tests.unit.tasks import soaking
@@ -218,6 +219,30 @@ def test_it_survives_a_registry_that_is_away(database: Database, caplog: pytest.
     said = [record.message for record in caplog.records if record.name == "modelkeep.watchman"]
     assert sum("does not answer" in line for line in said) == 1, "said once, not at every look"
     assert any("answers again" in line for line in said)
+
+
+class Rounds(threading.Event):
+    """Told to end after some rounds of waiting; `meanwhile` happens in the first."""
+
+    def __init__(self, most: int, meanwhile: Callable[[], object] = lambda: None) -> None:
+        super().__init__()
+        self.most, self.meanwhile = most, meanwhile
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.meanwhile()
+        self.most -= 1
+        if not self.most:
+            self.set()
+        return self.is_set()
+
+
+def test_a_registry_that_is_gone_is_not_made_anew_and_is_watched_when_it_is_there(tmp_path: Path) -> None:
+    settings, path = Settings(home=tmp_path), tmp_path / "registry.db"
+    assert opened(settings, Rounds(3)) is None
+    assert not path.exists()
+    found = opened(settings, Rounds(3, lambda: kit.prepared(tmp_path).dispose()))
+    assert found is not None and found.revision() is not None
+    found.dispose()
 
 
 def test_its_imports_are_light() -> None:
