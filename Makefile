@@ -1,6 +1,6 @@
 # The commands of this repository. Each one sets up what it needs; nothing here asks a question.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench test-long test-gpu bench-gpu clean
+.PHONY: help setup demo test lint format bench bench-serving test-long test-gpu bench-gpu clean
 PY := .venv/bin/python
 
 help:  ## this list
@@ -33,6 +33,10 @@ format: setup  ## what ruff can put right by itself
 
 bench: setup  ## speed, side by side; figures are printed, never asserted
 	@$(PY) scripts/run_benchmarks.py
+
+bench-serving: setup  ## our server beside Triton and others, in turns: up to 12 minutes (OPTIONS=--quick: 3)
+	@scripts/system-packages
+	@$(PY) -m benchmarks.serving_compare $(OPTIONS)
 
 bench-gpu: setup  ## the same on an NVIDIA device
 	@$(PY) scripts/run_benchmarks.py --gpu

@@ -17,6 +17,7 @@ from prefect.tasks import Task
 from rich.console import Console
 
 from blocks.connections import Artifacts, RegistryDatabase
+from registry import client_tls
 from registry.connect import facts_of
 from registry.database import Database
 from registry.errors import UnavailableError
@@ -38,6 +39,7 @@ def connect() -> Connections:
     """Resolve the blocks that the settings describe. Raises SettingsError, UnavailableError."""
     outlive_readers()
     settings = load_settings()
+    client_tls.publish(settings.client)
     artifacts = Artifacts.from_settings(settings)
     database = RegistryDatabase.from_settings(settings).connect()
     database.facts = facts_of(settings)

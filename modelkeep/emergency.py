@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from registry import actor, history, keys
+from registry import actor, client_tls, history, keys
 from registry.attempts import Attempt
 from registry.connect import open_database
 from registry.database import Database
@@ -30,6 +30,7 @@ def roll_back(
     settings: Settings, environment: str | None, model: str, to: str | None, when: dt.datetime | None, reason: str
 ) -> RollbackResult:
     """Go back at once. Raises what the registry refuses; where it does not answer, nothing: the result says who did what."""
+    client_tls.publish(settings.client)
     began, where = time.monotonic(), environment or settings.environment
     call = _Call(settings, where, model, to, when, reason)
     try:
@@ -69,6 +70,7 @@ def roll_back(
 
 def release(settings: Settings, environment: str | None, model: str, reason: str) -> dict[str, str]:
     """Take the holds of a model away, at every server that can be found."""
+    client_tls.publish(settings.client)
     addresses = known_servers(settings, environment or settings.environment)
     return emergency.release_at(addresses, model=model, reason=reason, access=_access(settings))
 
@@ -82,7 +84,11 @@ def known_servers(settings: Settings, environment: str) -> list[str]:
     for folder in sorted((settings.home / "serving").glob(f"{environment}-*")):
         port = folder.name.rpartition("-")[2]
         if port.isdigit() and _runs(folder / "supervisor.pid"):
-            here.append(f"http://127.0.0.1:{port}")
+            known = settings.server.address or ""
+            if known.startswith("https://") and known.endswith(f":{port}"):
+                here.append(known)  # its certificate may know that name alone
+            else:
+                here.append(f"{'http' if settings.server.tls_certificate is None else 'https'}://127.0.0.1:{port}")
     named = [] if here and settings.source("servers") == "default" else settings.servers
     same = {address.replace("localhost", "127.0.0.1") for address in here}
     return [*here, *(address for address in named if address.replace("localhost", "127.0.0.1") not in same)]

@@ -64,6 +64,8 @@ def version(found: dict[str, Any]) -> None:
     if found["tags"]:
         say("  tags " + ", ".join(f"{key}={value}" for key, value in sorted(found["tags"].items())))
     for name, value in sorted(found["facts"].items()):
+        if name == "labels":
+            value = {output: said if isinstance(said, str) else f"{len(said)} labels" for output, said in value.items()}
         say(f"  {name}: {value}")
     _figures("last validation", found["measured"])
     _figures("last benchmark", found["benchmark"])

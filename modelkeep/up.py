@@ -164,7 +164,9 @@ class Up:
                 time.sleep(5.0)
         if not self._stopping:
             threading.Thread(target=self._settle, daemon=True).start()
-            address = f"http://{self.settings.server.host}:{self.settings.server.port}"
+            server = self.settings.server
+            scheme = "http" if server.tls_certificate is None else "https"
+            address = f"{scheme}://{server.host}:{server.port}"
             output.say(
                 f"       up | ready: inference {address}, Prefect {self.settings.prefect.api_url.removesuffix('/api')}; Ctrl-C ends it"
             )

@@ -8,7 +8,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from registry import coreml, exported, folders, mlflow_models, modeltoml, onnxfile, packages, torchscript
+from registry import (
+    coreml,
+    exported,
+    folders,
+    labels,
+    mlflow_models,
+    modeltoml,
+    onnxfile,
+    packages,
+    textmodels,
+    torchscript,
+)
 from registry.errors import RefusedError
 from registry.modeltoml import MODEL_TOML as MODEL_TOML
 from registry.modeltoml import ModelToml as ModelToml
@@ -127,7 +138,12 @@ def inspect(path: Path, *, max_bytes: int) -> ModelFile:
 def _alone(main: Path, max_bytes: int, **more: Any) -> ModelFile:
     """A file by itself, with its external data. The model.toml beside it belongs to it where it decides the signature."""
     found = _look(main, max_bytes)
-    return _built(main, main.parent, main.name, found, modeltoml.read_beside(main.parent), (), max_bytes, **more)
+    toml = modeltoml.read_beside(main.parent)
+    if toml.text is not None:
+        raise RefusedError(
+            f"{main} is a part of a text model ([text] in its {MODEL_TOML}): give the folder, {main.parent}"
+        )
+    return _built(main, main.parent, main.name, found, toml, (), max_bytes, **more)
 
 
 def _package(folder: Path, root: Path, max_bytes: int, **more: Any) -> ModelFile:
@@ -163,7 +179,9 @@ def _folder(folder: Path, max_bytes: int, **more: Any) -> ModelFile:
     for file in beside:
         _check_companion(file)
     entry = "." if beside or toml.file is not None else main.relative_to(root).as_posix()
-    return _built(main, root, entry, found, toml, beside, max_bytes, **more)
+    built = _built(main, root, entry, found, toml, beside, max_bytes, **more)
+    text = textmodels.find(root, toml, found.signature or toml.signature)
+    return built if text is None else replace(built, metadata={**built.metadata, "text": text.as_dict()})
 
 
 def _of_mlflow(folder: Path, max_bytes: int) -> ModelFile:
@@ -199,11 +217,13 @@ def _built(
     *,
     origin: dict[str, Any] | None = None,
 ) -> ModelFile:
-    decides = toml.file is not None or (found.signature is None and toml.signature is not None)
+    decides = toml.file is not None or toml.text is not None or (found.signature is None and toml.signature is not None)
     described = (root / MODEL_TOML,) if decides else ()
     files = (main, *found.rest, *beside, *described)
     size = sum(file.stat().st_size for file in files)
     _check_size(main, size, max_bytes)
+    names = {file.relative_to(root).as_posix() for file in files} if toml.labels else set()
+    labels.check(toml.labels, root, names, found.signature or toml.signature)
     return ModelFile(
         found.format, main, files, found.signature, found.metadata, size, root, entry, toml,
         origin=origin or {}, kind=toml.kind,

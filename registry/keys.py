@@ -22,7 +22,7 @@ from sqlalchemy import ScalarSelect, select
 from sqlalchemy.orm import Session
 
 from registry import actor as actors
-from registry import clock, names
+from registry import clock, names, rates
 from registry.actor import Who
 from registry.database import Database, Transaction
 from registry.errors import ConflictError, NotFoundError, RefusedError, SettingsError, UsageError
@@ -57,6 +57,8 @@ class StoredKey:
     hash: str
     expires_at: dt.datetime | None
     revoked: bool
+    rate: str | None = None
+    """Its own rate as registry.rates writes it; None: the server's setting."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Principal:
     key_id: str
     name: str
     role: Role
+    rate: str | None = None
+    """As in StoredKey."""
 
     @property
     def actor(self) -> str:
@@ -91,6 +95,8 @@ class ApiKeyDescription:
     expires_at: dt.datetime | None
     revoked_at: dt.datetime | None
     revoked_by: str | None
+    rate: str | None = None
+    """As in StoredKey."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -98,6 +104,7 @@ class ApiKeyDescription:
             "id": self.id,
             "name": self.name,
             "role": self.role,
+            "rate": self.rate,
             "state": self.state,
             "created_at": clock.text(self.created_at),
             "created_by": self.created_by,
@@ -129,7 +136,7 @@ def check(text: str, known: Mapping[str, StoredKey], now: Callable[[], dt.dateti
         return "revoked"
     if stored.expires_at is not None and now() >= stored.expires_at:
         return "expired"
-    return Principal(stored.id, stored.name, stored.role)
+    return Principal(stored.id, stored.name, stored.role, stored.rate)
 
 
 def authenticate(session: Session, text: str) -> Principal | None:
@@ -186,11 +193,17 @@ def presented(settings: Settings) -> str | None:
 
 
 def create(
-    database: Database, *, name: str, role: str, who: Who, expires_in_seconds: float | None = None
+    database: Database,
+    *,
+    name: str,
+    role: str,
+    who: Who,
+    expires_in_seconds: float | None = None,
+    rate: str | None = None,
 ) -> tuple[ApiKeyDescription, str]:
-    """Make a key. Returns what it is, and its text, which nobody can read again.
+    """Make a key. Returns what it is, and its text, which nobody can read again. `rate`: None leaves it to the server's setting.
 
-    Raises UsageError for a wrong name, role or time, ConflictError where a live key has that name.
+    Raises UsageError for a wrong name, role, time or rate, ConflictError where a live key has that name.
     """
     names.check_name(name, "name of a key")
     if len(name) > _NAME_LENGTH or name == INTERNAL:
@@ -199,6 +212,8 @@ def create(
         raise UsageError(f"role {role!r}: there are {', '.join(ROLES)}")
     if expires_in_seconds is not None and not 0 < expires_in_seconds <= LONGEST_SECONDS:
         raise UsageError(f"a key may expire in up to 10 years, not in {expires_in_seconds:g} s")
+    if rate is not None:
+        rate = rates.written(rate)
     secret = "".join(secrets.choice(_ALPHABET) for _ in range(43))
     with database.write(actor=who.actor) as transaction:
         session = transaction.session
@@ -211,7 +226,7 @@ def create(
                 f"(modelkeep keys revoke {living[0].id})"
             )
         expires_at = None if expires_in_seconds is None else now + dt.timedelta(seconds=expires_in_seconds)
-        row = _add(transaction, name, role, digest(secret), expires_at)
+        row = _add(transaction, name, role, digest(secret), expires_at, rate)
         return _describe(row, now), f"{PREFIX}{row.id}_{secret}"
 
 
@@ -310,7 +325,14 @@ def _raise(session: Session) -> None:
     session.flush()
 
 
-def _add(transaction: Transaction, name: str, role: str, hashed: str, expires_at: dt.datetime | None) -> ApiKey:
+def _add(
+    transaction: Transaction,
+    name: str,
+    role: str,
+    hashed: str,
+    expires_at: dt.datetime | None,
+    rate: str | None = None,
+) -> ApiKey:
     row = ApiKey(
         id=secrets.token_hex(6),
         name=name,
@@ -319,9 +341,12 @@ def _add(transaction: Transaction, name: str, role: str, hashed: str, expires_at
         created_at=clock.now(),
         created_by=transaction.actor,
         expires_at=expires_at,
+        rate=rate,
     )
     transaction.session.add(row)
     after = {"name": name, "role": role, "expires_at": None if expires_at is None else clock.text(expires_at)}
+    if rate is not None:
+        after["rate"] = rate
     transaction.record("key.created", f"key:{row.id}", after=after)
     return row
 
@@ -331,7 +356,7 @@ def _named(session: Session, name: str) -> list[ApiKey]:
 
 
 def _stored(row: ApiKey) -> StoredKey:
-    return StoredKey(row.id, row.name, row.role, row.hash, row.expires_at, row.revoked_at is not None)
+    return StoredKey(row.id, row.name, row.role, row.hash, row.expires_at, row.revoked_at is not None, row.rate)
 
 
 def _state(row: ApiKey, now: dt.datetime) -> str:
@@ -351,4 +376,5 @@ def _describe(row: ApiKey, now: dt.datetime) -> ApiKeyDescription:
         expires_at=row.expires_at,
         revoked_at=row.revoked_at,
         revoked_by=row.revoked_by,
+        rate=row.rate,
     )

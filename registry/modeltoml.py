@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from registry.errors import UsageError
 from registry.signature import DATATYPES, Signature, TensorSpec
@@ -27,6 +27,24 @@ class TensorToml(_Toml):
     shape: list[int]
 
 
+class TextToml(_Toml):
+    """The table [text]: a model that generates text. What it leaves out is looked for in the graph and the files beside it."""
+
+    context_length: int | None = Field(None, ge=2)
+    """Tokens of prompt and answer together, at most."""
+    eos_ids: list[int] | None = None
+    """The tokens that end a text."""
+    tokenizer: str = Field("tokenizer.json", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    input_ids: str = "input_ids"
+    attention_mask: str = "attention_mask"
+    position_ids: str = "position_ids"
+    logits: str = "logits"
+    past: str = Field("past_key_values.", min_length=1)
+    """What the names of the cache's inputs begin with."""
+    present: str = Field("present.", min_length=1)
+    """What the names of the cache's outputs begin with."""
+
+
 class ModelToml(_Toml):
     """What a person says about a model in the model.toml beside it."""
 
@@ -42,9 +60,14 @@ class ModelToml(_Toml):
     dependencies: list[str] = []
     deterministic: bool = False
     """The same inputs always give the same outputs, so that servers may keep answers and give them again."""
+    max_batch: int | None = Field(None, ge=1)
+    """The most rows that servers compute together, where that is fewer than `performance.batch_size`."""
     metadata: dict[str, str | int | float | bool] = {}
+    labels: dict[str, list[str] | str] = {}
+    """By output, the names of its classes: a list, or a text file beside the model; see registry.labels."""
     inputs: list[TensorToml] = []
     outputs: list[TensorToml] = []
+    text: TextToml | None = None
 
     @property
     def signature(self) -> Signature | None:
@@ -59,7 +82,7 @@ class ModelToml(_Toml):
     @property
     def facts(self) -> dict[str, Any]:
         """What was said of the model itself: not its signature, not which file it is, and nothing that was left out."""
-        return self.model_dump(exclude={"file", "kind", "inputs", "outputs"}, exclude_defaults=True)
+        return self.model_dump(exclude={"file", "kind", "inputs", "outputs", "text"}, exclude_defaults=True)
 
 
 def parse_model_toml(path: Path) -> ModelToml:
@@ -117,6 +140,10 @@ def given(options: dict[str, str | None], pairs: dict[str, str]) -> dict[str, An
             if value not in ("true", "false"):
                 raise UsageError(f"--metadata {key}={value}: it is true or false")
             facts[key] = value == "true"
+        elif key == "max_batch":
+            if not value.isdecimal() or int(value) < 1:
+                raise UsageError(f"--metadata {key}={value}: it is a number of rows, 1 at least")
+            facts[key] = int(value)
         elif key in ModelToml.model_fields:
             raise UsageError(f"--metadata {key}={value}: {key} has an option of its own, or belongs into {MODEL_TOML}")
         else:

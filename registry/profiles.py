@@ -186,15 +186,37 @@ def for_memory(total_bytes: int) -> Profile:
     return RTX3050_4GB
 
 
+def _visible(index: int, environ: Mapping[str, str]) -> int | str | None:
+    """Number or UUID of the device that CUDA calls `index`; None where CUDA_VISIBLE_DEVICES hides it."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return index
+    listed = [part.strip() for part in visible.split(",") if part.strip()]
+    if index >= len(listed) or listed[index] == "-1":
+        return None
+    return int(listed[index]) if listed[index].isdigit() else listed[index]
+
+
+def nvml_handle(index: int, environ: Mapping[str, str]) -> Any:
+    """NVML's handle of the device that the server would use; None where there is none. NVML must have been started.
+
+    Raises NVMLError for a device that does not answer.
+    """
+    import pynvml
+
+    chosen = _visible(index, environ)
+    if chosen is None:
+        return None
+    if isinstance(chosen, str):
+        return pynvml.nvmlDeviceGetHandleByUUID(chosen)
+    return pynvml.nvmlDeviceGetHandleByIndex(chosen) if chosen < pynvml.nvmlDeviceGetCount() else None
+
+
 def read_device(index: int, environ: Mapping[str, str]) -> Device | str:
     """The NVIDIA device that the server would use, or why there is none. CUDA_VISIBLE_DEVICES is respected."""
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    chosen: str | int = index
-    if visible is not None:
-        listed = [part.strip() for part in visible.split(",") if part.strip()]
-        if index >= len(listed) or listed[index] == "-1":
-            return f"CUDA_VISIBLE_DEVICES={visible!r} shows no device {index}"
-        chosen = int(listed[index]) if listed[index].isdigit() else listed[index]
+    chosen = _visible(index, environ)
+    if chosen is None:
+        return f"CUDA_VISIBLE_DEVICES={environ.get('CUDA_VISIBLE_DEVICES')!r} shows no device {index}"
     try:
         import pynvml
     except ImportError as error:
@@ -206,12 +228,9 @@ def read_device(index: int, environ: Mapping[str, str]) -> Device | str:
         logger.debug("NVML does not start: %s", error)
         return "no NVIDIA device"
     try:
-        if isinstance(chosen, str):
-            handle = pynvml.nvmlDeviceGetHandleByUUID(chosen)
-        elif chosen >= pynvml.nvmlDeviceGetCount():
+        handle = nvml_handle(index, environ)
+        if handle is None:
             return "no NVIDIA device" if chosen == 0 else f"no NVIDIA device {chosen}"
-        else:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(chosen)
         name = pynvml.nvmlDeviceGetName(handle)
         total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
         return Device(name.decode() if isinstance(name, bytes) else str(name), total)

@@ -9,7 +9,7 @@ from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Float, Index, Intege
 from sqlalchemy.dialects.mysql import DOUBLE, LONGTEXT
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-REVISION = "0002"
+REVISION = "0003"
 """The Alembic revision that this code works with."""
 
 NAME = 128
@@ -262,6 +262,8 @@ class ApiKey(Base):
     expires_at: Mapped[dt.datetime | None]
     revoked_at: Mapped[dt.datetime | None]
     revoked_by: Mapped[str | None] = mapped_column(String(NAME))
+    rate: Mapped[str | None] = mapped_column(String(24))
+    """As registry.rates writes it; absent: the server's setting."""
 
 
 class Counter(Base):

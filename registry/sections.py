@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -22,15 +21,14 @@ from registry.names import check_name
 from registry.policy import PromotionPolicy
 
 DATABASE_SCHEMES = ("sqlite", "mysql+pymysql", "postgresql+psycopg")
-_RATE = re.compile(r"(\d+)\s*/\s*(second|minute|hour|day)")
-_RATE_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 _OWN_API = (
     *("model-info", "model-health", "update-models", "analytics", "promotions", "rollback", "feedback", "captured"),
 )
-_OWN_PATHS = (
+OWN_PATHS = (
     *("/v1", "/v2", "/ws", "/health", "/metrics", "/dashboard", "/docs", "/openapi.json", "/api/gpu", "/api/cache"),
-    *(f"/api/v2/{name}" for name in _OWN_API),
+    *("/favicon.ico", *(f"/api/v2/{name}" for name in _OWN_API)),
 )
+"""Paths, each with all below it, that no alias may take."""
 
 
 def number_not_bool(annotation: Any, value: Any) -> None:
@@ -101,37 +99,45 @@ class ModelPolicy(PromotionPolicy, Entry):
     model: str = Field(description="The model; small and large letters are one here, and so are '-' and '_'.")
 
 
-class ServerSection(Section):
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen at.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen at; 0 takes any free one.")
-    address: str | None = Field(
-        default=None, description="URL by which flows on other machines reach this server; absent: host and port."
-    )
-    workers: int = Field(1, ge=1, description="Processes: one, since a server has one device.")
-    drain_seconds: float = Field(30.0, ge=0, description="Time that requests in flight get when the server stops.")
-    request_timeout_seconds: float = Field(30.0, gt=0, description="Longest that a request may take.")
-    max_body_bytes: int = Field(10_000_000, gt=0, description="Largest request body.")
-    threads: int = Field(1, ge=1, description="Threads inside one run of a model.")
-
-    @field_validator("address")
-    @classmethod
-    def _address(cls, value: str | None) -> str | None:
-        return value if value is None else check_url(value, ("http", "https"), "http://box-1:8000").rstrip("/")
-
-
 class GpuSection(Section):
     device: int = Field(0, ge=0, description="Index of the device among the visible ones.")
     max_memory_mb: int | None = Field(2048, gt=0, description="Most memory for models; absent: the fraction decides.")
     memory_fraction: float = Field(1.0, gt=0, le=1, description="Share of the device's memory that models may take.")
     allow_growth: bool = Field(True, description="Take memory as it is needed rather than all at the start.")
     enable_fp16: bool = Field(False, description="Run in half precision where a model has it.")
+    compute: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+        "auto",
+        description="Where models compute: auto takes the profile's device, and its CUDA provider; tensorrt takes ONNX Runtime's TensorRT provider.",
+    )
+    limit_on_cpu: bool = Field(
+        False,
+        description="On the CPU: all ONNX models compute in one arena of the size of the memory budget (weights apart); what does not fit it is split.",
+    )
 
 
 class ModelsSection(Section):
-    max_concurrent_models: int = Field(4, ge=1, description="Versions that may be loaded at a time.")
-    enable_model_swapping: bool = Field(True, description="Unload the least used version when memory is short.")
-    swap_threshold_mb: int | None = Field(1800, gt=0, description="Memory in use above which swapping begins.")
-    preload_models: bool = Field(False, description="Load every routed model at the start rather than on first use.")
+    max_concurrent_models: int = Field(
+        4, ge=1, description="Versions in memory at a time; models beyond that are loaded when they are asked for."
+    )
+    enable_model_swapping: bool = Field(
+        True,
+        description="Unload the least recently used model for one that is asked for; off: that one is answered 503.",
+    )
+    swap_threshold_mb: int | None = Field(
+        1800, gt=0, description="Memory of loaded models above which the least recently used one goes."
+    )
+    preload_models: bool = Field(
+        False, description="Load every routed model, as far as there is room, before the server says that it is ready."
+    )
+    prewarm: bool = Field(
+        True,
+        description="Load the routed models ahead, the one that was asked last first; off (and `preload_models` off): at their first request.",
+    )
+    prewarm_seconds: float = Field(
+        30.0,
+        ge=0,
+        description="The server is ready after that time at the latest; what is not loaded then comes in the background.",
+    )
     max_file_bytes: int = Field(20 << 30, gt=0, description="Largest model to register, external data included.")
 
 
@@ -187,6 +193,13 @@ class LoggingSection(Section):
     app_file: str = Field("app.log", pattern=r"^[^/]+$")
     performance_file: str = Field("performance.log", pattern=r"^[^/]+$")
     error_file: str = Field("error.log", pattern=r"^[^/]+$")
+    access: Literal["off", "file", "stderr"] = Field(
+        "off", description="Where each server writes one JSON line a request."
+    )
+    access_file: str = Field("access.log", pattern=r"^[^/]+$", description="With `file`: in `directory`.")
+    access_share: float = Field(1.0, ge=0, le=1, description="Share of the requests to write; of 5xx always all.")
+    access_max_mb: int = Field(64, ge=1, description="The file is put aside when it is so large, as NAME.1 and so on.")
+    access_files: int = Field(5, ge=1, le=100, description="So many files are kept, the current one among them.")
 
 
 class AlertsSection(Section):
@@ -243,6 +256,12 @@ class HealthSection(Section):
     )
     window_seconds: float = Field(60.0, gt=0, description="The time that is looked at.")
     minimum_requests: int = Field(20, ge=1, description="Fewer requests in that time say nothing.")
+    hang_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="A version hangs whose worker is at one computation for longer; not below `server.request_timeout_seconds`, twice "
+        "that where nothing is given.",
+    )
     act: bool = Field(
         True,
         description="Load an unhealthy version again once, then take it out of its route where another version can serve.",
@@ -259,6 +278,20 @@ class CacheSection(Section):
     )
 
 
+class TextSection(Section):
+    """Text generation, for each version that generates text."""
+
+    max_running: int = Field(16, ge=1, description="Texts that one version generates at a time.")
+    max_waiting: int = Field(
+        64, ge=0, description="Texts that may wait for one of these places; the next are told to come again."
+    )
+    max_cache_mb: int = Field(
+        512, ge=1, description="Most that their key/value caches may take together; a text alone always may run."
+    )
+    max_tokens: int = Field(4096, ge=1, description="Most tokens that one request may ask for.")
+    timeout_seconds: float = Field(300.0, gt=0, description="Longest that one text may take.")
+
+
 class CaptureSection(Section):
     """Requests that a server keeps on its own disk for a replay (`promote --strategy replay`). They hold what clients sent."""
 
@@ -268,49 +301,6 @@ class CaptureSection(Section):
     requests: int = Field(1000, ge=1, description="The newest so many of a model are kept.")
     max_mb: int = Field(64, ge=1, description="Most that those of one model may take on the disk.")
     days: float = Field(7.0, gt=0, description="Older ones are removed.")
-
-
-class SecuritySection(Section):
-    cors_origins: list[str] = Field(default=[], description="Web origins that may call the API from a browser; none.")
-    require_keys: bool = Field(
-        False,
-        description="Ask for an API key on this machine too: set it where a proxy passes others on to this address.",
-    )
-    allow_unauthenticated: bool = Field(
-        False,
-        description="Ask for no API key, also beyond this machine: something in front guards it.",
-    )
-    rate_limit: str = Field("60/minute", description="Requests of one API key: number/second|minute|hour|day.")
-
-    @field_validator("cors_origins")
-    @classmethod
-    def _origins(cls, origins: list[str]) -> list[str]:
-        for origin in origins:
-            if origin != "*":
-                check_url(origin, ("http", "https"), "https://app.example.org")
-                if urlsplit(origin).path or urlsplit(origin).query:
-                    raise ValueError(f"{origin!r}: an origin ends after the host and port")
-        return origins
-
-    @model_validator(mode="after")
-    def _one_way(self) -> SecuritySection:
-        if self.require_keys and self.allow_unauthenticated:
-            raise ValueError("require_keys and allow_unauthenticated are both true: keys are asked for or they are not")
-        return self
-
-    @field_validator("rate_limit")
-    @classmethod
-    def _rate(cls, value: str) -> str:
-        match = _RATE.fullmatch(value.strip())
-        if match is None or int(match[1]) == 0:
-            raise ValueError("must be a number above 0 and a unit: 60/minute (second, minute, hour or day)")
-        return f"{int(match[1])}/{match[2]}"
-
-    @property
-    def rate(self) -> tuple[int, int]:
-        """(requests, seconds) of `rate_limit`."""
-        count, unit = self.rate_limit.split("/")
-        return int(count), _RATE_SECONDS[unit]
 
 
 def _entry_name(value: str) -> str:
@@ -394,28 +384,14 @@ class Files(Entry):
     _name = field_validator("name")(_entry_name)
 
 
-class Alias(Entry):
-    """An application's own path that is answered by a model."""
-
-    KEY: ClassVar[str | None] = "path"
-
-    path: str
-    model: str
-
-    @field_validator("path")
-    @classmethod
-    def _path(cls, value: str) -> str:
-        if not re.fullmatch(r"/[A-Za-z0-9._~/-]+", value) or "//" in value or ".." in value or value.endswith("/"):
-            raise ValueError("must be a path that begins with '/', as in /api/v2/analyze-image")
-        if taken := next((path for path in _OWN_PATHS if value == path or value.startswith(path + "/")), None):
-            raise ValueError(f"{taken} is the server's own: take another path")
-        return value
-
-    @field_validator("model")
-    @classmethod
-    def _model(cls, value: str) -> str:
-        return _entry_name(value)
-
-
 def check_redis_url(value: str) -> str:
-    return check_url(value, ("redis", "rediss", "redis+cluster", "rediss+cluster"), "redis://127.0.0.1:6379/0")
+    """A Redis, or a Redis Cluster by some of its nodes: hosts with commas between. Raises ValueError."""
+    schemes, example = ("redis", "rediss", "redis+cluster", "rediss+cluster"), "redis://127.0.0.1:6379/0"
+    scheme, mark, rest = value.partition("://")
+    if not scheme.endswith("+cluster"):
+        return check_url(value, schemes, example)
+    place, slash, others = rest.partition("/")
+    user, at, hosts = place.rpartition("@")
+    for host in hosts.split(","):
+        check_url(f"{scheme}{mark}{user}{at}{host}{slash}{others}", schemes, "redis+cluster://one:6379,two:6379")
+    return value

@@ -21,6 +21,8 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from registry import layers, profiles
+from registry.access import ClientSection, SecuritySection, ServerSection
+from registry.aliases import Alias
 from registry.errors import SettingsError, UsageError
 from registry.layers import FILE_NAME, Layer
 from registry.names import check_name
@@ -29,7 +31,6 @@ from registry.profiles import Profile
 from registry.redaction import HIDDEN, redact
 from registry.sections import (
     AlertsSection,
-    Alias,
     CacheSection,
     CaptureSection,
     Database,
@@ -45,8 +46,7 @@ from registry.sections import (
     PerformanceSection,
     PrefectSection,
     QueuesSection,
-    SecuritySection,
-    ServerSection,
+    TextSection,
     VectorsSection,
     check_database_url,
     check_redis_url,
@@ -106,6 +106,7 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
 
     server: ServerSection = ServerSection()
+    client: ClientSection = ClientSection()
     gpu: GpuSection = GpuSection()
     models: ModelsSection = ModelsSection()
     performance: PerformanceSection = PerformanceSection()
@@ -120,6 +121,7 @@ class Settings(BaseSettings):
     health: HealthSection = HealthSection()
     capture: CaptureSection = CaptureSection()
     cache: CacheSection = CacheSection()
+    text: TextSection = TextSection()
     databases: list[Database] = []
     vectors: VectorsSection = VectorsSection()
     queues: QueuesSection = QueuesSection()
@@ -176,15 +178,12 @@ class Settings(BaseSettings):
             return [_place(item, home, schemes) for item in value]
         return value if value is None else _place(value, home, schemes)
 
-    @field_validator("s3_endpoint_url")
+    @field_validator("s3_endpoint_url", "redis_url")
     @classmethod
-    def _endpoint(cls, value: str | None) -> str | None:
-        return value if value is None else check_url(value, ("http", "https"), "http://127.0.0.1:9000")
-
-    @field_validator("redis_url")
-    @classmethod
-    def _redis(cls, value: str | None) -> str | None:
-        return value if value is None else check_redis_url(value)
+    def _urls(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None or info.field_name == "redis_url":
+            return value if value is None else check_redis_url(value)
+        return check_url(value, ("http", "https"), "http://127.0.0.1:9000")
 
     @field_validator("backup_key_file", "api_key_file")
     @classmethod
@@ -220,10 +219,11 @@ class Settings(BaseSettings):
     def _upper(cls, value: Any) -> Any:
         return value.upper() if isinstance(value, str) else value
 
-    @field_validator("logging")
+    @field_validator("server", "client", "logging")
     @classmethod
-    def _log_directory(cls, value: LoggingSection, info: ValidationInfo) -> LoggingSection:
-        return value.model_copy(update={"directory": expand(value.directory, info.data.get("home", Path.cwd()))})
+    def _paths(cls, value: BaseModel, info: ValidationInfo) -> BaseModel:
+        home = info.data.get("home", Path.cwd())
+        return value.model_copy(update={name: expand(path, home) for name, path in value if isinstance(path, Path)})
 
     @field_validator("vectors")
     @classmethod
@@ -247,6 +247,12 @@ class Settings(BaseSettings):
     def _folders(cls, value: list[Files], info: ValidationInfo) -> list[Files]:
         home = info.data.get("home", Path.cwd())
         return [item.model_copy(update={"path": expand(item.path, home)}) for item in value]
+
+    @property
+    def hang_seconds(self) -> float:
+        """`health.hang_seconds`, or what it is where nothing is given."""
+        given = self.health.hang_seconds
+        return 2 * self.server.request_timeout_seconds if given is None else given
 
     @property
     def hardware(self) -> Profile:
@@ -473,6 +479,11 @@ def check_limits(settings: Settings) -> None:
         broken.append(
             f"poll_seconds = {settings.poll_seconds:g} ({settings.source('poll_seconds')}) is too long for lease_seconds = "
             f"{settings.lease_seconds:g} ({settings.source('lease_seconds')}): at most a quarter of it"
+        )
+    if settings.hang_seconds < settings.server.request_timeout_seconds:
+        broken.append(
+            f"health.hang_seconds = {settings.hang_seconds:g} ({settings.source('health.hang_seconds')}) is shorter than "
+            f"server.request_timeout_seconds = {settings.server.request_timeout_seconds:g}: a request that may take so long would count as hanging"
         )
     for limit in settings.hardware.limits:
         value: Any = settings

@@ -47,9 +47,12 @@ class TensorSpec:
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """True where `shape` has the same rank and every fixed dimension agrees."""
-        return len(shape) == len(self.shape) and all(
-            want in (-1, got) for want, got in zip(self.shape, shape, strict=True)
-        )
+        if len(shape) != len(self.shape):
+            return False
+        for want, got in zip(self.shape, shape, strict=True):  # noqa: SIM110 - a generator for every request would be felt
+            if want != got and want != -1:
+                return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,7 @@ import gc
 import itertools
 import logging
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -22,13 +21,18 @@ import orjson
 from fastapi import APIRouter, FastAPI
 from starlette.types import Receive, Scope, Send
 
+from registry.aliases import Alias
 from registry.errors import ModelkeepError
 from serving import request_ids, shadow
+from serving.admission import admitted
+from serving.aliases import Aliases, Translator
 from serving.bodies import BoundedBodies
+from serving.classification import INLINE_ELEMENTS
 from serving.compression import WORTH_BYTES, inflate, packed
 from serving.descriptions import describe
 from serving.engine import LoadedVersion
 from serving.pages import create_pages
+from serving.places import key_of
 from serving.protocol import LINGER_SECONDS
 from serving.routing import Route
 from serving.state import Serving
@@ -78,10 +82,13 @@ def create_app(
     nudge: Callable[[], Awaitable[dict[str, Any]]],
     info: Callable[[], dict[str, Any]],
     routers: Sequence[APIRouter] = (),
+    aliases: Sequence[Alias] = (),
 ) -> Application:
     """The ASGI application. `nudge` makes the server follow the registry now; `info` says what it serves."""
-    pages = create_pages(serving, nudge=nudge, info=info, routers=routers)
-    return Application(V2(serving, settings), pages, max_body_bytes=settings.server.max_body_bytes)
+    own_paths = Aliases(aliases)
+    pages = create_pages(serving, nudge=nudge, info=info, routers=routers, aliases=own_paths)
+    limit = settings.server.max_body_bytes
+    return Application(V2(serving, settings), pages, max_body_bytes=limit, aliases=own_paths.by_path)
 
 
 def freeze_startup_objects() -> None:
@@ -95,11 +102,12 @@ def freeze_startup_objects() -> None:
 
 
 class Application:
-    """V2 paths to the protocol, everything else to FastAPI."""
+    """V2 paths and aliases to the protocol, everything else to FastAPI."""
 
-    def __init__(self, v2: V2, pages: FastAPI, *, max_body_bytes: int) -> None:
+    def __init__(self, v2: V2, pages: FastAPI, *, max_body_bytes: int, aliases: Mapping[str, Translator]) -> None:
         self.v2 = v2
         self.pages = pages
+        self._aliases = aliases
         self._bounded = BoundedBodies(pages, max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,6 +115,9 @@ class Application:
             path: str = scope["path"]
             if path.startswith("/v2") and path[3:4] in ("", "/"):
                 await self.v2(scope, receive, send)
+                return
+            if (alias := self._aliases.get(path)) is not None:
+                await self.v2.infer_by(alias, scope, receive, send)
                 return
             if scope["method"] == "HEAD":  # FastAPI answers it nowhere; who sends the answer leaves its body out
                 scope = {**scope, "method": "GET"}
@@ -116,12 +127,13 @@ class Application:
 class _Waiting:
     """A request that waits for its version."""
 
-    __slots__ = ("loaded", "receive", "watcher", "work")
+    __slots__ = ("loaded", "receive", "spent", "watcher", "work")
 
-    def __init__(self, work: Work, loaded: LoadedVersion, receive: Receive) -> None:
+    def __init__(self, work: Work, loaded: LoadedVersion, receive: Receive, spent: float) -> None:
         self.work = work
         self.loaded = loaded
         self.receive = receive
+        self.spent = spent
         self.watcher: asyncio.Task[None] | None = None
 
 
@@ -132,12 +144,12 @@ class V2:
         self._serving = serving
         self._timeout_seconds = settings.server.request_timeout_seconds
         self._max_body_bytes = settings.server.max_body_bytes
-        self._max_concurrent = settings.performance.max_concurrent_requests
-        serving.gate.most_waiting = max(1, self._max_concurrent // 2)
+        most = settings.performance.max_concurrent_requests
+        serving.places.resize(most)
+        serving.gate.most_waiting = max(1, most // 2)
         self._id_prefix = request_ids.prefix(serving.replica_id, serving.boot_id)
         self._ids = itertools.count(1)
         self._waiting: set[_Waiting] = set()
-        self._turns: deque[asyncio.Future[None]] = deque()
         self._sweeping = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -153,7 +165,7 @@ class V2:
                 return
         try:
             asked = await self._body(dict(scope["headers"]), receive) if method == "POST" else b""
-            answer = describe(self._serving, method, scope["path"], asked)
+            answer = await self._describe(scope, parts, asked)
         except ClientGoneError:
             return
         except ModelkeepError as error:
@@ -161,51 +173,114 @@ class V2:
             return
         await _send(send, 200, orjson.dumps(answer), [_JSON])
 
+    async def _describe(self, scope: Scope, parts: list[str], asked: bytes) -> Any:
+        serving = self._serving
+        match parts[2:] if serving.orders is not None and scope["method"] == "POST" else []:
+            case ["repository", "models", model, "load" | "unload" as action] | [
+                "repository", _, "models", model, "load" | "unload" as action
+            ]:  # fmt: skip
+                return await serving.orders.obey(action, model, asked, scope)  # type: ignore[union-attr]
+        match parts[2:] if serving.gate.closed else []:
+            # Who asks what a model takes is about to ask it: one that sleeps is woken. Its readiness and statistics let it sleep.
+            case ["models", model] | ["models", model, "config"] | ["models", model, "versions", _] | [
+                "models", model, "versions", _, "config"
+            ]:  # fmt: skip
+                await serving.gate.wait(model, self._timeout_seconds)
+        return describe(serving, scope["method"], scope["path"], asked)
+
     # Inference
 
-    async def _infer(self, scope: Scope, receive: Receive, send: Send, model: str, version: str | None) -> None:
+    async def infer_by(self, alias: Translator, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request to an application's own path."""
+        if scope["method"] != "POST":
+            wrong = MethodError(alias.path, scope["method"], "POST")
+            await self._send_error(send, wrong.status, wrong, [])
+            return
+        await self._infer(scope, receive, send, alias.model, None, alias)
+
+    async def _infer(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        model: str,
+        version: str | None,
+        alias: Translator | None = None,
+    ) -> None:
         serving = self._serving
         headers: dict[bytes, bytes] = dict(scope["headers"])
         given = headers.get(b"x-request-id")
-        if given is not None and not _is_plain(given):
+        if given is not None and not request_ids.is_plain(given):
             given = None
         number = next(self._ids)
         named = [(b"x-request-id", given or self._id_prefix + b"0.-.%d" % number)]
-        if serving.in_flight < self._max_concurrent:
-            serving.in_flight += 1
-        elif not (serving.catching_up and await self._turn()):
-            serving.unrouted(429)
-            busy = BusyError(f"the server has {self._max_concurrent} requests in flight, its limit; try again later")
-            await self._send_error(send, 429, busy, named)
-            return
+        places, key = serving.places, key_of(scope)
+        place = places.enter(key, model)
+        if place is None:
+            # Those who connected while no server was there wait for their turn, whatever they hold.
+            place = await places.turn(key, model, self._timeout_seconds, patient=serving.catching_up)
+            if place is None:
+                serving.unrouted(429)
+                await self._send_error(send, 429, BusyError(places.words(key, model)), named)
+                return
         loaded: LoadedVersion | None = None
+        spent = 0.0
         try:
             body = await self._body(headers, receive)
-            if serving.gate.closed:
-                await serving.gate.wait(model, self._timeout_seconds)
-            loaded, route, mark = serving.admit(model, version, headers.get(b"x-route-key"))
+            if serving.gate.closed and model in serving.gate.closed:
+                began, sticky = time.perf_counter(), headers.get(b"x-route-key")
+                loaded, route, mark = await admitted(serving, model, version, sticky, self._timeout_seconds, receive)
+                spent = time.perf_counter() - began
+            else:
+                loaded, route, mark = serving.admit(model, version, headers.get(b"x-route-key"))
             if route is not None:
                 if given is None:
                     named[0] = (b"x-request-id", self._named_by(loaded, route, number))
                 elif route.watch:
                     serving.remembered.add(given, model, loaded.version, serving.epoch, route.generation)
             named.append((b"x-model-version", loaded.version_header))
+            if serving.access is not None:
+                scope["state"]["asked"] = (loaded, None)
             try:
-                request = loaded.codec.decode(body, _header_length(headers))
-                answers = loaded.answers
-                if answers is None:
-                    work = loaded.submit(request.inputs, request.outputs, route, mark)
+                if alias is None:
+                    length = _header_length(headers)
                 else:
-                    work = answers.submit(request.inputs, request.outputs, route, mark)
-                if not work.future.done():
-                    await self._wait(work, loaded, receive, request.timeout_seconds)
-                try:
-                    answer, header_length = loaded.codec.encode(
-                        model, loaded.version, request, work.answer, _times(work)
-                    )
-                except OutputError:
-                    loaded.count_output_error(work)
-                    raise
+                    translated = await alias.request(loaded.codec, body, headers, self._timeout_seconds)
+                    body, length = translated.body, translated.header_length
+                answers = loaded.answers
+                known = None if answers is None or alias is not None else answers.recall(body, length, route)
+                if known is not None:
+                    answer, header_length, work = known
+                    if serving.access is not None:
+                        scope["state"]["asked"] = (loaded, work)
+                else:
+                    request = loaded.codec.decode(body, length)
+                    if answers is None:
+                        work = loaded.submit(request.inputs, request.outputs, route, mark, key)
+                    else:
+                        work = answers.submit(request.inputs, request.outputs, route, mark, key)
+                    if serving.access is not None:
+                        scope["state"]["asked"] = (loaded, work)
+                    if not work.future.done():
+                        await self._wait(work, loaded, receive, request.timeout_seconds, spent)
+                    try:
+                        if alias is not None:
+                            answer = await alias.answer(loaded.codec, work.answer, one_row=translated.one_row)
+                            header_length = None
+                            named += _time_headers(work)
+                        elif request.classes and _is_long(request.classes, work):
+                            answer, header_length = await asyncio.to_thread(
+                                loaded.codec.encode, model, loaded.version, request, work.answer, _times(work)
+                            )
+                        else:
+                            answer, header_length = loaded.codec.encode(
+                                model, loaded.version, request, work.answer, _times(work)
+                            )
+                    except OutputError:
+                        loaded.count_output_error(work)
+                        raise
+                    if answers is not None and alias is None and not request.id:  # an id comes once
+                        answers.remember(body, length, work, answer, header_length)
             finally:
                 loaded.release()
             if len(answer) >= WORTH_BYTES and (accepts := headers.get(b"accept-encoding")) is not None:
@@ -227,7 +302,7 @@ class V2:
             await self._send_error(send, 500, ModelkeepError("internal error of the server; see its log"), named)
             return
         finally:
-            self._leave()
+            places.leave(place)
         loaded.telemetry.answered(200)
         if header_length is None:
             named.append(_JSON)
@@ -237,7 +312,7 @@ class V2:
         if route is None or loaded.version != route.stable:
             return
         if serving.capture is not None and serving.capture.wants():
-            serving.capture.offer(loaded.model, body, _header_length(headers))
+            serving.capture.offer(loaded.model, body, length)
         if route.shadow and route.candidate is not None:
             candidate = serving.loaded.get((model, route.candidate))
             if candidate is not None and (route.shadow_share >= 1 or serving.random() < route.shadow_share):
@@ -250,26 +325,6 @@ class V2:
             named = b"%d.%s." % (route.generation, request_ids.quoted(loaded.version))
             loaded.id_part = (route.generation, named)
         return self._id_prefix + named + b"%d" % number
-
-    async def _turn(self) -> bool:
-        """Wait for the place of a request that ends. False where none came free within a request's time."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._turns.append(turn)
-        try:
-            async with asyncio.timeout(self._timeout_seconds):
-                await turn
-        except TimeoutError:
-            return not turn.cancelled()  # it may have come in the same moment
-        return True
-
-    def _leave(self) -> None:
-        """Give the place to whoever waits for one, else give it back."""
-        while self._turns:
-            turn = self._turns.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._serving.in_flight -= 1
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """The body, unpacked. Raises InputError as soon as it is too long, whatever the client still sends."""
@@ -301,8 +356,10 @@ class V2:
             return inflate(body, encoding.decode("latin-1").strip().lower(), limit)
         return body
 
-    async def _wait(self, work: Work, loaded: LoadedVersion, receive: Receive, timeout_seconds: float) -> None:
-        """Until the version has answered, for as long as the client gives it where that is not 0.
+    async def _wait(
+        self, work: Work, loaded: LoadedVersion, receive: Receive, timeout_seconds: float, spent: float
+    ) -> None:
+        """Until the version has answered, for as long as the client gives it where that is not 0; `spent` of that is gone already.
 
         Raises ModelError, DeadlineError, ClientGoneError, UnavailableError.
         """
@@ -310,8 +367,8 @@ class V2:
         if timeout_seconds and timeout_seconds < self._timeout_seconds:
             # At its deadline it leaves the queue: it is not computed for nobody.
             loop = asyncio.get_running_loop()
-            deadline = loop.call_later(timeout_seconds, _expire, work, loaded, timeout_seconds)
-        waiting = _Waiting(work, loaded, receive)
+            deadline = loop.call_later(max(0.0, timeout_seconds - spent), _expire, work, loaded, timeout_seconds, spent)
+        waiting = _Waiting(work, loaded, receive, spent)
         self._waiting.add(waiting)
         if not self._sweeping:
             self._sweeping = True
@@ -330,11 +387,12 @@ class V2:
         now = time.perf_counter()
         for waiting in tuple(self._waiting):
             waited = now - waiting.work.enqueued
-            if waited > self._timeout_seconds:
+            if waited + waiting.spent > self._timeout_seconds:
                 loaded = waiting.loaded
                 who = f"model '{loaded.model}' version '{loaded.version}'"
                 error = DeadlineError(f"{who} did not answer within {self._timeout_seconds:g} seconds")
-                loaded.withdraw(waiting.work, error, count_as_error=True)
+                # What was spent before the version was there is no fault of the version.
+                loaded.withdraw(waiting.work, error, count_as_error=not waiting.spent or waited >= AMPLE_SECONDS)
             elif waiting.watcher is None and waited > WATCH_AFTER_SECONDS / 2:
                 waiting.watcher = asyncio.create_task(self._watch(waiting))
         self._sweeping = bool(self._waiting)
@@ -381,14 +439,15 @@ class V2:
         await send({"type": "http.response.body", "body": b""})
 
 
-def _expire(work: Work, loaded: LoadedVersion, timeout_seconds: float) -> None:
+def _expire(work: Work, loaded: LoadedVersion, timeout_seconds: float, spent: float) -> None:
     """The client's own deadline has come. The version's error only where it was slow by the measure of its route as well,
     or by AMPLE_SECONDS where the route has none: a client that gives a microsecond proves nothing against a version.
     """
     who = f"model '{loaded.model}' version '{loaded.version}'"
     error = DeadlineError(f"{who} did not answer within the {timeout_seconds:g} seconds of the parameter 'timeout'")
     threshold = work.slow_threshold_seconds
-    slow = timeout_seconds >= AMPLE_SECONDS if threshold is None else timeout_seconds > threshold
+    had = timeout_seconds - spent
+    slow = had >= AMPLE_SECONDS if threshold is None else had > threshold
     loaded.withdraw(work, error, count_as_error=slow)
 
 
@@ -397,9 +456,23 @@ def _unread(error: ModelkeepError) -> bool:
 
 
 def _times(work: Work) -> dict[str, Any]:
-    times = {"queue_seconds": round(work.queue_seconds, 6), "model_seconds": round(work.model_seconds, 6)}
+    # To the microsecond: `round` would print and parse each number.
+    times = {
+        "queue_seconds": int((work.started - work.enqueued) * 1e6 + 0.5) / 1e6,
+        "model_seconds": int((work.finished - work.started) * 1e6 + 0.5) / 1e6,
+    }
     cached = cached_by(work)
     return times if cached is None else {**times, "cache": cached}
+
+
+def _is_long(classes: dict[str, int], work: Work) -> bool:
+    """Whether ranking the outputs of a request would hold up all others."""
+    return any(work.answer[name].size > INLINE_ELEMENTS for name in classes)
+
+
+def _time_headers(work: Work) -> list[tuple[bytes, bytes]]:
+    """What the V2 protocol has in `parameters`, for answers that are the application's own."""
+    return [(b"x-" + name.replace("_", "-").encode(), str(value).encode()) for name, value in _times(work).items()]
 
 
 def _header_length(headers: dict[bytes, bytes]) -> int | None:
@@ -410,10 +483,6 @@ def _header_length(headers: dict[bytes, bytes]) -> int | None:
         shown = value[:40].decode("latin-1")
         raise InputError(f"Inference-Header-Content-Length must be a number of bytes, it is {shown!r}")
     return int(value)
-
-
-def _is_plain(request_id: bytes) -> bool:
-    return 0 < len(request_id) <= 128 and request_id.isascii() and request_id.decode("ascii").isprintable()
 
 
 async def _send(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 
 import orjson
 from fastapi import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry import keys
 from registry.actor import Who
 from registry.keys import INTERNAL, PREFIX, Failure, Principal, Role
 from registry.redaction import redact
 from serving.keyring import Keyring
+from serving.rates import Limiter
+from serving.statuses import error_body
 
 log = logging.getLogger("modelkeep.auth")
 
@@ -33,6 +35,8 @@ _FEEDBACK = "/api/v2/feedback"
 _NUDGE = "/api/v2/update-models"
 _CAPTURED = "/api/v2/captured/"
 _INDEX = "/v2/repository/index"
+_TEXTS = ("/v1/generate", "/v1/completions")
+_TEXT_MODELS = "/v1/models"
 _LONGEST_KEY = 256
 _LOG_EVERY_SECONDS = 10.0
 _READING = ("GET", "HEAD", "OPTIONS")
@@ -68,6 +72,8 @@ def role_needed(method: str, path: str) -> Role | None:
 
     `path` is what the pages go by too: decoded once, neither folded nor lowered, so that both read the same.
     """
+    if (method == "POST" and path in _TEXTS) or (method in ("GET", "HEAD") and path.startswith(_TEXT_MODELS)):
+        return "infer"
     if method == "POST":
         if path.startswith("/v2/models/") and path.rstrip("/").endswith("/infer"):
             return "infer"
@@ -89,6 +95,8 @@ class Rules:
     require_keys: bool = False
     allow_unauthenticated: bool = False
     origins: tuple[str, ...] = ()
+    aliases: frozenset[str] = frozenset()
+    """Paths of applications, which are inference."""
 
     @property
     def open(self) -> bool:
@@ -124,12 +132,18 @@ class Guard:
         rules: Rules,
         *,
         failures: dict[str, int] | None = None,
+        limiter: Limiter | None = None,
+        template: Callable[[str], str] = str,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.app, self.keyring, self.rules = app, keyring, rules
         self.failures = {} if failures is None else failures
         """Refused requests by reason, for /metrics."""
+        self.limiter = limiter
+        """Where keys have rates; `template` names a path for what it counts."""
+        self._template = template
         self._open = rules.open
+        self._aliases = rules.aliases
         self._local_only = rules.local and not rules.allow_unauthenticated
         self._monotonic = monotonic
         self._logged_at = float("-inf")
@@ -142,17 +156,50 @@ class Guard:
             return
         refusal = self._judge(scope, "GET" if kind == "websocket" else scope["method"], kind)
         if refusal is None:
-            await self.app(scope, receive, send)
+            if self.limiter is not None and (principal := scope["state"].pop("counted", None)) is not None:
+                await self._limited(self.limiter, principal, scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
             return
         self._note(scope, refusal)
         if kind == "http":
-            await _answer(send, refusal)
+            await _answer(send, refusal, path=scope["path"])
         else:
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": refusal.text[:120]})
+
+    async def _limited(
+        self, limiter: Limiter, principal: Principal, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Go on where the key's rate allows it, with what is left of it in the headers of the answer."""
+        found = await limiter.take(principal)
+        if found is None:
+            await self.app(scope, receive, send)
+            return
+        headers = found.headers()
+        if not found.allowed:
+            limiter.count(principal, self._template(scope["path"]))
+            seconds = found.retry_after
+            text = (
+                f"key {principal.name} may make {found.rate.count} inference requests in {found.rate.unit_seconds} s "
+                f"({found.rate}), and has: try again in {seconds} s"
+            )
+            await _answer(
+                send, _Refusal(429, "rate", text), (*headers, (b"retry-after", b"%d" % seconds)), path=scope["path"]
+            )
+            return
+
+        def sending(message: Message) -> Any:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *headers]
+            return send(message)
+
+        await self.app(scope, receive, sending)
 
     def _judge(self, scope: Scope, method: str, kind: str) -> _Refusal | None:
         path: str = scope["path"]
         needed = role_needed(method, path)
+        if self._aliases and method == "POST" and path in self._aliases:
+            needed = "infer"
         if kind != "http":
             needed = "view"
         elif needed is None and path in _UNCHECKED:
@@ -217,6 +264,8 @@ class Guard:
             )
         state["who"] = principal.asking
         state["role"] = principal.role
+        if self.limiter is not None and needed == "infer" and method == "POST" and path != _FEEDBACK:
+            state["counted"] = principal
         return None
 
     def _read(
@@ -311,9 +360,9 @@ def _names_this_machine(host: bytes | None) -> bool:
         return False
 
 
-async def _answer(send: Send, refusal: _Refusal) -> None:
-    body = orjson.dumps({"error": refusal.text})
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+async def _answer(send: Send, refusal: _Refusal, more: Sequence[tuple[bytes, bytes]] = (), *, path: str) -> None:
+    body = orjson.dumps(error_body(path, refusal.status, refusal.text))
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *more]
     if refusal.status == 401:
         headers.append((b"www-authenticate", b'Bearer realm="modelkeep"'))
     elif refusal.status == 503:

@@ -271,4 +271,7 @@ def wanted_of(row: Version) -> Wanted:
         bool(row.rows_independent),
         memory,
         deterministic=row.facts.get("deterministic") is True,
+        labels=row.facts.get("labels"),
+        max_batch=row.facts.get("max_batch"),
+        golden=row.golden_digest,
     )

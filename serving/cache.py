@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import fnmatch
+import itertools
 import logging
 from collections.abc import Collection, Iterable
 from functools import partial
@@ -19,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from registry.errors import ModelkeepError
 from serving.cache_store import LocalStore, Owner
 from serving.cache_values import Answer, Arrays, KeyMaker, kept
+from serving.cache_written import LARGEST_BYTES, Written, WrittenAnswers
 from serving.engine import QueueFullError
 from serving.statuses import ClientGoneError, DeadlineError
 from serving.telemetry import CacheCounts
-from serving.work import ParkedWork, Work, cached_by, saved_by
+from serving.work import ParkedWork, Work, cached_by, left_of, saved_by
 
 if TYPE_CHECKING:
     from serving.cache_shared import SharedStore
@@ -33,6 +35,9 @@ log = logging.getLogger("modelkeep.cache")
 
 L1, L2, SHARED = "l1", "l2", "shared"
 """Who answered: this process, Redis, or an equal request that was being computed."""
+WRITTEN_SHARE = 0.125
+"""Of the cache's bytes, for answers as they were sent."""
+_serials = itertools.count(1)
 
 
 class Limits(Protocol):
@@ -48,7 +53,9 @@ class ResponseCache:
     """One a process, used on the event loop. `follow` says which versions there are."""
 
     def __init__(self, limits: Limits) -> None:
-        self.local = LocalStore(limits.max_mb << 20, limits.ttl_seconds)
+        written_bytes = int((limits.max_mb << 20) * WRITTEN_SHARE)
+        self.local = LocalStore((limits.max_mb << 20) - written_bytes, limits.ttl_seconds)
+        self.written = WrittenAnswers(written_bytes)
         self.shared: SharedStore | None = None
         self.counts = CacheCounts()
         self._answers: dict[Owner, VersionAnswers] = {}
@@ -63,6 +70,8 @@ class ResponseCache:
             version.answers = None
             if version.deterministic:
                 answers[owner] = version.answers = known if known is not None else VersionAnswers(self, version, owner)
+        if self._answers.keys() - answers.keys():
+            self.written.clear()  # of the others it comes back with their next hits
         self._answers = answers
         for owner in self.local.owners():
             if owner not in answers:
@@ -112,7 +121,13 @@ class ResponseCache:
         local = self.local
         return {
             **self.counts.as_dict(),
-            "l1": {"entries": len(local), "bytes": local.bytes, "max_bytes": local.max_bytes, **local.counts},
+            "l1": {
+                "entries": len(local),
+                "bytes": local.bytes + self.written.bytes,
+                "max_bytes": local.max_bytes + self.written.max_bytes,
+                "written": len(self.written),
+                **local.counts,
+            },
             "l2": None if self.shared is None else self.shared.as_dict(),
             "versions": [
                 {
@@ -154,9 +169,54 @@ class VersionAnswers:
         """How many requests wait behind others, those of flights that can no longer be joined too."""
         self._looking: set[asyncio.Task[Answer | None]] = set()
 
+        self._token = next(_serials)
+        """In the names of what was written. Not itself: that would keep a version in memory that is gone."""
+        self._hit: ParkedWork | None = None
+        """Stands for each request that is answered as it was before."""
+
     @property
     def counts(self) -> CacheCounts:
         return self._loaded.telemetry.cache
+
+    def recall(
+        self, body: bytes, header_length: int | None, route: Route | None
+    ) -> tuple[bytes, int | None, Work] | None:
+        """What was sent for an equal request, where its answer is still held here: body, header length, work.
+
+        None where a promotion watches or copies the requests: it needs them read.
+        """
+        if len(body) > LARGEST_BYTES or type(body) is not bytes:
+            return None
+        if route is not None and (route.watch or route.shadow):
+            return None
+        cache = self._cache
+        name = (self._token, header_length, body)
+        written = cache.written.get(name)
+        if written is None:
+            return None
+        found: Answer | None = cache.local.get(written.key)
+        if found is None or found.serial != written.serial:
+            cache.written.drop(name)
+            return None
+        if self._hit is None:
+            self._hit = self._loaded.park({}, None)
+            self._hit.cached = L1
+            self._hit.future.set_result(None)
+        for counts in (cache.counts, self.counts):
+            counts.l1 += 1
+            counts.saved_seconds += found.model_seconds
+        return written.body, written.header_length, self._hit
+
+    def remember(
+        self, body: bytes, header_length: int | None, work: Work, answer: bytes, answer_header_length: int | None
+    ) -> None:
+        """An answer was written. Kept for `recall` where it came from this process, so that it says the same again."""
+        if cached_by(work) != L1 or type(work) is not ParkedWork or type(body) is not bytes:
+            return
+        found: Answer | None = self._cache.local.peek(work.found)
+        if found is not None and found.serial:
+            written = Written(answer, answer_header_length, work.found, found.serial)
+            self._cache.written.put((self._token, header_length, body), written)
 
     def forget(self) -> None:
         """Keep nothing of what is being computed, and let nobody join it who comes from now on."""
@@ -164,7 +224,12 @@ class VersionAnswers:
         self._flights.clear()
 
     def submit(
-        self, inputs: Arrays, outputs: tuple[str, ...] | None, route: Route | None = None, mark: int | None = None
+        self,
+        inputs: Arrays,
+        outputs: tuple[str, ...] | None,
+        route: Route | None = None,
+        mark: int | None = None,
+        asker: str = "",
     ) -> Work:
         """What `LoadedVersion.submit` does, with an answer that is there already where there is one.
 
@@ -175,24 +240,26 @@ class VersionAnswers:
         work: Work
         if route is not None and route.watch:
             cache.local.ask(key)
-            work = loaded.submit(inputs, outputs, route, mark)
+            work = loaded.submit(inputs, outputs, route, mark, asker)
             self._count("bypassed")
             work.future.add_done_callback(partial(self._store, key, work, self.invalidated))
             return work
         found: Answer | None = cache.local.get(key)
         if found is not None:
             hit = loaded.park(inputs, outputs, mark)
+            hit.found = key
             self._answer(hit, found.arrays, L1, found.model_seconds)
             return hit
         flight = self._flights.get(key)
         if flight is not None:
             return self._join(flight, mark)
         shared = cache.shared
-        if shared is not None and shared.ready(loaded.model):
+        if shared is not None and shared.ready(loaded.model, key):
             work = parked = loaded.park(inputs, outputs, mark)
+            work.asker = asker
             self._look(shared, key, parked)
         else:
-            work = loaded.submit(inputs, outputs, route, mark)
+            work = loaded.submit(inputs, outputs, route, mark, asker)
             self._count("misses")
         flight = self._flights[key] = Flight(work)
         self._take_off(key, flight)
@@ -233,6 +300,7 @@ class VersionAnswers:
         if work.future.done():
             return
         if found is not None:
+            work.left_seconds = found.left_seconds
             self._answer(work, found.arrays, L2, found.model_seconds)
             return
         self._count("misses")
@@ -278,6 +346,9 @@ class VersionAnswers:
         """Keep what a request was answered with, in both levels."""
         if future.cancelled() or future.exception() is not None:
             return
+        if cached_by(work) is None:
+            for counts in (self._cache.counts, self.counts):
+                counts.computed_seconds += work.model_seconds / work.company
         if invalidated != self.invalidated or not self._cache.follows(self.owner):
             return
         try:
@@ -289,8 +360,8 @@ class VersionAnswers:
         arrays, size_bytes = kept(work.answer)
         computed = cached_by(work) is None
         seconds = work.model_seconds / work.company if computed else saved_by(work)
-        answer = Answer(arrays, seconds)
-        self._cache.local.put(key, self.owner, answer, size_bytes)
+        answer = Answer(arrays, seconds, serial=next(_serials))
+        self._cache.local.put(key, self.owner, answer, size_bytes, left_of(work))
         if computed and self._cache.shared is not None:
             self._cache.shared.put(self.owner[0], key, answer)
 

@@ -11,8 +11,10 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from registry.redaction import redact
@@ -20,7 +22,8 @@ from serving.cache_values import Answer, is_longer, pack, unpack
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
-    from redis.asyncio.cluster import RedisCluster
+
+    from serving.cache_cluster import ClusterClient
 
 log = logging.getLogger("modelkeep.cache")
 
@@ -32,8 +35,10 @@ FAILURES = 3
 """After so many in a row requests no longer ask."""
 _CONNECT_SECONDS = 1.0
 _WRITES_WAITING = 64
+_WRITES_WAITING_BYTES = 8 << 20
 _LARGEST_BYTES = 1 << 20
 """Longer answers are not shared: their checksums would hold up the event loop for milliseconds."""
+_RETIRED_MARKS = 16
 _NAMES = ("hits", "misses", "poisoned", "failed", "skipped", "written", "not_written", "opened")
 
 
@@ -55,16 +60,20 @@ class SharedStore:
         self.counts = dict.fromkeys(_NAMES, 0)
         self.usable = False
         """Whether requests ask it now: not before the first answer, and not after FAILURES."""
-        self._client: Redis | RedisCluster = connect(url) if client is None else client
-        from redis.exceptions import RedisError
+        self._client: Redis | ClusterClient = connect(url, timeout_seconds) if client is None else client
+        self._cluster: ClusterClient | None = _cluster_of(self._client)
+        from redis.exceptions import RedisError, ResponseError
 
         self._errors: tuple[type[Exception], ...] = (RedisError, OSError, TimeoutError)
+        self._refused: type[Exception] = ResponseError
         self._prefix = f"modelkeep:cache:{environment}:"
         self._timeout_seconds = timeout_seconds
         self._ttl_milliseconds = max(1, int(ttl_seconds * 1000))
         self._models = models
         self._changed = changed
         self._marks: dict[str, str] = {}
+        self._retired: dict[str, deque[str]] = {}
+        """The last marks of each model that newer ones replaced."""
         self._pending: set[str] = set()
         """The models that need a new mark, and ..."""
         self._settled: set[str] = set()
@@ -73,6 +82,7 @@ class SharedStore:
         self._failures = 0
         self._asking = 0
         self._writes: set[asyncio.Task[None]] = set()
+        self._writing_bytes = 0
         self._task: asyncio.Task[None] | None = None
         self._logged: bool | None = None
 
@@ -89,11 +99,12 @@ class SharedStore:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 await self._client.aclose()
 
-    def ready(self, model: str) -> bool:
-        """Whether a request for this model should ask."""
-        if not self.usable or model not in self._marks:
+    def ready(self, model: str, key: bytes | None = None) -> bool:
+        """Whether a request for this model should ask, and for this key where the nodes of a cluster differ."""
+        if not self.usable or (mark := self._marks.get(model)) is None:
             return False
-        if self._asking >= CONNECTIONS:
+        resting = self._cluster is not None and key is not None and not self._cluster.ready(self._name(mark, key))
+        if resting or self._asking >= CONNECTIONS:
             self.counts["skipped"] += 1
             return False
         return True
@@ -116,15 +127,20 @@ class SharedStore:
         name = self._name(mark, key)
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                value = await _awaited(self._client.get(name))
+                # No more than an answer can have, whatever somebody put there; one that is longer is cut off, and no answer.
+                value = await _awaited(self._client.getrange(name, 0, _LARGEST_BYTES))
+                answer = unpack(key, value) if value else None
+                if answer is not None:
+                    answer = _aged(answer, await _awaited(self._client.pttl(name)))
         except self._errors as error:
-            self._failed(error)
-            return None
+            if type(error) is not self._refused:  # its subclasses say what is wrong with Redis, it with the value
+                self._failed(error)
+                return None
+            value, answer = b"?", None
         self._failures = 0
-        answer = unpack(key, value) if isinstance(value, bytes) else None
-        self.counts["hits" if answer is not None else "misses"] += 1
-        if value is not None and answer is None:
+        if value and answer is None:
             self.counts["poisoned"] += 1
+        self.counts["hits" if answer is not None else "misses"] += 1
         return answer
 
     def put(self, model: str, key: bytes, answer: Answer) -> None:
@@ -132,21 +148,35 @@ class SharedStore:
         if not self.usable or model not in self._marks or len(self._writes) >= _WRITES_WAITING:
             self.counts["not_written"] += 1
             return
+        name = self._name(self._marks[model], key)
         # Packing is what takes the time, so what is too long anyway is not packed.
-        value = None if is_longer(answer, _LARGEST_BYTES) else pack(key, answer)
-        if value is None or len(value) > _LARGEST_BYTES:
+        if is_longer(answer, _LARGEST_BYTES) or (self._cluster is not None and not self._cluster.ready(name)):
             self.counts["not_written"] += 1
             return
-        task = asyncio.create_task(self._write(self._name(self._marks[model], key), value))
+        value = pack(key, answer)
+        if value is None or len(value) > _LARGEST_BYTES or self._writing_bytes + len(value) > _WRITES_WAITING_BYTES:
+            self.counts["not_written"] += 1
+            return
+        self._writing_bytes += len(value)
+        task = asyncio.create_task(self._write(name, value))
         self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
+        task.add_done_callback(partial(self._wrote, len(value)))
+
+    def _wrote(self, size_bytes: int, task: asyncio.Task[None]) -> None:
+        self._writes.discard(task)
+        self._writing_bytes -= size_bytes
 
     async def invalidate(self, models: Collection[str]) -> bool:
         """Make what is stored of these models unreachable for every server. False where Redis does not answer: it is done when it does."""
         for model in models:
-            self._marks.pop(model, None)
+            self._retire(model)
             self._pending.add(model)
         return await self._settle()
+
+    def _retire(self, model: str) -> None:
+        mark = self._marks.pop(model, None)
+        if mark is not None:
+            self._retired.setdefault(model, deque(maxlen=_RETIRED_MARKS)).append(mark)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -154,6 +184,7 @@ class SharedStore:
             "usable": self.usable,
             "models": sorted(self._marks),
             "invalidations_waiting": sorted(self._pending | self._settled),
+            "nodes": [] if self._cluster is None else self._cluster.nodes(),
             **self.counts,
         }
 
@@ -172,6 +203,8 @@ class SharedStore:
 
     def _failed(self, error: BaseException) -> None:
         self.counts["failed"] += 1
+        if self._cluster is not None:
+            return  # which leaves the node alone that failed; the others answer
         self._failures += 1
         if self._failures >= FAILURES and self.usable:
             self._unusable(error)
@@ -212,11 +245,24 @@ class SharedStore:
 
     async def _settle_alone(self, pending: Collection[str]) -> bool:
         try:
+            if self._cluster is not None:
+                await self._cluster.refresh()
             async with asyncio.timeout(_CONNECT_SECONDS):
                 if pending:
-                    new: dict[Any, Any] = {model: secrets.token_hex(8) for model in pending}
-                    await _awaited(self._client.hset(self._prefix + "marks", mapping=new))
+                    await self._write_marks(pending)
                 found = await self._read_marks()
+                old = {model for model, mark in found.items() if mark in self._retired.get(model, ())} - self._pending
+                if old:
+                    # A master died before its replica had the newer mark: what was dropped must not come back with it.
+                    log.warning(
+                        "%s has old marks of %s again; what is stored under them is dropped again",
+                        self.url,
+                        sorted(old),
+                    )
+                    for model in old:
+                        self._retire(model)
+                    await self._write_marks(old)
+                    found = await self._read_marks()
                 missing = {model: secrets.token_hex(8) for model in set(self._models()) - found.keys()}
                 for model, mark in missing.items():
                     # Who comes first decides; a mark that Redis lost is a new one, so that nothing old comes back.
@@ -233,6 +279,7 @@ class SharedStore:
             return False
         for model, mark in found.items():
             if model not in self._pending and self._marks.get(model) != mark:
+                self._retire(model)
                 self._marks[model] = mark
                 # Also for the first mark: while none was known here, others may have invalidated.
                 self._changed(model)
@@ -244,6 +291,10 @@ class SharedStore:
                 log.info("answers are shared by %s", self.url)
         return True
 
+    async def _write_marks(self, models: Collection[str]) -> None:
+        new: dict[Any, Any] = {model: secrets.token_hex(8) for model in models}
+        await _awaited(self._client.hset(self._prefix + "marks", mapping=new))
+
     async def _read_marks(self) -> dict[str, str]:
         marks = await _awaited(self._client.hgetall(self._prefix + "marks"))
         return {name.decode(): mark.decode() for name, mark in marks.items()}
@@ -253,27 +304,40 @@ class SharedStore:
         await asyncio.gather(*(_awaited(self._client.exists(self._prefix + "marks")) for _ in range(CONNECTIONS)))
 
 
-def connect(url: str) -> Redis | RedisCluster:
-    """A client that tries nothing twice. It connects when it is used."""
+def connect(url: str, timeout_seconds: float) -> Redis | ClusterClient:
+    """A client that tries nothing twice. It connects when it is used; a node of a cluster has `timeout_seconds` to answer."""
+    if not url.partition("://")[0].endswith("+cluster"):
+        return _open(url)
+    from serving.cache_cluster import ClusterClient
+
+    return ClusterClient(url, open_client=_open, timeout_seconds=timeout_seconds, failures=FAILURES, warm=CONNECTIONS)
+
+
+def _open(url: str) -> Redis:
+    from redis.asyncio import Redis
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
 
-    options: dict[str, Any] = {
-        "retry": Retry(NoBackoff(), 0),
-        "socket_timeout": _CONNECT_SECONDS,
-        "socket_connect_timeout": _CONNECT_SECONDS,
-        "max_connections": 2 * CONNECTIONS + _WRITES_WAITING,
-    }
-    scheme, mark, rest = url.partition("://")
-    if scheme.endswith("+cluster"):
-        from redis.asyncio.cluster import RedisCluster
+    return Redis.from_url(
+        url,
+        retry=Retry(NoBackoff(), 0),
+        socket_timeout=_CONNECT_SECONDS,
+        socket_connect_timeout=_CONNECT_SECONDS,
+        max_connections=2 * CONNECTIONS + _WRITES_WAITING,
+    )
 
-        return RedisCluster.from_url(scheme.removesuffix("+cluster") + mark + rest, **options)
-    from redis.asyncio import Redis
 
-    return Redis.from_url(url, **options)
+def _cluster_of(client: Any) -> ClusterClient | None:
+    from serving.cache_cluster import ClusterClient
+
+    return client if isinstance(client, ClusterClient) else None
+
+
+def _aged(answer: Answer, left_milliseconds: int) -> Answer:
+    """With the time that Redis says is left to it, by the one clock that all servers share. Negative: it has no end, or has just ended."""
+    return answer if left_milliseconds == -1 else answer._replace(left_seconds=max(0, left_milliseconds) / 1000)
 
 
 async def _awaited(answer: Awaitable[Any] | Any) -> Any:
-    """redis types its commands for both of its clients; these are always awaited."""
+    """redis types its commands for its clients with and without asyncio; these are always awaited."""
     return await answer

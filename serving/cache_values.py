@@ -28,10 +28,16 @@ _DTYPES = {np.dtype(name).newbyteorder("<").str for name in DATATYPES.values() i
 
 
 class Answer(NamedTuple):
-    """What a version answered, and the seconds of its model that this took."""
+    """What a version answered, and the seconds of its model that this took.
+
+    One from Redis is an answer for `left_seconds` more, None for as long as a new one. One that this process holds has a
+    `serial` that no other has.
+    """
 
     arrays: dict[str, NDArray[Any]]
     model_seconds: float
+    left_seconds: float | None = None
+    serial: int = 0
 
 
 class KeyMaker:

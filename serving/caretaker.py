@@ -29,6 +29,9 @@ CRASHES_OF_A_STABLE = 3
 """A version that nobody judges any more has stood its tests: it takes one more, within the last hour, to suspect it."""
 
 
+Action = Literal["reload", "take out", "withdraw"]
+
+
 @dataclass(frozen=True, slots=True)
 class Unfit:
     """A version to be taken out of its route, and why."""
@@ -173,22 +176,30 @@ class Caretaker:
 
     # Health
 
-    def look(
-        self, loaded: Mapping[Key, LoadedVersion], routes: Mapping[str, Route]
-    ) -> list[tuple[Literal["reload", "take out"], Unfit]]:
-        """Judge every version; what is to be done about those that are unhealthy and that nobody else judges now."""
+    def look(self, loaded: Mapping[Key, LoadedVersion], routes: Mapping[str, Route]) -> list[tuple[Action, Unfit]]:
+        """Judge every version; what is to be done about those that are unhealthy and that nobody else judges now.
+
+        One that hangs says more than counts do: under judgement it is withdrawn, as one that crashes the server is. A stable one is
+        loaded again beside its candidate too, and again and again where nothing else can serve: else nobody answers for that model.
+        """
         self.results = self.health.look(loaded)
-        todo: list[tuple[Literal["reload", "take out"], Unfit]] = []
+        todo: list[tuple[Action, Unfit]] = []
         for key, result in self.results.items():
             route = routes.get(key[0])
             # Well over a whole window: the first few requests after a reload say little, and would have it loaded for ever.
             whole = self._monotonic() - self._reloaded.get(key, 0.0) >= self._window_seconds
             if result.status is HealthStatus.HEALTHY and whole and key not in self._told:
                 self._reloaded.pop(key, None)
-            if result.status is not HealthStatus.UNHEALTHY or route is None or route.watch:
-                continue  # while a route is watched, the judge of its promotion decides
+            if result.status is not HealthStatus.UNHEALTHY or route is None:
+                continue
+            hangs = loaded[key].hung is not None
             unfit = Unfit(*key, f"unhealthy: {'; '.join(result.reasons)}")
-            if key not in self._reloaded:
+            if hangs and (key[1] == route.candidate or (route.watch and route.candidate is None)):
+                if key not in self._told:
+                    todo.append(("withdraw", unfit))
+            elif route.watch and not hangs:
+                continue  # while a route is watched, the judge of its promotion decides
+            elif key not in self._reloaded or (hangs and key in self._told):
                 todo.append(("reload", unfit))
             elif key not in self._told:
                 todo.append(("take out", unfit))

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -23,22 +23,28 @@ from registry.connect import open_database
 from registry.errors import ModelkeepError
 from registry.settings import Settings, load_settings
 from registry.store import open_store
-from serving import cache_page, captured_page, feedback_page, operations, rollback_page
+from serving import cache_page, captured_page, entry, feedback_page, memory_page, operations, rollback_page
 from serving.api import create_app, freeze_startup_objects
-from serving.auth import Guard, Rules, is_local
+from serving.auth import Rules, is_local
 from serving.cache import ResponseCache
 from serving.cache_shared import SharedStore
 from serving.capture import Capture
 from serving.emergency import REGISTRY_SECONDS, Emergency
 from serving.keyring import Keyring
-from serving.protocol import BoundedHttpProtocol, bounded_protocol
+from serving.orders import Orders
+from serving.performance import Performance
+from serving.protocol import BoundedHttpProtocol
 from serving.reconcile import Reconciler
 from serving.state import Serving
+from serving.text import api as text_api
+from serving.text.exchange import end_texts
+from serving.tls import HANDSHAKE_SECONDS, certificates
 
 log = logging.getLogger("modelkeep.serve")
 
 _SETTLE_SECONDS = 0.15
 _CATCH_UP_SECONDS = 5.0
+_LAST_WORDS_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -48,6 +54,31 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
         super().__init__(config)
         self._serving = serving
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's own, but who does not come to terms on TLS is not waited for as long as the system likes."""
+        if self.config.ssl is None or sockets is None:
+            await super().startup(sockets)
+            return
+        await self.lifespan.startup()
+        loop = asyncio.get_running_loop()
+        make: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        loop.set_exception_handler(entry.quiet_handshakes)
+
+        def protocol() -> asyncio.Protocol:
+            return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        self.servers = [
+            await loop.create_server(
+                protocol,
+                sock=listener,
+                ssl=self.config.ssl,
+                backlog=self.config.backlog,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS,
+            )
+            for listener in sockets
+        ]
+        self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Readiness falls first; accepting stops; who is connected already, or is sending, has his request answered; then uvicorn's own end.
@@ -61,7 +92,15 @@ class Server(uvicorn.Server):
         deadline = time.monotonic() + float(self.config.timeout_graceful_shutdown or 0)
         while self._receiving() and time.monotonic() < deadline:
             await asyncio.sleep(_SETTLE_SECONDS / 3)
-        await super().shutdown(sockets)
+        # Texts go on for most of the time that there is, then their streams get a last event.
+        grace = float(self.config.timeout_graceful_shutdown or 0)
+        ending = asyncio.get_running_loop().call_later(
+            max(grace - _LAST_WORDS_SECONDS, grace / 2), end_texts, self._serving
+        )
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
 
     def _receiving(self) -> bool:
         """Whether somebody is in the middle of a request. uvicorn would cut him off."""
@@ -92,17 +131,28 @@ def replica_identity(folder: Path) -> str:
     return identity
 
 
-def routers(reconciler: Reconciler) -> list[APIRouter]:
+def performance_of(reconciler: Reconciler) -> Performance:
+    """What takes samples of how this server does."""
+    serving, settings = reconciler.serving, reconciler.settings
+    return Performance(
+        reconciler.memory.device, settings.alerts, lambda: (telemetry for _, _, telemetry in serving.telemetry())
+    )
+
+
+def routers(reconciler: Reconciler, performance: Performance | None = None) -> list[APIRouter]:
     """What this server answers beside inference and its own pages, a module each."""
     settings = reconciler.settings
     capture = reconciler.serving.capture
     quick = open_database(settings, answer_seconds=REGISTRY_SECONDS, statement_seconds=REGISTRY_SECONDS)
+    reconciler.serving.orders = Orders(reconciler, quick, timeout_seconds=settings.server.request_timeout_seconds)
     return [
         *([captured_page.router(capture)] if capture is not None else []),
         cache_page.router(reconciler.serving.cache),
         feedback_page.router(reconciler.serving),
+        memory_page.router(reconciler.serving, reconciler.memory, performance or performance_of(reconciler)),
         operations.router(reconciler.database),
         rollback_page.router(Emergency(reconciler, quick), lease_seconds=settings.lease_seconds),
+        text_api.router(reconciler.serving, settings),
     ]
 
 
@@ -114,6 +164,7 @@ def rules_of(settings: Settings, listener: socket.socket) -> Rules:
         require_keys=security.require_keys,
         allow_unauthenticated=security.allow_unauthenticated,
         origins=tuple(origin.lower() for origin in security.cors_origins),
+        aliases=frozenset(alias.path for alias in settings.aliases),
     )
 
 
@@ -143,6 +194,7 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
     serving.cache = open_cache(settings)
     if serving.cache is not None and serving.cache.shared is not None:
         serving.cache.shared.start()
+    tls = certificates(settings.server)
     rules = rules_of(settings, listener)
     reconciler = Reconciler(
         serving,
@@ -157,35 +209,40 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
     # Until uvicorn listens to it, a stop ends the process in the middle of a load: that is no crash of the version.
     loop.add_signal_handler(signal.SIGTERM, _end_early, reconciler)
     await reconciler.start()
-    app = Guard(
+    performance = performance_of(reconciler)
+    entry.equip(serving, settings)
+    app = entry.guarded(
         create_app(
-            serving, settings=settings, nudge=reconciler.nudge, info=reconciler.info, routers=routers(reconciler)
+            serving,
+            settings=settings,
+            nudge=reconciler.nudge,
+            info=reconciler.info,
+            routers=routers(reconciler, performance),
+            aliases=settings.aliases,
         ),
+        serving,
+        settings,
         reconciler.keyring,
         rules,
-        failures=serving.auth_failures,
     )
     freeze_startup_objects()
-    config = uvicorn.Config(
-        app,
-        loop="none",
-        http=bounded_protocol(settings.server.request_timeout_seconds),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(settings.server.drain_seconds),
-    )
+    config = entry.config(app, settings, tls)
     # Those who connected while no server was there come all at once: nobody of them is told to try again later.
     serving.catching_up = True
     loop.call_later(_CATCH_UP_SECONDS, setattr, serving, "catching_up", False)
     loop.remove_signal_handler(signal.SIGTERM)
     polling = asyncio.create_task(reconciler.run())
+    watching = asyncio.create_task(reconciler.watchdog.run(lambda: serving.loaded.values()))
+    looking = asyncio.create_task(reconciler.memory.watch(measure=performance.measure, then=performance.sample))
+    following = asyncio.create_task(tls.follow()) if tls is not None else None
     try:
         await Server(config, serving).serve(sockets=[listener])
     finally:
+        if following is not None:
+            following.cancel()
+        await entry.end(serving)
+        watching.cancel()
+        looking.cancel()
         polling.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await polling
@@ -196,6 +253,7 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
             await serving.cache.shared.stop()
         reconciler.caretaker.end()
         await reconciler.stop()
+        reconciler.watchdog.leave(serving.loaded.values())
 
 
 def _end_early(reconciler: Reconciler) -> None:

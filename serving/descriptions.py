@@ -52,10 +52,13 @@ def describe(serving: Serving, method: str, path: str, body: bytes) -> Any:
         case ["repository", "index"] | ["repository", _, "index"]:
             _only(path, method, "POST")
             return _index(serving, ready=_wants_ready(body))
-        case ["repository", "models", _, "load" | "unload" as action] | [
-            "repository", _, "models", _, "load" | "unload" as action
+        case ["repository", "models", model, "load" | "unload" as action] | [
+            "repository", _, "models", model, "load" | "unload" as action
         ]:  # fmt: skip
             _only(path, method, "POST")
+            if model not in serving.routes:
+                serving.versions(model)  # says that it is not known
+            # serving.orders has taken those of a server that follows a registry.
             raise NotYetError(f"{action} by the V2 protocol is not supported: {_FOLLOWS}")
         case ["systemsharedmemory" | "cudasharedmemory", *_]:
             raise NotYetError(_NO_SHARED_MEMORY)
@@ -98,7 +101,7 @@ def _index(serving: Serving, *, ready: bool) -> list[dict[str, str]]:
         for route in serving.routes.values():
             for version in (route.stable, route.candidate):
                 if version is not None:
-                    states.setdefault((route.model, version), ("LOADING", ""))
+                    states.setdefault((route.model, version), _away(serving, route.model))
         for key, error in serving.load_errors.items():
             if key not in serving.loaded:
                 states[key] = ("UNAVAILABLE", error)
@@ -106,6 +109,15 @@ def _index(serving: Serving, *, ready: bool) -> list[dict[str, str]]:
         {"name": model, "version": version, "state": state, "reason": reason}
         for (model, version), (state, reason) in sorted(states.items())
     ]
+
+
+def _away(serving: Serving, model: str) -> tuple[str, str]:
+    """State and reason of a version that its route names and that is not in memory."""
+    if (why := serving.unloaded.get(model)) is not None:
+        return "UNAVAILABLE", f"unloaded on this server {why}"
+    if (why := serving.sleeping.get(model)) is not None:
+        return "UNAVAILABLE", f"not in memory ({why}): its next request loads it"
+    return "LOADING", ""
 
 
 def _describe_model(serving: Serving, method: str, path: str, model: str, version: str | None, rest: list[str]) -> Any:
@@ -125,16 +137,27 @@ def _describe_model(serving: Serving, method: str, path: str, model: str, versio
 
 def _check_ready(serving: Serving, model: str, version: str | None) -> None:
     """Raises UnavailableError for what is known and not loaded, NotFoundError for what is not known."""
+    route, residency = serving.routes.get(model), serving.residency
+    named = route is not None and version in (None, route.stable, route.candidate)
+    if residency is not None and named and residency.wakes(model):
+        return  # its next request is answered, after a wait
     if version is not None:
         if (error := serving.load_errors.get((model, version))) and (model, version) not in serving.loaded:
             raise UnavailableError(f"model '{model}' version '{version}' did not load: {error}")
-        serving.versions(model, version)
+        _check_answers(serving.versions(model, version)[0])
         return
-    route = serving.routes.get(model)
     if route is None:
         serving.versions(model)
-    if route is None or (model, route.stable or route.candidate) not in serving.loaded:
+    loaded = None if route is None else serving.loaded.get((model, route.stable or route.candidate or ""))
+    if loaded is None:
+        serving.versions(model)  # it may know better why
         raise UnavailableError(f"model '{model}' has no version in traffic that is loaded")
+    _check_answers(loaded)
+
+
+def _check_answers(loaded: LoadedVersion) -> None:
+    if loaded.hung is not None:
+        raise UnavailableError(f"model '{loaded.model}' version '{loaded.version}' hangs: {loaded.hung}")
 
 
 def _metadata(loaded: LoadedVersion, versions: list[LoadedVersion]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from registry import rollbacks
 from registry.actor import Who
 from registry.attempts import Attempt
 from registry.database import Database
-from registry.errors import ConflictError, ModelkeepError, StorageError, UnavailableError, UsageError
+from registry.errors import ConflictError, ModelkeepError, RefusedError, StorageError, UnavailableError, UsageError
 from registry.rollbacks import Aim, Seen
 from serving.engine import LoadedVersion
 from serving.holds import held
@@ -164,6 +164,10 @@ class Emergency:
         try:
             while True:
                 state = self._state()
+                if (order := reconciler.unloads.by_model.get(model)) is not None:
+                    raise RefusedError(
+                        f"{model} is unloaded on this server {order.why()}: load it first (POST /v2/repository/models/{model}/load)"
+                    )
                 route, target, wanted = backstop.target(state, model, to)
                 if seen is not None and _done_since(state, route, seen, target):
                     return self._result(route, seen.stable, target, by="registry", registry=why)
@@ -176,6 +180,8 @@ class Emergency:
                     break
                 self._let_go(spare)
                 spare = None
+                # Room is made where others can go, but an emergency does not wait until they have gone.
+                reconciler.make_room_at_once(wanted)
                 spare = await backstop.urgent(partial(reconciler.load, wanted))
                 # The registry may have come back while this was loading, with another route: so from the beginning.
             before, version = reconciler.serving.routes.get(model), chosen

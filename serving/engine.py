@@ -11,20 +11,24 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from registry.errors import ModelkeepError, UnavailableError, UsageError
+from serving.memory_limits import BatchLimit
 from serving.routing import Route
-from serving.runtimes import Runtime, first_line
+from serving.runtimes import Runtime
 from serving.shadow import AGREES, Comparison, Copy, compare
+from serving.statuses import OutOfMemoryError
+from serving.statuses import QueueFullError as QueueFullError
 from serving.telemetry import VersionTelemetry, WatchCounts
+from serving.turns import Turns
 from serving.v2 import Codec
 from serving.work import Arrays, ParkedWork, Work, cached_by
+from serving.worker import Computing
+from serving.worker import ModelError as ModelError
 
 if TYPE_CHECKING:
     from serving.cache import VersionAnswers
@@ -32,26 +36,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHADOW_QUEUE_SIZE = 16
-_FAILURES_LOGGED_EVERY_SECONDS = 1.0
 _batches = itertools.count(1)
 """Numbers for executed batches, over all versions: counts outlive the version that they began with."""
 
 
-class QueueFullError(ModelkeepError):
-    """The version has as many requests waiting as its queue holds. Answered 429."""
-
-
-class ModelError(ModelkeepError):
-    """The model failed on an input. Answered 500 and counted as the version's error."""
-
-
-class LoadedVersion:
+class LoadedVersion(Computing):
     """A version in memory, with one worker thread.
 
     Queued requests are computed together, up to `max_batch` rows, only where the rows are independent and the first
     dimension of every input and output is free; nothing ever waits for company. A batch that fails is computed again
-    one by one, so that a bad input fails alone. `mark(True)` and `mark(False)` are called on the worker thread around
-    every computation (the supervisor learns from it who was computing at a crash).
+    one by one, so that a bad input fails alone; one that runs out of memory is halved until it fits. `mark(True)` and
+    `mark(False)` are called on the worker thread around every computation (the supervisor learns from it who was
+    computing at a crash).
     """
 
     def __init__(
@@ -66,13 +62,25 @@ class LoadedVersion:
         queue_size: int,
         shadow_queue_size: int = SHADOW_QUEUE_SIZE,
         deterministic: bool = False,
+        labels: Mapping[str, Sequence[str]] | None = None,
         mark: Callable[[bool], None] | None = None,
+        limit: BatchLimit | None = None,
+        clean_up: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.model = model
-        self.version = version
+        """`limit` bounds the rows by what memory allows; `clean_up` is called on the worker thread when it ran out."""
+        specs = (*runtime.signature.required, *runtime.signature.outputs)
+        super().__init__(
+            model,
+            version,
+            runtime,
+            limit if limit is not None else BatchLimit(max_batch),
+            divisible=rows_independent and all(s.shape[:1] == (-1,) for s in specs),
+            mark=mark,
+            clean_up=clean_up,
+            clock=clock,
+        )
         self.digest = digest
-        self.runtime = runtime
         self.rows_independent = rows_independent
         self.max_batch = max_batch
         self.queue_size = queue_size
@@ -80,27 +88,24 @@ class LoadedVersion:
         self.deterministic = deterministic
         self.answers: VersionAnswers | None = None
         """Its part of the cache, where there is one and the version is deterministic; see serving.cache."""
-        self.codec = Codec(runtime.signature)
+        self.codec = Codec(runtime.signature, labels)
         self.telemetry = VersionTelemetry()
         self.watch: dict[int, WatchCounts] = {}
         self.references = 0
         self.version_header = version.encode("latin-1", "replace")
         self.id_part: tuple[int, bytes] = (-1, b"")
         """(generation, what the ids of requests hold of it and of this version), as made last."""
-        required = runtime.signature.required
-        self._required = len(required)
-        specs = (*required, *runtime.signature.outputs)
-        self._batching = rows_independent and max_batch > 1 and all(s.shape[:1] == (-1,) for s in specs)
-        self._fixed_rows = all(-1 not in s.shape[1:] for s in required)
-        self._mark = mark
-        self._clock = clock
+        self._fixed_rows = all(-1 not in s.shape[1:] for s in runtime.signature.required)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._live: deque[Work] = deque()
+        self._turns = Turns()
         self._copies: deque[Copy] = deque()
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._closing = False
         self._idle: list[asyncio.Future[None]] = []
-        self._logged_at = -_FAILURES_LOGGED_EVERY_SECONDS
+        self.hung: str | None = None
+        """Why it counts as hanging; it then refuses what it is asked. See serving.watchdog."""
+        self._refusal: ModelkeepError | None = None
         self._batch = next(_batches)
         """The number of the batch that is delivered next: whatever runs out of time now waits for that one."""
         self._thread = threading.Thread(target=self._serve, name=f"{model}/{version}", daemon=True)
@@ -143,13 +148,20 @@ class LoadedVersion:
         return counts
 
     def submit(
-        self, inputs: Arrays, outputs: tuple[str, ...] | None, route: Route | None = None, mark: int | None = None
+        self,
+        inputs: Arrays,
+        outputs: tuple[str, ...] | None,
+        route: Route | None = None,
+        mark: int | None = None,
+        asker: str = "",
     ) -> Work:
         """Queue a request that the codec has checked. `route` is what chose this version, None where the client did.
 
-        `mark` is that of the client's key (`routing.mark_of`), where it sent one.
-        Raises QueueFullError, or UnavailableError once the version is closed.
+        `mark` is that of the client's key (`routing.mark_of`), where it sent one; `asker` its API key: of each key one in turn.
+        Raises QueueFullError, or UnavailableError once the version is closed or where it hangs.
         """
+        if self._refusal is not None:
+            self._refuse(self._refusal, route, mark)
         self._check_room()
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
@@ -159,7 +171,8 @@ class LoadedVersion:
             slow_threshold = route.slow_threshold_seconds
         rows, key = self._batch_key(inputs, outputs) if self._batching else (0, None)
         work = Work(inputs, outputs, rows, key, self._loop.create_future(), self._clock(), counts, slow_threshold, mark)
-        self._live.append(work)
+        work.asker = asker
+        self._turns.put(self._live, work)
         self._wake.put(None)
         return work
 
@@ -171,10 +184,12 @@ class LoadedVersion:
 
     def queue(self, work: ParkedWork) -> None:
         """Queue a parked request. Raises what `submit` does."""
+        if self._refusal is not None:
+            self._refuse(self._refusal, None, work.mark)
         self._check_room()
         if self._batching:
             work.rows, work.key = self._batch_key(work.inputs, work.outputs)
-        self._live.append(work)
+        self._turns.put(self._live, work)
         self._wake.put(None)
 
     def _check_room(self) -> None:
@@ -184,6 +199,32 @@ class LoadedVersion:
             )
         if self._closing:
             raise UnavailableError(f"model '{self.model}' version '{self.version}' is closed")
+
+    def _refuse(self, error: ModelkeepError, route: Route | None, mark: int | None) -> NoReturn:
+        """It hangs: an error of its own, of one cause with all others since then."""
+        self.telemetry.total.record(0.0, error=True, slow=False, batch=self._batch)
+        if route is not None and route.watch:
+            self.counts_for(route).record(0.0, error=True, slow=False, batch=self._batch, key=mark)
+        raise error
+
+    def declare_hung(self, reason: str, error: ModelkeepError) -> None:
+        """Answer everything that waits, and everything that comes, with `error`; tell a runtime that can to give up."""
+        self.hung, self._refusal = reason, error
+        for work in tuple(self._live):
+            self.withdraw(work, error, count_as_error=True)
+        with suppress(IndexError):
+            while True:
+                self.count_dropped(self._copies.popleft())
+        interrupt = getattr(self.runtime, "interrupt", None)
+        if interrupt is not None:
+            interrupt()
+
+    def answers_again(self) -> None:
+        """The computation that hung has come to its end after all."""
+        resume = getattr(self.runtime, "resume", None)
+        if resume is not None:
+            resume()
+        self.hung = self._refusal = None
 
     def withdraw(self, work: Work, reason: ModelkeepError, *, count_as_error: bool) -> None:
         """Give a request up: it is not computed if it has not begun, and its future raises `reason`.
@@ -212,7 +253,7 @@ class LoadedVersion:
 
     def offer(self, copy: Copy) -> bool:
         """Queue a shadow copy, where there is nothing live to do and room for it."""
-        if self._closing or self._live or len(self._copies) >= self.shadow_queue_size:
+        if self._closing or self._live or self.hung is not None or len(self._copies) >= self.shadow_queue_size:
             return False
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
@@ -289,6 +330,7 @@ class LoadedVersion:
                 if failure is None:
                     future.set_result(None)
                 else:
+                    telemetry.out_of_memory_failed += isinstance(failure, OutOfMemoryError)
                     future.set_exception(failure)
 
     def _count(self, work: Work, latency_seconds: float, *, error: bool) -> None:
@@ -322,7 +364,7 @@ class LoadedVersion:
                 if live:
                     batch = self._take()
                     if batch:
-                        self._report(self._deliver, batch, self._compute(batch))
+                        self._report(self._deliver, batch, self.compute(batch))
                 elif copies:
                     try:
                         copy = copies.popleft()
@@ -341,18 +383,18 @@ class LoadedVersion:
         """The next request, and those behind it that can be computed with it."""
         live = self._live
         batch: list[Work] = []
-        rows = 0
+        rows, most = 0, self.limit.rows
         while live:
             try:
                 work = live[0]
-                if batch and (work.key != batch[0].key or rows + work.rows > self.max_batch or not work.rows):
+                if batch and (work.key != batch[0].key or rows + work.rows > most or not work.rows):
                     break
                 work = live.popleft()
             except IndexError:  # withdrawn by the event loop in between
                 break
             if work.withdrawn:
                 continue
-            if batch and (work.key != batch[0].key or rows + work.rows > self.max_batch or not work.rows):
+            if batch and (work.key != batch[0].key or rows + work.rows > most or not work.rows):
                 live.appendleft(work)
                 break
             batch.append(work)
@@ -360,63 +402,6 @@ class LoadedVersion:
             if not self._batching or not work.rows:
                 break
         return batch
-
-    def _compute(self, batch: list[Work]) -> int:
-        """Compute a batch into its works; the number of runs that it took."""
-        runs = 1
-        if self._mark is not None:
-            self._mark(True)
-        started = self._clock()
-        for work in batch:
-            work.started = started
-        if len(batch) == 1:
-            self._compute_single(batch[0])
-        elif not self._compute_together(batch):
-            runs += len(batch)
-            for work in batch:
-                if not work.withdrawn:
-                    self._compute_single(work)
-        if self._mark is not None:
-            self._mark(False)
-        return runs
-
-    def _compute_single(self, work: Work) -> None:
-        try:
-            work.answer = self.runtime.run(work.inputs, work.outputs)
-        except Exception as error:  # whatever a model raises is its failure, and no reason to stop serving
-            work.failure = self._failure(error)
-        work.finished = self._clock()
-
-    def _compute_together(self, batch: list[Work]) -> bool:
-        names = batch[0].inputs
-        total = sum(work.rows for work in batch)
-        try:
-            inputs = {name: np.concatenate([work.inputs[name] for work in batch]) for name in names}
-            answer = self.runtime.run(inputs, batch[0].outputs)
-        except Exception as error:  # as above; computed again one by one, which finds out whose input it was
-            logger.debug("%r: a batch of %d failed: %s", self, len(batch), first_line(error))
-            return False
-        if any(not array.shape or array.shape[0] != total for array in answer.values()):
-            logger.warning("%r does not answer a row for every row: it is no longer batched", self)
-            self._batching = False
-            return False
-        finished = self._clock()
-        start = 0
-        for work in batch:
-            end = start + work.rows
-            work.answer = {name: array[start:end] for name, array in answer.items()}
-            work.finished = finished
-            start = end
-        return True
-
-    def _failure(self, error: Exception) -> ModelkeepError:
-        if isinstance(error, UsageError):
-            return error
-        now = self._clock()
-        if now - self._logged_at >= _FAILURES_LOGGED_EVERY_SECONDS:
-            self._logged_at = now
-            logger.warning("%r failed on an input", self, exc_info=error)
-        return ModelError(f"model '{self.model}' version '{self.version}' failed on this input: {first_line(error)}")
 
     def _compute_copy(self, copy: Copy) -> None:
         if copy.stable.queue_length:
@@ -427,9 +412,12 @@ class LoadedVersion:
         started = self._clock()
         error, found = False, AGREES
         try:
-            answer = self.runtime.run(copy.inputs, copy.outputs)
+            try:
+                answer = self.run(copy.inputs, copy.outputs)
+            except OutOfMemoryError as shortage:  # it shall not count for what live requests are split by
+                answer, _ = self.in_portions(copy.inputs, copy.outputs, lambda: False, shortage)
         except Exception as failure:  # as above; it is counted, and no client is concerned
-            self._failure(failure)
+            self.failure(failure)
             error = True
         seconds = self._clock() - started
         if self._mark is not None:
@@ -437,6 +425,12 @@ class LoadedVersion:
         if not error:
             found = compare(copy.expected, answer)
         self._report(self._deliver_copy, copy, seconds, error, found)
+
+    def count_out_of_memory(self) -> None:
+        self._report(self._note_out_of_memory)
+
+    def _note_out_of_memory(self) -> None:
+        self.telemetry.out_of_memory += 1
 
     def _report(self, callback: Callable[..., None], *values: Any) -> None:
         loop = self._loop

@@ -100,7 +100,7 @@ class ModelHealth:
         return {key: self.judge(key, version) for key, version in loaded.items()}
 
     def judge(self, key: Key, version: LoadedVersion) -> HealthResult:
-        """By the limits of the settings: memory and errors make a version unhealthy, slow answers degraded."""
+        """By the limits of the settings: memory, errors and a computation without end make a version unhealthy, slow answers degraded."""
         limits, newest = self._limits, _sample(0.0, version)
         samples = self._samples.get(key)
         oldest = samples[0] if samples else newest
@@ -111,9 +111,12 @@ class ModelHealth:
         mean = (newest.seconds - oldest.seconds) / computed if computed else None
         memory = version.runtime.memory_bytes
         reasons, status = [], HealthStatus.HEALTHY
+        if version.hung is not None:
+            status = HealthStatus.UNHEALTHY
+            reasons.append(f"hangs: {version.hung}")
         enough = requests >= limits.minimum_requests
         if mean is not None and computed >= limits.minimum_requests and mean > limits.response_seconds:
-            status = HealthStatus.DEGRADED
+            status = HealthStatus.DEGRADED if status is HealthStatus.HEALTHY else status
             reasons.append(f"answers take {mean:.2f} s on average, more than {limits.response_seconds:g} s")
         if rate is not None and enough and rate > limits.error_rate:
             status = HealthStatus.UNHEALTHY

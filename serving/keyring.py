@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from registry import clock, keys
+from registry import clock, keys, rates
 from registry.database import Database
+from registry.errors import UsageError
 from registry.keys import Failure, Principal, StoredKey
 from serving import laststate
 
@@ -115,7 +116,7 @@ class Keyring:
             self.install([_key(row) for row in document["keys"]], (str(document["epoch"]), int(document["counter"])))
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
             log.error("the keys in %s cannot be used, waiting for the registry: %r", self.path, error)
 
     def keep(self) -> None:
@@ -134,6 +135,7 @@ class Keyring:
                     "hash": key.hash,
                     "expires_at": None if key.expires_at is None else clock.text(key.expires_at),
                     "revoked": key.revoked,
+                    "rate": key.rate,
                 }
                 for key in self._keys.values()
             ],
@@ -155,6 +157,9 @@ def _key(row: dict[str, Any]) -> StoredKey:
     moment = None if expires_at is None else dt.datetime.fromisoformat(expires_at)
     if moment is not None and moment.tzinfo is None:
         raise ValueError(f"expires_at = {expires_at!r} has no zone")
+    rate = row.get("rate")  # an earlier modelkeep wrote none
+    if rate is not None:
+        rate = rates.written(str(rate))
     return StoredKey(
         id=str(row["id"]),
         name=str(row["name"]),
@@ -162,4 +167,5 @@ def _key(row: dict[str, Any]) -> StoredKey:
         hash=str(row["hash"]),
         expires_at=moment,
         revoked=row["revoked"],
+        rate=rate,
     )

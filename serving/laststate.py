@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from serving.routing import Route
+
+log = logging.getLogger("modelkeep.reconcile")
 
 _FORMAT = 1
 
@@ -29,6 +32,12 @@ class Wanted:
     """As the validation measured it; None: it did not."""
     deterministic: bool = False
     """Whether its answers may be kept and given again."""
+    labels: dict[str, Any] | None = None
+    """Of its outputs' classes, as registry.labels has them."""
+    max_batch: int | None = None
+    """The most rows that its author lets be computed together; None: the settings alone say it."""
+    golden: str | None = None
+    """The digest of its golden cases, by which half precision is decided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +96,15 @@ def read(path: Path) -> LastState | None:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
+def recall(path: Path) -> LastState | None:
+    """As `read`; None as well, and logged, where it cannot be used."""
+    try:
+        return read(path)
+    except (OSError, ValueError) as error:
+        log.error("the last state cannot be used, going on without it: %s", error)
+        return None
 
 
 def _route(value: dict[str, Any]) -> Route:

@@ -15,8 +15,10 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from serving import memory_metrics
 from serving.state import Serving
 from serving.telemetry import cumulative_buckets
+from serving.text import metrics as text_metrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _VERSION = ["model", "version"]
@@ -54,6 +56,8 @@ class _ServingCollector(Collector):
         yield from self._cache()
         yield from self._loaded()
         yield from self._routes()
+        yield from text_metrics.collect(self._serving)
+        yield from memory_metrics.collect(self._serving)
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: the registry would collect to find the names out."""
@@ -73,7 +77,35 @@ class _ServingCollector(Collector):
         for reason, count in serving.auth_failures.items():
             refused.add_metric([reason], count)
         yield refused
+        yield from self._access()
         yield from self._exchanges()
+        yield from self._residency()
+
+    def _access(self) -> Iterator[Metric]:
+        serving = self._serving
+        limited = CounterMetricFamily(
+            "modelkeep_rate_limit_hits", "Requests beyond the rate of their key.", labels=["client", "endpoint"]
+        )
+        if serving.limiter is not None:
+            for (client, endpoint), count in serving.limiter.hits.items():
+                limited.add_metric([client, endpoint], count)
+        yield limited
+        shared = serving.limiter.shared if serving.limiter is not None else None
+        if shared is not None:
+            usable = float(shared.usable)
+            yield GaugeMetricFamily("modelkeep_rate_limits_shared", "1 while rates are counted in Redis.", usable)
+        places = serving.places
+        full = CounterMetricFamily("modelkeep_places_refused", "Requests without a place, by why.", labels=["reason"])
+        for reason, count in places.refused.items():
+            full.add_metric([reason], count)
+        yield full
+        yield GaugeMetricFamily("modelkeep_places_waiting", "Requests that wait for a place.", float(places.waiting))
+        if serving.http is not None:
+            yield from serving.http.collect()
+        if serving.access is not None:
+            log = serving.access
+            yield CounterMetricFamily("modelkeep_access_log_lines", "Lines written.", float(log.written))
+            yield CounterMetricFamily("modelkeep_access_log_dropped", "Lines that were lost.", float(log.dropped))
 
     def _exchanges(self) -> Iterator[Metric]:
         gate = self._serving.gate
@@ -84,6 +116,34 @@ class _ServingCollector(Collector):
         }
         for name, (text, value) in counts.items():
             yield CounterMetricFamily(f"modelkeep_exchange_{name}", text, value=float(value))
+
+    def _residency(self) -> Iterator[Metric]:
+        residency = self._serving.residency
+        if residency is None:
+            return
+        yield GaugeMetricFamily(
+            "modelkeep_models_dormant",
+            "Models that are loaded at their next request.",
+            value=len(self._serving.sleeping),
+        )
+        yield GaugeMetricFamily(
+            "modelkeep_models_unloaded",
+            "Models that this server was told not to serve.",
+            value=len(self._serving.unloaded),
+        )
+        families = {
+            "loads": CounterMetricFamily("modelkeep_model_loads", "Times that a model was loaded.", labels=["model"]),
+            "evictions": CounterMetricFamily(
+                "modelkeep_model_evictions", "Times that it went for others.", labels=["model"]
+            ),
+            "failures": CounterMetricFamily(
+                "modelkeep_model_load_failures", "Times that it did not wake.", labels=["model"]
+            ),
+        }
+        for model, figures in residency.figures.items():
+            for what, family in families.items():
+                family.add_metric([model], getattr(figures, what))
+        yield from families.values()
 
     def _requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
@@ -163,7 +223,9 @@ class _ServingCollector(Collector):
         yield GaugeMetricFamily(
             "modelkeep_cache_entries", "Answers held in this process.", value=float(len(cache.local))
         )
-        yield GaugeMetricFamily("modelkeep_cache_bytes", "Memory that they take.", value=float(cache.local.bytes))
+        yield GaugeMetricFamily(
+            "modelkeep_cache_bytes", "Memory that they take.", value=float(cache.local.bytes + cache.written.bytes)
+        )
         entries = CounterMetricFamily(
             "modelkeep_cache_entries_changed", "Answers by what became of them.", labels=["what"]
         )
@@ -181,12 +243,10 @@ class _ServingCollector(Collector):
     def _loaded(self) -> Iterator[Metric]:
         queue = GaugeMetricFamily("modelkeep_queue_length", "Requests waiting for the model.", labels=_VERSION)
         held = GaugeMetricFamily("modelkeep_version_requests_in_flight", "Requests in queue or model.", labels=_VERSION)
-        memory = GaugeMetricFamily("modelkeep_model_memory_bytes", "Memory that loading it took.", labels=_VERSION)
         for (model, name), loaded in self._serving.loaded.items():
             queue.add_metric([model, name], loaded.queue_length)
             held.add_metric([model, name], loaded.references)
-            memory.add_metric([model, name], loaded.runtime.memory_bytes)
-        yield from (queue, held, memory)
+        yield from (queue, held)
 
     def _routes(self) -> Iterator[Metric]:
         weight = GaugeMetricFamily(

@@ -12,12 +12,28 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from registry.errors import ModelkeepError
+from serving.aliases import Aliases
 from serving.auth import role_of
 from serving.engine import LoadedVersion
 from serving.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from serving.metrics import Metrics, software_version
 from serving.state import Serving
 from serving.statuses import status_of
+from serving.text import health as text_health
+
+
+class _Pages(FastAPI):
+    """Its schema has the aliases too, which it does not answer itself."""
+
+    def __init__(self, aliases: Aliases, **options: Any) -> None:
+        super().__init__(**options)
+        self._own_paths = aliases
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            super().openapi()["paths"].update(self._own_paths.openapi())
+        assert self.openapi_schema is not None
+        return self.openapi_schema
 
 
 def create_pages(
@@ -26,10 +42,13 @@ def create_pages(
     nudge: Callable[[], Awaitable[dict[str, Any]]],
     info: Callable[[], dict[str, Any]],
     routers: Sequence[APIRouter] = (),
+    aliases: Aliases | None = None,
 ) -> FastAPI:
     """What is not inference. The page of /docs is our own: FastAPI's loads its scripts from the network."""
     metrics = Metrics(serving)
-    app = FastAPI(
+    own_paths = Aliases() if aliases is None else aliases
+    app = _Pages(
+        own_paths,
         title="modelkeep",
         version=software_version(),
         docs_url=None,
@@ -48,7 +67,7 @@ def create_pages(
         if role_of(request) is None:
             return public
         served = {"environment": serving.environment, "replica": serving.replica_id, "models": sorted(serving.routes)}
-        return {**public, **served}
+        return {**public, **served, "aliases": own_paths.as_list(serving)}
 
     @app.get("/health", summary="Live and ready")
     async def health() -> JSONResponse:
@@ -69,12 +88,18 @@ def create_pages(
         return info()
 
     @app.get("/api/v2/model-health", summary="Loaded versions: health, requests, errors, queues")
-    async def model_health() -> dict[str, Any]:
+    async def model_health(generate: bool = False) -> dict[str, Any]:
         return {
             "models": [
-                {**_health(loaded), **serving.health.get(key, {"status": "unknown"})}
+                {
+                    **_health(loaded),
+                    **serving.health.get(key, {"status": "unknown"}),
+                    **await text_health.generation(loaded, now=generate),
+                }
                 for key, loaded in sorted(serving.loaded.items())
-            ]
+            ],
+            "dormant": dict(sorted(serving.sleeping.items())),
+            "unloaded": dict(sorted(serving.unloaded.items())),
         }
 
     @app.post("/api/v2/update-models", summary="Follow the registry now; answers when that is done")
@@ -101,6 +126,7 @@ def _health(loaded: LoadedVersion) -> dict[str, Any]:
         "in_flight": loaded.references,
         "queue_length": loaded.queue_length,
         "memory_bytes": loaded.runtime.memory_bytes,
+        "last_inference_unix_seconds": loaded.telemetry.last_inference_unix_seconds,
     }
 
 
@@ -137,6 +163,8 @@ _V2_PATHS = (
     ("GET", "/v2/models/{model}[/versions/{version}]/stats", "Counts and times"),
     ("POST", "/v2/models/{model}[/versions/{version}]/infer", "Inference; without a version the route decides"),
     ("POST", "/v2/repository/index", "What is loaded"),
+    ("POST", "/v2/repository/models/{model}/load", "Serve an unloaded model again, or load one that sleeps now"),
+    ("POST", "/v2/repository/models/{model}/unload", "Stop serving a model on this server alone"),
 )
 
 

@@ -29,6 +29,8 @@ from registry.policy import METRICS
 from registry.signature import Signature
 from serving.golden import Arrays, Golden, Tally, Yardstick, chosen_metric, feed, random_inputs, read_golden
 from serving.runtimes import Runtime, first_line, load_runtime, resident_bytes
+from serving.shapes import PromisedShapes
+from serving.text import trial
 
 log = logging.getLogger("serving.probe")
 
@@ -178,7 +180,7 @@ def _load(name: str, model: ModelJob, golden: Golden | None, job: Job) -> tuple[
     before = resident_bytes()
     started = time.perf_counter()
     try:
-        runtime = load_runtime(model.path, model.format, signature=model.signature, threads=job.threads)
+        runtime = trial.load(model.path, model.format, signature=model.signature, threads=job.threads)
     except Exception as error:  # whatever a loader throws at us is a figure: the model does not load
         log.warning("%s does not load", name, exc_info=True)
         figures["error"] = error_text(error)
@@ -226,6 +228,7 @@ def _run_case(subject: Subject, golden: Golden, yardstick: Yardstick, row: int) 
     answer, problem = None, None
     try:
         answer = subject.runtime.run(feed(signature, golden.inputs, slice(row, row + 1)), None)
+        PromisedShapes(signature).check(answer)
     except Exception as error:  # a model may fail in any way it likes: that is what is counted
         problem = error_text(error)
     problem = tally.add(row, answer, signature, golden, yardstick) or problem

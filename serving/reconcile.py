@@ -12,24 +12,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from registry import clock, leases, promotions, replicas, store, unfit
+from registry import clock, replicas, store
 from registry.database import Database
 from registry.errors import ModelkeepError, UnavailableError
 from registry.settings import Settings
-from registry.signature import Signature
-from serving import laststate
+from serving import laststate, memory
 from serving.backstop import Backstop
-from serving.caretaker import Caretaker, Unfit
-from serving.crashmark import Slot
-from serving.desired import desired
+from serving.caretaker import Caretaker
+from serving.desired import Upstream
 from serving.engine import LoadedVersion
 from serving.keyring import Keyring
 from serving.laststate import LastState, Wanted
+from serving.leaving import Leaving
+from serving.loading import Loading
 from serving.reporting import Reporter, Said
+from serving.residency import Residency
 from serving.routing import Route, servable
-from serving.runtimes import load_runtime
 from serving.state import Serving
-from serving.swap import Exchange, Plan, Room, plan_of, staying
+from serving.swap import Exchange, Plan, Room, going_for, plan_of
+from serving.unloads import Unloads
+from serving.waking import Waker
+from serving.watchdog import Watchdog
 
 log = logging.getLogger("modelkeep.reconcile")
 T = TypeVar("T")
@@ -38,7 +41,6 @@ Key = tuple[str, str]
 _RETRY_FIRST_SECONDS, _RETRY_MOST_SECONDS = 1.0, 60.0
 _PATIENCE_SECONDS, _PATIENCE_WITH_LAST_STATE_SECONDS = 10.0, 2.0
 _FIRST_REPORT_SECONDS, _LAST_REPORT_SECONDS = 1.0, 2.0
-_JOIN_SECONDS = 10.0
 
 
 class Reconciler:
@@ -66,31 +68,47 @@ class Reconciler:
             database, artifacts, folder=state_folder, environment=serving.environment, replica_id=serving.replica_id
         )
         self.room = Room.of_this_machine(settings)
+        self.memory = memory.of_this_machine(settings, serving, self.room.budget_bytes)
+        self.loading = Loading(
+            settings, self.cache, caretaker=self.caretaker, backstop=self.backstop, room=self.room, memory=self.memory,
+            monotonic=monotonic,
+        )  # fmt: skip
+        self.residency = serving.residency = Residency(
+            serving, self.room, settings.models, state_folder / "used.json", state=self._served,
+            patience_seconds=settings.server.request_timeout_seconds, monotonic=monotonic,
+        )  # fmt: skip
+        self.unloads = Unloads(
+            state_folder / "unloaded.json", environment=serving.environment, replica_id=serving.replica_id
+        )
         self.errors: dict[Key, str] = {}
         self.registry_error: str | None = None
         self.started_at = clock.now()
         self._monotonic = monotonic
-        self._observer = leases.Observer(monotonic)
         # Two: a registry that does not answer holds its thread, and nothing shall wait for it that is on the disk.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
+        self._upstream = Upstream(database, serving, self.caretaker, self._in_thread, monotonic=monotonic)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
-        self._drains: set[asyncio.Task[None]] = set()
-        self._leaving: set[LoadedVersion] = set()
+        self._leaving = Leaving(self.caretaker, drain_seconds=settings.server.drain_seconds)
+        self.watchdog = Watchdog.of(settings, serving, self._leaving.versions, self.room.budget_bytes)
+        self._leaving.left_behind = self.watchdog.left_behind
         # A registry that does not answer holds its round; who changes what is served meanwhile shall not wait for it.
         self._round = asyncio.Lock()
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
-        self._prepared = False
         self._last: LastState | None = None
         self.applied: LastState | None = None  # as the registry wanted it, without the holds
         self._tidying: asyncio.Task[None] | None = None
         self._retry: tuple[float, float] | None = None  # (when, pause) of the next try to load what failed
         self.reporter = Reporter(serving, database, monotonic=monotonic)
+        self._waker = Waker(self)
 
     async def start(self) -> None:
         """Serve what the registry says; where it does not answer in time, what was served last."""
-        self._last = self._recall()
+        self._last = laststate.recall(self.state_file)
         self.backstop.recall()
+        self.residency.use.recall()
+        self.unloads.recall()
+        self.serving.unloaded = self.unloads.reasons()
         self.keyring.recall()
         self.caretaker.starting()
         patience = _PATIENCE_SECONDS if self._last is None else _PATIENCE_WITH_LAST_STATE_SECONDS
@@ -107,6 +125,7 @@ class Reconciler:
         self.caretaker.started()
         self._wake.set()
         self.serving.ready = True
+        self._waker.start()
 
     async def run(self) -> None:
         """Poll until cancelled. A failure is logged, shown in model-info, and tried again."""
@@ -141,6 +160,7 @@ class Reconciler:
                     async with asyncio.timeout(patience_seconds):
                         await self.keyring.agree(self.database, self.serving.replica_id, self._in_thread)
                         await self.reporter.report(self._in_thread, self._said)
+                await self.residency.use.keep()
                 if self.applied is not None:
                     self.backstop.look(self.applied, lambda: {v.digest for v in self.serving.loaded.values()})
             except TimeoutError:
@@ -162,7 +182,7 @@ class Reconciler:
 
     async def stop(self) -> None:
         """Tell the registry what was counted and said last, and let the versions that were on their way out finish."""
-        if self._prepared:
+        if self._upstream.prepared:
             try:
                 async with asyncio.timeout(_LAST_REPORT_SECONDS), self._round:
                     await self.reporter.report(self._in_thread, self._said)
@@ -171,13 +191,14 @@ class Reconciler:
                 log.error(
                     "the last counts and %d verdicts did not reach the registry: %s", waiting, error or "no answer"
                 )
+        self._waker.stop()
         if self._tidying is not None:
             self._tidying.cancel()
+        await self.residency.use.keep(now=True)
         await self.backstop.stop()
         for thread in (self._thread, self._loader):
             thread.shutdown(wait=False, cancel_futures=True)
-        if self._drains:
-            await asyncio.wait(self._drains)
+        await self._leaving.wait()
 
     def info(self) -> dict[str, Any]:
         """What this replica serves and how far it has come. JSON-able."""
@@ -193,6 +214,7 @@ class Reconciler:
             "keys": None if self.keyring.seen is None else self.keyring.seen[1],
             "registry": "ok" if self.registry_error is None else self.registry_error,
             **self._serving(),
+            "residency": self.residency.as_dict(),
         }
 
     def _said(self) -> Said:
@@ -208,21 +230,16 @@ class Reconciler:
                 **self.reporter.refused,
             },
             "exchanges": self.serving.gate.as_dict(),
+            "unloaded": self.unloads.as_list(),
+            "watchdog": self.watchdog.as_dict(),
             **self.backstop.info(),
             **self.caretaker.as_dict(),
         }
 
     async def _wanted(self) -> LastState | None:
         """What the registry wants, None where this process is there already. Ends leases that stand still on the way."""
-        if not self._prepared:
-            await self._in_thread(self._prepare)
-            self._prepared = True
-        pulse = await self._in_thread(self._pulse)
-        for beat in self._observer.stale(pulse.beats if pulse else ()):
-            ended = await self._in_thread(partial(self._expire, beat))
-            if ended is not None:
-                log.warning("withdrew promotion %s: its lease on %s stood still", ended, beat.subject)
-                pulse = await self._in_thread(self._pulse)
+        await self._upstream.prepare(self._last)
+        pulse = await self._upstream.pulse()
         if pulse is None:
             if self._last is not None:
                 raise UnavailableError(
@@ -232,71 +249,41 @@ class Reconciler:
             await self.keyring.follow(self.database, "", None, self._in_thread)
             return None
         await self.keyring.follow(self.database, pulse.epoch, pulse.keys, self._in_thread)
+        await self.unloads.tell(self.database, self._in_thread)
         if await self.backstop.write_back((pulse.epoch, pulse.generation)):
-            pulse = await self._in_thread(self._pulse) or pulse
+            pulse = await self._upstream.pulse() or pulse
         due = self._retry is not None and self._monotonic() >= self._retry[0]
         due |= self.caretaker.take_back_due()
         if not due and (pulse.epoch, pulse.generation) == (self.serving.epoch, self.serving.generation):
             return None
-        state = await self._in_thread(self._desired)
+        state = await self._upstream.desired()
         for crashed in self.caretaker.crashed(state.routes, state.by_key()):
-            if await self._take_out(crashed):
-                state = await self._in_thread(self._desired)
+            if await self._upstream.take_out(crashed):
+                state = await self._upstream.desired()
         return state
-
-    async def _take_out(self, what: Unfit) -> bool:
-        """Have the registry take a version out of its route. False where it stays, since nothing else can serve."""
-        observer = f"replica:{self.serving.replica_id}"
-        environment, model, version = self.serving.environment, what.model, what.version
-        done = await self._in_thread(
-            lambda: unfit.take_out(self.database, environment, model, version, observer=observer, reason=what.reason)
-        )
-        self.caretaker.told(what)
-        if done is None:
-            log.error("%s %s stays, for nothing else can serve: %s", model, version, what.reason)
-            return False
-        log.error("%s, for %s: %s", done, version, what.reason)
-        return True
 
     async def _care(self) -> None:
         """Look after the health of what is served: load an unhealthy version again once, then have it taken out."""
         serving = self.serving
         todo = self.caretaker.look(serving.loaded, serving.routes)
         serving.health = {key: result.as_dict() for key, result in self.caretaker.results.items()}
-        if not self.settings.health.act or self.applied is None:
+        if self.applied is None:
             return
         for what, sick in todo:
+            if what != "withdraw" and not self.settings.health.act:
+                continue
             try:
                 if what == "reload":
+                    if not self.watchdog.fits_again(serving.loaded.get((sick.model, sick.version))):
+                        continue
                     log.error("%s %s is loaded again, for it is %s", sick.model, sick.version, sick.reason)
                     async with self._lock:
                         await self._apply(self.applied, remember=False, anew=(sick.model, sick.version))
                     self.caretaker.reloaded(sick)
-                elif await self._take_out(sick):
+                elif await self._upstream.take_out(sick):
                     await self.once()
             except ModelkeepError as error:
                 log.error("nothing could be done about %s %s yet: %s", sick.model, sick.version, error)
-
-    def _prepare(self) -> None:
-        """Bring the registry to this release's schema. An empty one is made only where no other can have been lost."""
-        path = self.database.url.database
-        if self.database.sqlite and self._last is not None and path and not Path(path).exists():
-            raise UnavailableError(
-                f"the registry {path} is gone, and this server has served from it: restore it from a backup; to begin with an empty "
-                "one instead: modelkeep db upgrade"
-            )
-        self.database.prepare()
-
-    def _expire(self, beat: leases.Beat) -> str | None:
-        observer = f"replica:{self.serving.replica_id}"
-        return promotions.expire(self.database, self.serving.environment, beat, observer=observer)
-
-    def _pulse(self) -> replicas.Pulse | None:
-        with self.database.read() as session:
-            return replicas.pulse(session, self.serving.environment)
-
-    def _desired(self) -> LastState:
-        return desired(self.database, self.serving.environment)
 
     async def _apply(self, state: LastState, *, remember: bool, anew: Key | None = None) -> None:
         """Load what is missing (and `anew` again), then flip all routes at once, then let go of what nobody needs.
@@ -304,15 +291,18 @@ class Reconciler:
         Where the memory does not hold old and new together, the old goes first, and the requests of its model wait at the gate.
         """
         wanted = state
+        if self.applied is None:
+            self.residency.starting(state.routes)
         plan = self._plan(wanted)
-        if self._leaving and self.room.over(plan.missing, [*self.serving.loaded.values(), *self._leaving]) > 0:
+        gone = self._leaving.versions
+        if gone and self.room.over(plan.missing, [*self.serving.loaded.values(), *gone]) > 0:
             # Nobody has to go for what is going already. An emergency may put a hold while that is waited for.
-            await asyncio.wait(self._drains, timeout=self.settings.server.drain_seconds)
+            await self._leaving.wait(self.settings.server.drain_seconds)
             plan = self._plan(wanted)
-        stay = staying(self.serving, plan.state.routes, plan.versions, plan.missing)
+        going = going_for(plan, self.serving, self.room, anew)
         exchange = Exchange(
-            self.serving, self.caretaker, self.room.leaving(plan.missing, self.serving.loaded, stay), self.room.owed,
-            self._known(), drain=self._drain, let_go=self.let_go, load=self._loaded,
+            self.serving, self.caretaker, going, self.room.owed,
+            self._known(), drain=self._leaving.drain, let_go=self.let_go, load=self._loaded,
         )  # fmt: skip
         async with exchange:
             errors = await self._load_and_flip(wanted, plan, exchange, remember=remember, anew=anew)
@@ -321,7 +311,14 @@ class Reconciler:
                 self.room.failed(plan.versions[key], plan.change(key[0]), error)
 
     def _plan(self, wanted: LastState) -> Plan:
-        return plan_of(self.backstop.over(wanted), self.serving, self.caretaker, self.room)
+        state = self.backstop.over(wanted)
+        self.serving.unloaded = self.unloads.reasons()
+        self.residency.decide(state, held=self.backstop.holds.by_model, unloaded=self.serving.unloaded)
+        return plan_of(state, self.serving, self.caretaker, self.room)
+
+    def _served(self) -> LastState | None:
+        """What is wanted, with the holds over it."""
+        return None if self.applied is None else self.backstop.over(self.applied)
 
     async def _load_and_flip(
         self,
@@ -335,7 +332,8 @@ class Reconciler:
         """Returns what of the wanted versions does not load, with the reason."""
         loaded: dict[Key, LoadedVersion] = {}
         errors: dict[Key, str] = {}
-        for key, version in plan.versions.items():
+        took: dict[str, float] = {}
+        for key, version in self.residency.ordered(plan.versions, plan.state.routes):
             current = self.serving.loaded.get(key)
             if current is not None and current.digest == version.digest:
                 loaded[key] = current
@@ -346,8 +344,12 @@ class Reconciler:
             elif key in plan.refused:
                 errors[key] = plan.refused[key]
                 continue
+            elif self.residency.postpones(key[0]):
+                continue
+            began = self._monotonic()
             try:
                 loaded[key] = await self._loaded(version)
+                took[key[0]] = took.get(key[0], 0.0) + self._monotonic() - began
             except ModelkeepError as error:
                 errors[key] = _plain(str(error))
             except Exception as error:
@@ -355,26 +357,37 @@ class Reconciler:
                 errors[key] = _plain(f"does not load: {type(error).__name__}: {error}")
         stable_ones = {(route.model, route.stable) for route in plan.state.routes}
         brought = await exchange.bring_back({key[0] for key in errors if key in stable_ones})
-        self._note_errors(errors | {key: _plain(why) for key, why in brought.items()})
         state = self.backstop.over(wanted)  # somebody may have put a hold while this was loading
+        errors = self.residency.settled(state.routes, errors, took)
+        self._note_errors(state, errors | {key: _plain(why) for key, why in brought.items()})
         routes = {
             route.model: servable(
                 route, errors | plan.held_back, self.serving.routes.get(route.model), self.serving.loaded
             )
             for route in state.routes
         }
+        away = {*self.serving.sleeping, *self.serving.unloaded}  # nor may it be as it was when this began
         for route in routes.values():
+            if route.model in away:
+                continue
             # A route that had to stay on the old version keeps that version loaded.
             for name in filter(None, (route.stable, route.candidate)):
                 if (route.model, name) not in loaded and (route.model, name) in self.serving.loaded:
                     loaded[route.model, name] = self.serving.loaded[route.model, name]
         self.reporter.supersede(routes)
+        before, vain = self.serving.loaded, [loaded.pop(key) for key in list(loaded) if key[0] in away]
         unneeded = self.serving.install(routes, loaded, state.epoch, state.generation)
+        unneeded += [version for version in vain if version not in before.values()]
+        self.residency.settle(exchange.closed)
         behind = sorted(
             route.model
             for route in wanted.routes
             if routes[route.model] != route
-            or any((route.model, name) not in loaded for name in (route.stable, route.candidate) if name)
+            or self.residency.behind(route.model)
+            or (
+                route.model not in self.serving.sleeping
+                and any((route.model, name) not in loaded for name in (route.stable, route.candidate) if name)
+            )
         )
         self.reporter.reached(replicas.Reached(state.epoch, state.generation, clock.now(), tuple(behind)))
         self.applied = wanted
@@ -393,12 +406,16 @@ class Reconciler:
         states = [state for state in (self.applied, self._last) if state is not None]
         return [*(v for state in states for v in state.versions), *self.backstop.kept.versions.values()]
 
+    async def fetch(self, version: Wanted) -> None:
+        """Have the files of a version here, checked. Raises ModelkeepError."""
+        await self._in_thread(partial(self.loading.fetch, version), self._loader)
+
     async def _loaded(self, version: Wanted) -> LoadedVersion:
         return await self._in_thread(partial(self.load, version), self._loader)
 
     def switch(self, route: Route, version: LoadedVersion) -> None:
         """Send a model's traffic elsewhere now, against its route. What that makes needless goes when the round under way is over."""
-        self.serving.gate.open([version.model])
+        self.residency.woke(version.model)
         loaded = {**self.serving.loaded, (version.model, version.version): version}
         routes, epoch, generation = (
             {**self.serving.routes, route.model: route},
@@ -406,7 +423,41 @@ class Reconciler:
             self.serving.generation,
         )
         self.let_go(self.serving.install(routes, loaded, epoch, generation), loaded)
-        self.reporter.reached(replicas.Reached(epoch, generation, clock.now(), (route.model,)))
+        self._said_behind(route.model)
+        self._tidy()
+
+    def make_room_at_once(self, version: Wanted) -> None:
+        """The least recently used models go for this version, as far as they have to, and nobody waits until they have gone."""
+        going = self.residency.evict_for(version)
+        if going:
+            log.warning(
+                "%s go at once for %s %s", ", ".join(sorted({v.model for v in going})), version.model, version.version
+            )
+            self.let_go(going, self.serving.loaded)
+
+    def take_down(self, model: str) -> None:
+        """A model was unloaded here: no request reaches it from now on; who is being answered is answered."""
+        serving = self.serving
+        serving.unloaded = self.unloads.reasons()
+        self.residency.forget(model)
+        serving.gate.open([model])
+        rest = {key: version for key, version in serving.loaded.items() if key[0] != model}
+        self.let_go(serving.install(serving.routes, rest, serving.epoch, serving.generation), rest)
+        self._said_behind(model)
+        self._tidy()
+
+    def bring_up(self, model: str) -> None:
+        """An unloaded model is to be served again: it is loaded as one that is asked for."""
+        self.serving.unloaded = self.unloads.reasons()
+        self.residency.sleeping[model] = "it was unloaded"
+        self.serving.gate.close([model])
+        self.residency.ask(model)
+
+    def _said_behind(self, model: str) -> None:
+        serving = self.serving
+        self.reporter.reached(replicas.Reached(serving.epoch, serving.generation, clock.now(), (model,)))
+
+    def _tidy(self) -> None:
         if self._tidying is None or self._tidying.done():
             self._tidying = asyncio.create_task(self.again())
 
@@ -417,71 +468,22 @@ class Reconciler:
                 await self._apply(self.applied, remember=False)
 
     def let_go(self, unneeded: list[LoadedVersion], loaded: Collection[Key]) -> None:
-        for old in unneeded:
-            self.caretaker.leaving(old, replaced=(old.model, old.version) in loaded)
-            self._leaving.add(old)
-            task = asyncio.create_task(self._drain(old))
-            self._drains.add(task)
-            task.add_done_callback(self._drains.discard)
+        self._leaving.let_go(unneeded, loaded)
 
     def load(self, version: Wanted) -> LoadedVersion:
-        slot = self.caretaker.begin(version)
-        try:
-            return self._load_marked(version, slot)
-        except Exception as error:
-            self.caretaker.failed(version, slot, str(error))
-            raise
+        return self.loading.load(version)
 
-    def _load_marked(self, version: Wanted, slot: Slot) -> LoadedVersion:
-        started = self._monotonic()
-        files = [store.StoredFile.from_dict(file) for file in version.files]
-        path = store.materialise(self.backstop.kept.store, files, self.cache)
-        signature = None if version.signature is None else Signature.from_dict(version.signature)
-        self.caretaker.loading(version, slot)
-        runtime = load_runtime(path, version.format, signature=signature, threads=self.settings.server.threads)
-        loaded = LoadedVersion(
-            version.model,
-            version.version,
-            version.digest,
-            runtime,
-            rows_independent=version.rows_independent,
-            max_batch=self.settings.performance.batch_size,
-            queue_size=self.settings.performance.queue_size,
-            deterministic=version.deterministic,
-            mark=slot.mark,
-        )
-        self.caretaker.keep(loaded, slot)
-        self.room.note(loaded)
-        log.info("loaded %s %s in %.3f s", version.model, version.version, self._monotonic() - started)
-        return loaded
-
-    def _note_errors(self, errors: dict[Key, str]) -> None:
-        for key in errors.keys() - self.errors.keys():
-            log.error("%s %s: %s", *key, errors[key])
-        self.errors = self.serving.load_errors = errors
+    def _note_errors(self, state: LastState, errors: dict[Key, str]) -> None:
+        """`errors` are of what is tried again by itself; what sleeps or is unloaded waits to be asked for."""
+        known = errors | self.residency.errors(state)
+        for key in known.keys() - self.errors.keys():
+            log.error("%s %s: %s", *key, known[key])
+        self.errors = self.serving.load_errors = known
         if not errors:
             self._retry = None
         else:
             pause = min(self._retry[1] * 2, _RETRY_MOST_SECONDS) if self._retry else _RETRY_FIRST_SECONDS
             self._retry = (self._monotonic() + pause, pause)
-
-    async def _drain(self, version: LoadedVersion) -> None:
-        if not await version.drain(self.settings.server.drain_seconds):
-            seconds = self.settings.server.drain_seconds
-            log.error("%s %s still had requests after %g s", version.model, version.version, seconds)
-        version.close()
-        if not await asyncio.to_thread(version.join, _JOIN_SECONDS):
-            log.error("%s %s still computes: its memory is not free yet", version.model, version.version)
-        self._leaving.discard(version)
-        self.caretaker.gone(version)
-
-    def _recall(self) -> LastState | None:
-        """What was served last, from the disk."""
-        try:
-            return laststate.read(self.state_file)
-        except (OSError, ValueError) as error:
-            log.error("the last state cannot be used, going on without it: %s", error)
-            return None
 
     async def _in_thread(self, work: Callable[[], T], thread: ThreadPoolExecutor | None = None) -> T:
         return await asyncio.get_running_loop().run_in_executor(thread or self._thread, work)

@@ -22,6 +22,7 @@ from serving.capture import parse_name
 from serving.golden import Arrays, Golden, chosen_metric, feed, read_golden
 from serving.runtimes import Runtime, first_line, load_runtime
 from serving.shadow import compare
+from serving.text import trial
 from serving.v2 import Codec
 
 if TYPE_CHECKING:
@@ -199,7 +200,9 @@ def _run(
     """Run so many of the requests, until then (time.monotonic) at most, or until `take`, which gets every answer, wants no more."""
     found = _Run()
     try:
-        runtime = load_runtime(model.path, model.format, signature=model.signature, threads=job.threads)
+        # Golden cases of a text model are prompts and texts; captured requests are raw ones.
+        load = trial.load if requests.kind == "golden" else load_runtime
+        runtime = load(model.path, model.format, signature=model.signature, threads=job.threads)
     except Exception as error:  # whatever a loader throws at us is a figure: the model does not load
         log.warning("does not load", exc_info=True)
         found.error = _text(error)

@@ -27,6 +27,11 @@ def quoted(version: str) -> bytes:
     return quote(version, safe="").replace(".", "%2E").encode()
 
 
+def is_plain(request_id: bytes) -> bool:
+    """Whether a client's own id can be used as it is."""
+    return 0 < len(request_id) <= 128 and request_id.isascii() and request_id.decode("ascii").isprintable()
+
+
 def parse(text: str) -> RequestId | None:
     """None where it is no id of a server's."""
     parts = text.split(".")

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from random import random as uniform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from registry.errors import NotFoundError, UnavailableError
+from serving.accesslog import AccessLog
 from serving.cache import ResponseCache
 from serving.capture import Capture
 from serving.engine import LoadedVersion
 from serving.feedback import Inbox, Remembered
+from serving.front import HttpCounts
 from serving.gate import Gate
+from serving.places import Places
+from serving.rates import Limiter
 from serving.routing import Route, choose, mark_of, position_of
 from serving.telemetry import VersionTelemetry, WatchCounts
+
+if TYPE_CHECKING:
+    from serving.memory import MemoryOptimizer
+    from serving.orders import Orders
+    from serving.residency import Residency
 
 _TELEMETRY_KEPT = 64
 _NAMED_IN_ERRORS = 20
@@ -37,8 +46,8 @@ class Serving:
         self.live = True
         self.load_errors: Mapping[tuple[str, str], str] = {}
         """Why versions that should be here did not load."""
-        self.in_flight = 0
-        """Inference requests between their first byte and the last of their answer."""
+        self.places = Places(known=self._has)
+        """For inference requests between their first byte and the last of their answer."""
         self.catching_up = False
         """Whether those who connected while no server was there are being worked off: they wait for their turn."""
         self.unrouted_codes: dict[int, int] = {}
@@ -53,12 +62,36 @@ class Serving:
         """Who answered the requests that came with an id of their own, while their route is watched."""
         self.gate = Gate()
         """Holds back the requests of models whose version is being exchanged."""
+        self.sleeping: dict[str, str] = {}
+        """Models with a route that are loaded at their first request, with the reason; see serving.residency."""
+        self.unloaded: Mapping[str, str] = {}
+        """Models that this server was told not to serve, with who said so and why; see serving.unloads."""
+        self.residency: Residency | None = None
+        """Who decides which models sleep; for the metrics."""
+        self.orders: Orders | None = None
+        """Who loads and unloads models by the V2 protocol."""
         self.capture: Capture | None = None
         """Where requests are kept for replays."""
+        self.memory: MemoryOptimizer | None = None
+        """Looks after the memory that models compute in."""
         self.cache: ResponseCache | None = None
         """Answers of deterministic versions; none where the settings have caching off."""
+        self.limiter: Limiter | None = None
+        """The rates of keys; none where nobody asks for keys."""
+        self.http: HttpCounts | None = None
+        """What was asked of all endpoints; none where metrics are off."""
+        self.access: AccessLog | None = None
+        """The access log; none where the settings want none."""
         self._telemetry: dict[tuple[str, str], VersionTelemetry] = {}
         self._watch: dict[tuple[str, str], dict[int, WatchCounts]] = {}
+
+    @property
+    def in_flight(self) -> int:
+        """Inference requests that are not answered yet."""
+        return self.places.in_flight
+
+    def _has(self, model: str) -> bool:
+        return model in self.routes or any(name == model for name, _ in self.loaded)
 
     def install(
         self,
@@ -139,13 +172,15 @@ class Serving:
                 mark = mark_of(route, key)
                 name = choose(route, lambda: position_of(mark))
             loaded = self.loaded.get((model, name))
-            if loaded is None and name == route.candidate and route.stable is not None:
+            if (loaded is None or loaded.hung is not None) and name == route.candidate and route.stable is not None:
                 loaded = self.loaded.get((model, route.stable))
             if loaded is None:
+                self._check_served(model)
                 raise UnavailableError(f"model '{model}' version '{name}' is not loaded yet; try again later")
         else:
             loaded = self.loaded.get((model, version))
             if loaded is None:
+                self._check_served(model)
                 raise NotFoundError(self._unknown(model, version))
         loaded.acquire()
         return loaded, route, mark
@@ -155,10 +190,12 @@ class Serving:
         if version is not None:
             found = self.loaded.get((model, version))
             if found is None:
+                self._check_served(model)
                 raise NotFoundError(self._unknown(model, version))
             return [found]
         versions = [loaded for (name, _), loaded in sorted(self.loaded.items()) if name == model]
         if not versions:
+            self._check_served(model)
             if model in self.gate.closed:
                 raise UnavailableError(f"model '{model}' is being exchanged for another version; try again in a moment")
             raise NotFoundError(self._unknown(model))
@@ -196,6 +233,13 @@ class Serving:
 
     def unrouted(self, code: int) -> None:
         self.unrouted_codes[code] = self.unrouted_codes.get(code, 0) + 1
+
+    def _check_served(self, model: str) -> None:
+        """Raises UnavailableError for a model that is not in memory on purpose."""
+        if (why := self.unloaded.get(model)) is not None:
+            raise UnavailableError(f"model '{model}' is unloaded on this server: {why}")
+        if (why := self.sleeping.get(model)) is not None:
+            raise UnavailableError(f"model '{model}' is not in memory now ({why}); its next request loads it")
 
     def _unknown(self, model: str, version: str | None = None) -> str:
         versions = sorted(v for m, v in self.loaded if m == model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from registry.errors import (
     ConflictError,
     LockedError,
@@ -11,7 +13,11 @@ from registry.errors import (
     UnavailableError,
     UsageError,
 )
-from serving.engine import QueueFullError
+
+
+class QueueFullError(ModelkeepError):
+    """The version has as many requests waiting as its queue holds. Answered 429."""
+
 
 _STATUSES: tuple[tuple[type[ModelkeepError], int], ...] = (
     (UsageError, 400),
@@ -34,6 +40,20 @@ class DeadlineError(ModelkeepError):
     """A request ran out of time. Answered 504."""
 
     status = 504
+
+
+class OutOfMemoryError(ModelkeepError):
+    """The device, or the memory that models may have, ran out while computing. A runtime raises it; the engine splits and tries again.
+
+    What does not fit alone either is answered 507: a client that tries again at once would only meet it again.
+    `requested_bytes` is what could not be had, where the allocator said so.
+    """
+
+    status = 507
+
+    def __init__(self, message: str, requested_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.requested_bytes = requested_bytes
 
 
 class NotYetError(ModelkeepError):
@@ -62,3 +82,15 @@ def status_of(error: ModelkeepError) -> int:
     if isinstance(status, int):
         return status
     return next((code for kind, code in _STATUSES if isinstance(error, kind)), 500)
+
+
+OPENAI_PATHS = ("/v1/completions", "/v1/models")
+"""What the `openai` client asks: it shows of an error what stands in error.message."""
+
+
+def error_body(path: str, status: int, text: str) -> dict[str, Any]:
+    """The body of an error: `{"error": text}`, or as the `openai` client reads it where that one asks."""
+    if not path.startswith(OPENAI_PATHS):
+        return {"error": text}
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    return {"error": {"message": text, "type": kind, "param": None, "code": status}}

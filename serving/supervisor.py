@@ -14,6 +14,7 @@ from types import FrameType
 
 from registry.errors import SettingsError, StorageError, UnavailableError
 from registry.settings import Settings
+from serving.tls import certificates
 
 log = logging.getLogger("modelkeep.supervisor")
 
@@ -79,9 +80,12 @@ def check_exposure(settings: Settings, host: str) -> None:
         )
     else:
         log.warning(
-            "server.host = %r is reachable from other machines: requests need an API key (modelkeep keys create NAME --role ROLE). They "
-            "are not encrypted: put a proxy with TLS in front where the network is not yours",
+            "server.host = %r is reachable from other machines: requests need an API key (modelkeep keys create NAME --role ROLE)%s",
             host,
+            ""
+            if settings.server.tls_certificate is not None
+            else ". They are not encrypted: set server.tls_certificate and server.tls_key, or put a proxy with TLS in front, where the "
+            "network is not yours",
         )
 
 
@@ -90,9 +94,10 @@ class Supervisor:
 
     def __init__(self, settings: Settings, *, host: str, port: int) -> None:
         check_exposure(settings, host)
+        scheme = "http" if certificates(settings.server) is None else "https"
         self.listener = listen(host, port)
         self.host, self.port = host, int(self.listener.getsockname()[1])
-        self.address = settings.server.address or f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self.address = settings.server.address or f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
         self.folder = settings.home / "serving" / f"{settings.environment}-{self.port}"
         self.grace_seconds = settings.server.drain_seconds + 5
         self._child: subprocess.Popen[bytes] | None = None

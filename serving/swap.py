@@ -70,18 +70,27 @@ class Room:
         return sum(v.runtime.memory_bytes for v in there) + sum(map(self.need, missing)) - self.budget_bytes
 
     def leaving(
-        self, missing: Collection[Wanted], loaded: Mapping[Key, LoadedVersion], staying: Collection[Key]
+        self,
+        missing: Collection[Wanted],
+        loaded: Mapping[Key, LoadedVersion],
+        staying: Collection[Key],
+        asleep: Collection[str] = (),
     ) -> list[LoadedVersion]:
         """Which loaded versions go before the missing ones are loaded; none where all fit.
 
-        Only what need not stay goes: first of the models that get another version, then what was asked least recently.
+        Only what need not stay goes: first the models `asleep`, for which that is decided, then of the models that get another version,
+        then what was asked least recently.
         """
         over = self.over(missing, loaded.values())
         if over <= 0:
             return []
         models = {version.model for version in missing}
         needless = [version for key, version in loaded.items() if key not in staying]
-        needless.sort(key=lambda v: (v.model not in models, v.telemetry.last_inference_unix_seconds or 0.0))
+        needless.sort(
+            key=lambda v: (
+                v.model not in asleep, v.model not in models, v.telemetry.last_inference_unix_seconds or 0.0,
+            )
+        )  # fmt: skip
         going = []
         for version in needless:
             if over <= 0:
@@ -153,8 +162,9 @@ class Plan:
 
 
 def plan_of(state: LastState, serving: Serving, caretaker: Caretaker, room: Room) -> Plan:
-    """What of the wanted state is not here yet, and what of that is not to be tried now."""
-    versions = state.by_key()
+    """What of the wanted state is not here yet, and what of that is not to be tried now. Models that sleep are left out."""
+    away = {*serving.sleeping, *serving.unloaded}
+    versions = {key: version for key, version in state.by_key().items() if key[0] not in away}
     plan = Plan(state, versions, caretaker.hold_back(state.routes, versions), {}, [])
     for key, version in versions.items():
         why = room.refuses(version, plan.change(version.model)) if serves(serving, version.model) else None
@@ -163,6 +173,19 @@ def plan_of(state: LastState, serving: Serving, caretaker: Caretaker, room: Room
         elif key not in plan.held_back and not in_place(serving, version):
             plan.missing.append(version)
     return plan
+
+
+def going_for(plan: Plan, serving: Serving, room: Room, anew: Key | None) -> list[LoadedVersion]:
+    """Which loaded versions go before the missing ones are loaded, and before `anew` is loaded again; none where all fit."""
+    away = {*serving.sleeping, *serving.unloaded}
+    routes = [route for route in plan.state.routes if route.model not in away]
+    stay = staying(serving, routes, plan.versions, plan.missing)
+    going = room.leaving(plan.missing, serving.loaded, stay, away)
+    if anew is None or (sick := serving.loaded.get(anew)) is None or (wanted := plan.versions.get(anew)) is None:
+        return going
+    if room.over([*plan.missing, wanted], serving.loaded.values()) > 0:
+        going.append(sick)  # both do not fit: its requests wait while it is loaded again
+    return going
 
 
 class Exchange:
@@ -192,7 +215,7 @@ class Exchange:
             if (route := serving.routes.get(version.model)) is not None and route.stable == version.version
         }
         """Models that have no version until this is over."""
-        self._closed = self.models - serving.gate.closed.keys()
+        self.closed = self.models - serving.gate.closed.keys()
         files = {(wanted.model, wanted.version, wanted.digest): wanted for wanted in known}
         for version in going:
             if version.model in self.models and serving.routes[version.model].stable == version.version:
@@ -205,26 +228,26 @@ class Exchange:
     async def __aenter__(self) -> Exchange:
         """The versions that go finish what they have, and free their memory."""
         serving, names = self._serving, {(version.model, version.version) for version in self._going}
-        serving.gate.close(self._closed)
+        serving.gate.close(self.closed)
         try:
             if names:
                 rest = {key: version for key, version in serving.loaded.items() if key not in names}
                 serving.install(serving.routes, rest, serving.epoch, serving.generation)
             for version in self._going:
-                log.info("%s %s goes before its successor comes: both do not fit", version.model, version.version)
+                log.info("%s %s goes before others come: they do not all fit", version.model, version.version)
                 self._caretaker.leaving(version, replaced=False)
             await asyncio.gather(*(self._drain(version) for version in self._going))
         except BaseException:
-            serving.gate.open(self._closed)
+            serving.gate.open(self.closed - serving.sleeping.keys())
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         gate = self._serving.gate
-        gate.open(self._closed)
-        if self._closed:
+        gate.open(self.closed - self._serving.sleeping.keys())
+        if self.closed:
             log.info(
-                "the requests of %s go on; held back until now: %s", ", ".join(sorted(self._closed)), gate.as_dict()
+                "the requests of %s go on; held back until now: %s", ", ".join(sorted(self.closed)), gate.as_dict()
             )
 
     async def bring_back(self, failed: Collection[str]) -> dict[Key, str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serving.clusters import Clusters
+
+if TYPE_CHECKING:
+    from serving.text.counts import TextCounts
 
 
 def _bounds() -> tuple[float, ...]:
@@ -135,9 +138,11 @@ _PLAIN = tuple(name for name in WatchCounts.__slots__ if name not in _OTHERS)
 
 
 class CacheCounts:
-    """What became of requests to versions whose answers are kept. `saved_seconds` of the model were not spent on hits."""
+    """What became of requests to versions whose answers are kept. `saved_seconds` of the model were not spent on hits;
+    `computed_seconds` were on requests whose answers could have been kept, each with its share of its batch.
+    """
 
-    __slots__ = ("bypassed", "l1", "l2", "misses", "saved_seconds", "shared")
+    __slots__ = ("bypassed", "computed_seconds", "l1", "l2", "misses", "saved_seconds", "shared")
 
     def __init__(self) -> None:
         self.l1 = 0
@@ -146,6 +151,7 @@ class CacheCounts:
         self.misses = 0
         self.bypassed = 0
         self.saved_seconds = 0.0
+        self.computed_seconds = 0.0
 
     def hit(self, level: str, saved_seconds: float) -> None:
         """`level` is one of serving.cache's: l1, l2, shared."""
@@ -155,12 +161,15 @@ class CacheCounts:
     def as_dict(self) -> dict[str, Any]:
         hits = self.l1 + self.l2 + self.shared
         asked = hits + self.misses
+        seconds = self.saved_seconds + self.computed_seconds
         return {
             "hits": {"l1": self.l1, "l2": self.l2, "shared": self.shared},
             "misses": self.misses,
             "bypassed": self.bypassed,
             "hit_rate": round(hits / asked, 6) if asked else None,
             "saved_seconds": round(self.saved_seconds, 6),
+            "computed_seconds": round(self.computed_seconds, 6),
+            "saved_share": round(self.saved_seconds / seconds, 6) if seconds else None,
         }
 
 
@@ -173,8 +182,11 @@ class VersionTelemetry:
         "codes",
         "last_inference_unix_seconds",
         "model_seconds",
+        "out_of_memory",
+        "out_of_memory_failed",
         "queue_seconds",
         "rows",
+        "text",
         "total",
     )
 
@@ -186,7 +198,13 @@ class VersionTelemetry:
         self.rows = 0
         self.queue_seconds = 0.0
         self.model_seconds = 0.0
+        self.out_of_memory = 0
+        """Runs that did not fit the memory, and were tried again in smaller ones."""
+        self.out_of_memory_failed = 0
+        """Requests that did not fit by themselves either; they are among the errors."""
         self.last_inference_unix_seconds: float | None = None
+        self.text: TextCounts | None = None
+        """Of a version that generates text."""
 
     def answered(self, code: int) -> None:
         self.codes[code] = self.codes.get(code, 0) + 1

@@ -6,7 +6,7 @@ Protocol: https://github.com/kserve/open-inference-protocol and Triton's "binary
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,13 +67,15 @@ _MOST_ELEMENTS = 2**59
 class Codec:
     """Decodes and encodes for one signature. Has no state of its own: any thread may use it."""
 
-    def __init__(self, signature: Signature) -> None:
+    def __init__(self, signature: Signature, labels: Mapping[str, Sequence[str]] | None = None) -> None:
+        """`labels`: the names of an output's classes, in their order."""
         self.signature = signature
+        self.labels: Mapping[str, Sequence[str]] = labels or {}
         self._inputs = {spec.name: spec for spec in signature.inputs}
         self._required = tuple(spec.name for spec in signature.required)
         self._outputs = {spec.name: spec for spec in signature.outputs}
         self._bf16_outputs = frozenset(spec.name for spec in signature.outputs if spec.datatype == "BF16")
-        self._batched = all(spec.shape[:1] == (-1,) for spec in (*signature.required, *signature.outputs))
+        self.batched = all(spec.shape[:1] == (-1,) for spec in (*signature.required, *signature.outputs))
 
     def decode(self, body: bytes | memoryview, header_length: int | None) -> InferRequest:
         """Raises InputError, which names what is wrong. `header_length`: Inference-Header-Content-Length, if sent."""
@@ -281,7 +283,7 @@ class Codec:
         if count is not None:
             if array.dtype.kind not in "fiu":
                 raise OutputError(f"output '{name}' has the type {array.dtype}, which has no largest numbers")
-            return classify(array, count, batched=self._batched)
+            return classify(array, count, batched=self.batched, labels=self.labels.get(name, ()))
         return to_bf16(array) if name in self._bf16_outputs and array.dtype.kind == "f" else array
 
 

@@ -17,11 +17,13 @@ Arrays = Mapping[str, NDArray[Any]]
 class Work:
     """One request on its way through a version. `future` resolves on the event loop once `answer` is there.
 
-    `company` is how many were computed with it, itself among them.
+    `company` is how many were computed with it, itself among them. `asker` is the API key that sent it, "" where none did; `round`
+    where it stands among those of other keys (serving.turns).
     """
 
     __slots__ = (
         "answer",
+        "asker",
         "batch",
         "company",
         "counted",
@@ -34,6 +36,7 @@ class Work:
         "key",
         "mark",
         "outputs",
+        "round",
         "rows",
         "slow_threshold_seconds",
         "started",
@@ -57,6 +60,8 @@ class Work:
         self.rows = rows
         self.key = key
         self.mark = mark
+        self.asker = ""
+        self.round = 0
         self.batch = 0
         self.future = future
         self.enqueued = enqueued
@@ -79,9 +84,13 @@ class Work:
 
 
 class ParkedWork(Work):
-    """One that the cache may answer. `cached` says who did (serving.cache), None where the version computed it."""
+    """One that the cache may answer. `cached` says who did (serving.cache), None where the version computed it.
 
-    __slots__ = ("cached", "saved_seconds")
+    `left_seconds` is how long its answer is still one, where another server computed it; `found` the key under which this
+    process holds it.
+    """
+
+    __slots__ = ("cached", "found", "left_seconds", "saved_seconds")
 
     def __init__(
         self,
@@ -94,6 +103,8 @@ class ParkedWork(Work):
         super().__init__(inputs, outputs, 0, None, future, now, None, None, mark)
         self.cached: str | None = None
         self.saved_seconds = 0.0
+        self.left_seconds: float | None = None
+        self.found = b""
 
 
 def cached_by(work: Work) -> str | None:
@@ -104,3 +115,8 @@ def cached_by(work: Work) -> str | None:
 def saved_by(work: Work) -> float:
     """Seconds of the model that this saved."""
     return work.saved_seconds if type(work) is ParkedWork else 0.0
+
+
+def left_of(work: Work) -> float | None:
+    """How long its answer is still one; None for as long as a new one is."""
+    return work.left_seconds if type(work) is ParkedWork else None

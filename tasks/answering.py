@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from registry import versions
+from registry.client_tls import verify
 from registry.database import Database
 from registry.errors import ModelkeepError
 from registry.signature import FROM_NUMPY
@@ -85,7 +86,9 @@ def first_answer(
     sleep: Callable[[float], None] = time.sleep,
 ) -> Answer:
     """Ask a server until it answers by `target`, or until the deadline (both on `monotonic`)."""
-    with httpx.Client(base_url=address, headers=access.headers(address), timeout=_REQUEST_SECONDS) as client:
+    with httpx.Client(
+        base_url=address, headers=access.headers(address), timeout=_REQUEST_SECONDS, verify=verify(address)
+    ) as client:
         while True:
             try:
                 why = _elsewhere(client, model, target)
@@ -129,17 +132,23 @@ def _elsewhere(client: httpx.Client, model: str, target: str) -> str:
 
 def _ask(client: httpx.Client, model: str, target: str, tensors: Tensors | None) -> tuple[str | None, str]:
     """(version that answered, what was wrong with the answer). An error of the model names its version in a header."""
+    described = client.get(f"/v1/models/{model}")
+    if described.status_code == 200 and described.json().get("object") == "model":
+        # It generates text: tensors of zeros would only make it fail.
+        return _named(client.post("/v1/generate", json={"model": model, "prompt": "Test prompt", "max_tokens": 1}))
     if tensors is None:
         metadata = client.get(f"/v2/models/{model}/versions/{target}")
         if metadata.status_code != 200:
             return None, f"has not loaded version {target}: {_error(metadata)}"
         tensors = zeros(metadata.json())
-    answer = client.post(f"/v2/models/{model}/infer", json={"inputs": tensors})
-    if answer.status_code == 200:
-        return str(answer.json()["model_version"]), ""
-    named = answer.headers.get("x-model-version")
-    text = f"answered with an error ({answer.status_code}): {_error(answer)}"
+    return _named(client.post(f"/v2/models/{model}/infer", json={"inputs": tensors}))
+
+
+def _named(answer: httpx.Response) -> tuple[str | None, str]:
+    document = answer.json() if answer.status_code == 200 else {}
+    named = document.get("model_version") or answer.headers.get("x-model-version")
     # Refused before it was a version's turn, or by the version itself: only the second is routed.
+    text = "" if answer.status_code == 200 else f"answered with an error ({answer.status_code}): {_error(answer)}"
     return (None if named is None else str(named)), text
 
 

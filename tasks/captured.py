@@ -15,6 +15,7 @@ from typing import IO
 
 import httpx
 
+from registry.client_tls import verify
 from registry.database import Database
 from registry.errors import StorageError
 from tasks import servers
@@ -128,7 +129,9 @@ def _fetch(address: str, model: str, newest: int, shown: servers.Access, into: I
     # As it is on the server: what is counted and written below is what came.
     headers = {**shown.headers(address), "Accept-Encoding": "identity"}
     try:
-        with httpx.stream("GET", url, params={"newest": newest}, headers=headers, timeout=_SECONDS) as answer:
+        with httpx.stream(
+            "GET", url, params={"newest": newest}, headers=headers, timeout=_SECONDS, verify=verify(address)
+        ) as answer:
             if answer.status_code == httpx.codes.NOT_FOUND:
                 return "has none"
             if answer.status_code != httpx.codes.OK:

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import httpx
 
+from registry.client_tls import verify
 from registry.rollbacks import Seen
 from tasks import answering, servers
 from tasks.answering import Answer
@@ -118,7 +119,7 @@ def release_at(
         try:
             answer = httpx.delete(
                 f"{address}/api/v2/rollback/{quote(model, safe='')}", params={"reason": reason}, headers=access.headers(address),
-                timeout=_ASK_SECONDS,
+                timeout=_ASK_SECONDS, verify=verify(address),
             )  # fmt: skip
             found[address] = "released" if answer.status_code == 200 else f"{answer.status_code}: {_text(answer)}"
         except httpx.HTTPError as error:
@@ -150,7 +151,10 @@ def _aims(addresses: Sequence[str], model: str, access: servers.Access) -> dict[
 def _aim(address: str, model: str, access: servers.Access) -> dict[str, Any] | str:
     try:
         answer = httpx.get(
-            f"{address}/api/v2/rollback/{quote(model, safe='')}", headers=access.headers(address), timeout=_ASK_SECONDS
+            f"{address}/api/v2/rollback/{quote(model, safe='')}",
+            headers=access.headers(address),
+            timeout=_ASK_SECONDS,
+            verify=verify(address),
         )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return f"does not answer: {error}"
@@ -160,7 +164,11 @@ def _aim(address: str, model: str, access: servers.Access) -> dict[str, Any] | s
 def _ask(address: str, body: Mapping[str, Any], access: servers.Access) -> dict[str, Any] | str:
     try:
         answer = httpx.post(
-            f"{address}/api/v2/rollback", json=body, headers=access.headers(address), timeout=_ASK_SECONDS
+            f"{address}/api/v2/rollback",
+            json=body,
+            headers=access.headers(address),
+            timeout=_ASK_SECONDS,
+            verify=verify(address),
         )
     except (httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError) as error:
         return _Lost(f"did not answer: {type(error).__name__} {error}".strip())
@@ -181,7 +189,12 @@ def _text(answer: httpx.Response) -> str:
 def _holds(address: str, model: str, access: servers.Access) -> bool:
     """Whether a server whose answer was lost holds the model by itself. False where it does not say."""
     try:
-        told = httpx.get(f"{address}/api/v2/model-info", headers=access.headers(address), timeout=_ASK_SECONDS)
+        told = httpx.get(
+            f"{address}/api/v2/model-info",
+            headers=access.headers(address),
+            timeout=_ASK_SECONDS,
+            verify=verify(address),
+        )
         return told.status_code == 200 and any(hold["model"] == model for hold in told.json()["holds"])
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return False

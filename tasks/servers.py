@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from registry import keys, replicas
+from registry.client_tls import verify
 from registry.database import Database
 
 log = logging.getLogger("modelkeep.servers")
@@ -102,16 +103,22 @@ def _look(address: str, access: Access, timeout_seconds: float) -> tuple[dict[st
     url, shown = f"{address}/api/v2/model-info", access.headers(address)
     while True:
         try:
-            answer = httpx.get(url, headers=shown, timeout=max(_AGAIN_SECONDS, deadline - time.monotonic()))
+            left, trusted = max(_AGAIN_SECONDS, deadline - time.monotonic()), verify(address)
+            answer = httpx.get(url, headers=shown, timeout=left, verify=trusted)
             if answer.status_code == 401 and shown:
                 # It may not know our key yet, and ask nobody for one.
-                answer = httpx.get(url, timeout=max(_AGAIN_SECONDS, deadline - time.monotonic()))
+                answer = httpx.get(url, timeout=max(_AGAIN_SECONDS, deadline - time.monotonic()), verify=trusted)
             if answer.status_code in (401, 403):
                 log.warning("the server at %s answers, and refuses this process: %.300s", address, answer.text)
                 return None, True
             document = answer.json() if answer.status_code == 200 else None
             return (document if isinstance(document, dict) else None), False
-        except (httpx.ConnectError, httpx.UnsupportedProtocol, httpx.InvalidURL, ValueError):
+        except httpx.ConnectError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                log.warning("the server at %s cannot be trusted: %s; see client.ca and server.address", address, error)
+                return None, True
+            return None, False
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL, ValueError):
             return None, False
         except httpx.HTTPError:
             if time.monotonic() >= deadline:
@@ -122,7 +129,7 @@ def _look(address: str, access: Access, timeout_seconds: float) -> tuple[dict[st
 def _boot(address: str) -> str | None:
     """Which boot of which server answers there, as it tells everybody."""
     try:
-        found = httpx.get(f"{address}/health", timeout=_ANSWER_SECONDS).json()
+        found = httpx.get(f"{address}/health", timeout=_ANSWER_SECONDS, verify=verify(address)).json()
     except (httpx.HTTPError, ValueError):
         return None
     return found.get("boot_id") if isinstance(found, dict) else None
@@ -132,7 +139,12 @@ def nudge(addresses: list[str], *, access: Access = NOBODY, timeout_seconds: flo
     """Tell servers to look at the registry now. Only a courtesy: a server that does not hear it polls soon."""
     for address in addresses:
         try:
-            httpx.post(f"{address}/api/v2/update-models", headers=access.headers(address), timeout=timeout_seconds)
+            httpx.post(
+                f"{address}/api/v2/update-models",
+                headers=access.headers(address),
+                timeout=timeout_seconds,
+                verify=verify(address),
+            )
         except httpx.HTTPError:
             continue
 

@@ -38,11 +38,12 @@ class Context:
 @contextmanager
 def opened() -> Iterator[Context]:
     """Settings, and the registry at this release's schema. The command acts as the key of the settings, where there is one."""
-    from registry import actor, keys
+    from registry import actor, client_tls, keys
     from registry.connect import open_database
     from registry.store import open_store
 
     settings = load_settings()
+    client_tls.publish(settings.client)
     database = open_database(settings)
     database.prepare()
     try:

@@ -27,6 +27,10 @@ def keys_create(
     name: Annotated[str, typer.Argument(help="Whose key it is; it goes on record with all that he does.")],
     role: Annotated[str, typer.Option("--role", help="view, infer or operate; each may do what those before it may.")],
     expires: Annotated[str | None, typer.Option("--expires", help="As in 90d, 12h, 30m. Default: never.")] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option("--rate", help="Inference requests, as in 600/minute, or none. Default: security.rate_limit."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a key, and print it: once."""
@@ -37,15 +41,16 @@ def keys_create(
     with opened() as context:
         who = keys.of_command(context.database, context.settings)
         before = servers.access(context.database)
-        made, text = keys.create(context.database, name=name, role=role, who=who, expires_in_seconds=seconds)
+        made, text = keys.create(context.database, name=name, role=role, who=who, expires_in_seconds=seconds, rate=rate)
         told = _tell(context, before)
     if as_json:
         output.document({**made.as_dict(), "key": text, **told})
         return
     output.say(text)
     until = "" if made.expires_at is None else f", until {clock.text(made.expires_at)[:19]}Z"
+    limited = "" if made.rate is None else f", rate {made.rate}"
     output.say(
-        f"key {made.id} of {made.name}, role {made.role}{until}. Keep it now: nobody can show it again. {_heard(told)}",
+        f"key {made.id} of {made.name}, role {made.role}{limited}{until}. Keep it now: nobody can show it again. {_heard(told)}",
         to_stderr=True,
     )
 
@@ -61,9 +66,9 @@ def keys_list(as_json: Json = False) -> None:
         output.document(rows)
         return
     output.table(
-        ["id", "name", "role", "state", "created", "by", "expires", "revoked by"],
+        ["id", "name", "role", "rate", "state", "created", "by", "expires", "revoked by"],
         [
-            [r["id"], r["name"], r["role"], r["state"], r["created_at"][:19], r["created_by"],
+            [r["id"], r["name"], r["role"], r["rate"] or "", r["state"], r["created_at"][:19], r["created_by"],
              (r["expires_at"] or "never")[:19], r["revoked_by"]]
             for r in rows
         ],

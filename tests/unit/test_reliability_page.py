@@ -13,7 +13,9 @@ FAULTS = (
     "segfaults", "exhausts the memory", "bad input inside a batch", "SIGKILL of the flow", "SIGKILL of Prefect's worker",
     "SIGKILL of Prefect's server", "SIGKILL of the inference server", "SIGKILL of the database", "gone for 5 min",
     "moment of the commit", "Two flows", "SIGSTOP", "Clock jumps", "never reaches the generation", "Disk full", "corrupted on disk",
-    "restored from yesterday", "store unreachable", "hypothesis",
+    "restored from yesterday", "store unreachable", "hypothesis", "raises, answers NaN, answers another shape", "segfaults while it is loaded",
+    "hangs", "exceeded by a burst", "fuzzer", "Slowloris", "idle connections", "stop reading", "Half-closed", "Redis killed", "Redis Cluster",
+    "damaged last state", "soak",
 )  # fmt: skip
 
 

@@ -307,3 +307,17 @@ def test_a_key_is_shown_nowhere(database: Database) -> None:
     assert shown["api_key"] == "***"
     assert secret not in repr(held)
     assert redact(f"see {text}.") == f"see mk_{identity}_***."
+
+
+def test_a_key_may_have_a_rate_of_its_own_which_is_on_record(database: Database) -> None:
+    made, _ = keys.create(database, name="alice", role="infer", who=ADMIN, rate=" 600 / Minute ")
+    assert made.rate == "600/minute" and made.as_dict()["rate"] == "600/minute"
+    free, text = keys.create(database, name="bob", role="infer", who=ADMIN, rate="none")
+    principal = ask(database, text)
+    assert free.rate == "none" and principal is not None and principal.rate == "none"
+    with database.read() as session:
+        assert {row.name: row.rate for row in keys.listed(session)} == {"alice": "600/minute", "bob": "none"}
+    before = counter(database)
+    with pytest.raises(UsageError, match="60/minute"):
+        keys.create(database, name="carol", role="infer", who=ADMIN, rate="often")
+    assert counter(database) == before

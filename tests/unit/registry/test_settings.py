@@ -76,7 +76,7 @@ def test_the_defaults_need_no_other_server(tmp_path: Path) -> None:
     assert settings.servers == ["http://127.0.0.1:8000"]
     assert settings.environment == "production"
     assert settings.security.cors_origins == []
-    assert settings.security.rate == (60, 60)
+    assert str(settings.security.rate) == "60/minute"
     assert settings.models.max_file_bytes == 20 * 2**30
     assert settings.prefect.api_url == "http://127.0.0.1:4200/api"
     assert settings.promotion.stages == [0.05, 0.25, 0.5, 1.0]

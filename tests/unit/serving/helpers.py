@@ -14,6 +14,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from registry.aliases import Alias
 from registry.signature import Signature, TensorSpec
 from serving.api import Application, create_app
 from serving.engine import LoadedVersion
@@ -124,6 +125,7 @@ class Server:
         gone: asyncio.Event | None = None,
     ) -> Answer | None:
         """The answer; None where the application sent none. `gone` set: the client has closed its connection."""
+        path, _, query = path.partition("?")
         chunks = [body] if isinstance(body, bytes) else list(body)
         lines = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
         if isinstance(body, bytes):
@@ -137,7 +139,7 @@ class Server:
             "raw_path": path.encode(),
             "root_path": "",
             "scheme": "http",
-            "query_string": b"",
+            "query_string": query.encode(),
             "headers": lines,
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 2),
@@ -190,6 +192,7 @@ def serve(
     random: Callable[[], float] = lambda: 0.5,
     nudge: Callable[[], Awaitable[dict[str, Any]]] = no_nudge,
     info: Callable[[], dict[str, Any]] = dict,
+    aliases: Sequence[Alias] = (),
 ) -> Server:
     """A server of these versions, all of the model "m"; without a route the first one is stable."""
     serving = Serving(environment="production", replica_id="box-1", boot_id="abcdef0123456789", random=random)
@@ -202,7 +205,7 @@ def serve(
         server=SimpleNamespace(request_timeout_seconds=timeout_seconds, max_body_bytes=max_body_bytes),
         performance=SimpleNamespace(max_concurrent_requests=max_concurrent),
     )
-    return Server(serving, create_app(serving, settings=limits, nudge=nudge, info=info))
+    return Server(serving, create_app(serving, settings=limits, nudge=nudge, info=info, aliases=aliases))
 
 
 def close(*versions: LoadedVersion) -> None:

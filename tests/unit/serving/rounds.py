@@ -1,10 +1,11 @@
-"""Servers that follow a registry of three small versions, in this process and without a socket."""
+"""Servers that follow a registry of three small versions, or of three models, in this process and without a socket."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from registry import versions
 from registry.database import Database
@@ -17,6 +18,7 @@ from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, MODEL
 
 NUMBERS = ("1", "2", "3")
+MODELS = ("a", "b", "c")
 
 
 def three_versions(folder: Path, *stable: str) -> Path:
@@ -35,11 +37,38 @@ def three_versions(folder: Path, *stable: str) -> Path:
     return folder / "registry.db"
 
 
+def three_models(folder: Path) -> Path:
+    """A registry of the models a, b and c, with a stable version 1 and a validated version 2 each. Its database file."""
+    made = kit.prepared(folder)
+    for place, model in enumerate(MODELS, start=1):
+        for version in ("1", "2"):
+            path = kit.onnx_file(folder / f"{model}{version}.onnx", scale=place * 10.0 + float(version))
+            versions.register(
+                made, DirectoryStore(folder / "artifacts"), path, name=model, version=version, max_bytes=1 << 20
+            )
+            with made.write(actor="test") as transaction:
+                transaction.session.get_one(Version, (model, version)).state = "validated"
+                transaction.record("version.validated", f"version:{model}/{version}")
+        stable(made, model, "1")
+    made.dispose()
+    return folder / "registry.db"
+
+
+def stable(database: Database, model: str, version: str) -> None:
+    """Promote a version, through canary and soak where there is one before it."""
+    operation = kit.begin(database, version, model=model)
+    if operation.stable is not None:
+        kit.canary(database, operation)
+    kit.promote(database, operation)
+    kit.end(database, operation, "promoted")
+
+
 @asynccontextmanager
-async def following(database: Database, home: Path, template: Path) -> AsyncIterator[Reconciler]:
+async def following(database: Database, home: Path, template: Path, **settings: Any) -> AsyncIterator[Reconciler]:
     """A reconciler that has started: it serves what the registry wants. `template` is what `three_versions` made."""
     reconciler = Reconciler(
-        Serving(environment=ENVIRONMENT, replica_id="r1", boot_id="boot"), Settings(home=home, profile="cpu"), database,
+        Serving(environment=ENVIRONMENT, replica_id="r1", boot_id="boot"),
+        Settings(home=home, profile="cpu", **settings), database,
         DirectoryStore(template.parent / "artifacts"), state_folder=home, address="http://127.0.0.1:1",
     )  # fmt: skip
     await reconciler.start()

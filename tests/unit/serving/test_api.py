@@ -271,7 +271,7 @@ def test_too_many_requests_are_told_to_come_back() -> None:
         full = await server.infer()
         assert full.status == 429 and full.headers["retry-after"] == "1"
         assert "version '1' has 1 requests waiting" in full.error
-        server.app.v2._max_concurrent = 2
+        server.serving.places.resize(2)
         busy = await server.infer()
         assert busy.status == 429 and busy.headers["retry-after"] == "1"
         assert "the server has 2 requests in flight" in busy.error

@@ -21,6 +21,7 @@ from registry import keys
 from registry.actor import Who
 from registry.connect import open_database
 from registry.keys import Role, StoredKey
+from registry.rates import Rate
 from registry.settings import Settings
 from registry.store import open_store
 from serving import child, pages
@@ -28,6 +29,7 @@ from serving.api import create_app
 from serving.auth import ANONYMOUS, Guard, Rules, is_local, role_needed
 from serving.capture import Capture
 from serving.keyring import Keyring
+from serving.rates import Limiter
 from serving.reconcile import Reconciler
 from serving.state import Serving
 
@@ -154,6 +156,10 @@ MATRIX: dict[tuple[str, str], str | None] = {
     ("GET", "/api/v2/model-info"): VIEW,
     ("GET", "/api/v2/model-health"): VIEW,
     ("POST", "/api/v2/update-models"): OPERATE,
+    ("POST", "/v1/generate"): INFER,
+    ("POST", "/v1/completions"): INFER,
+    ("GET", "/v1/models"): INFER,
+    ("GET", "/v1/models/{model}"): INFER,
     ("GET", "/api/v2/promotions"): VIEW,
     ("GET", "/api/v2/promotions/{promotion}"): VIEW,
     ("POST", "/api/v2/promotions/{promotion}/approve"): OPERATE,
@@ -171,6 +177,8 @@ MATRIX: dict[tuple[str, str], str | None] = {
     ("GET", "/api/v2/rollback/{model}"): VIEW,
     ("GET", "/api/cache/stats"): VIEW,
     ("DELETE", "/api/cache"): OPERATE,
+    ("GET", "/api/gpu/profile"): VIEW,
+    ("GET", "/api/gpu/optimization-report"): VIEW,
     ("GET", "/v2"): VIEW,
     ("GET", "/v2/health/live"): OPEN,
     ("GET", "/v2/health/ready"): OPEN,
@@ -180,6 +188,8 @@ MATRIX: dict[tuple[str, str], str | None] = {
     ("GET", "/v2/models/{model}[/versions/{version}]/stats"): VIEW,
     ("POST", "/v2/models/{model}[/versions/{version}]/infer"): INFER,
     ("POST", "/v2/repository/index"): VIEW,
+    ("POST", "/v2/repository/models/{model}/load"): OPERATE,
+    ("POST", "/v2/repository/models/{model}/unload"): OPERATE,
 }
 """What each endpoint needs. A new one is written here, or the next test fails."""
 
@@ -520,6 +530,24 @@ def test_pages_of_this_server_and_of_named_origins_may_act() -> None:
     rules = Rules(local=True, origins=("https://app.example",))
     assert guarded(rules)("POST", "/x", headers={**own, "Origin": "https://APP.example"}) == 200
     assert guarded(rules)("POST", "/x", headers={**own, "Origin": "https://app.example.org"}) == 403
+
+
+# --- rates
+
+
+def test_a_rate_counts_what_computes_and_nothing_else() -> None:
+    ask = guarded(limiter=Limiter(Rate(2, 3600)))
+    for method, path in (
+        *[("GET", "/metrics"), ("POST", "/api/v2/feedback"), ("POST", "/v2/repository/index")] * 3,
+        *[("GET", "/v2/models/m"), ("GET", "/v1/models")] * 3,
+    ):
+        assert ask(method, path, text("sender")) == 200, path
+    infer = "/v2/models/m/infer"
+    assert [ask("POST", path, text("sender")) for path in (infer, "/v1/generate", infer)] == [200, 200, 429]
+    assert ask("POST", infer, text("admin")) == 200, "another key"
+    assert [ask("POST", infer, INTERNAL) for _ in range(5)] == [200] * 5, "our own processes"
+    assert [ask("POST", "/api/v2/rollback", text("admin")) for _ in range(5)] == [200] * 5
+    assert [guarded(Rules(local=True), limiter=Limiter(Rate(1, 3600)))("POST", infer) for _ in range(3)] == [200] * 3
 
 
 # --- websockets, sockets, counting

@@ -203,6 +203,11 @@ async def test_an_equal_request_is_answered_without_the_model_and_says_so() -> N
     stats = cache_of(server).stats()
     assert stats["hits"] == {"l1": 1, "l2": 0, "shared": 0} and stats["misses"] == 2 and stats["hit_rate"] == 0.333333
     assert stats["saved_seconds"] >= 0 and stats["l2"] is None
+    seconds = stats["saved_seconds"] + stats["computed_seconds"]
+    assert stats["computed_seconds"] > 0 and stats["saved_share"] == pytest.approx(
+        stats["saved_seconds"] / seconds, abs=0.1
+    )
+    assert 0 < stats["saved_share"] < 1
     assert stats["versions"][0]["entries"] == stats["l1"]["entries"] == 2
     close(version)
 
@@ -283,6 +288,65 @@ def fails_at_first(times: int) -> PythonRuntime:
         return {"y": inputs["x"] * 2}
 
     return PythonRuntime(function)
+
+
+@on_a_loop
+async def test_when_an_answer_is_too_old_those_who_ask_at_once_have_it_computed_once() -> None:
+    now = [0.0]
+    runtime = PythonRuntime()
+    version = load(runtime, deterministic=True)
+    server = cached(version)
+    cache_of(server).local._clock = lambda: now[0]
+    for _ in range(3):
+        await server.infer(1, 2)
+        await landed()
+    now[0] = 60.0
+    runtime.gate.clear()
+    asking = [asyncio.create_task(server.infer(1, 2)) for _ in range(30)]
+    await until(lambda: cache_of(server).counts.misses == 2 and len(version.answers._flights) == 1)  # type: ignore[union-attr]
+    runtime.gate.set()
+    levels = [answer.json()["parameters"].get("cache") for answer in await asyncio.gather(*asking)]
+    assert sorted(map(str, levels)) == ["None", *["shared"] * 29] and len(runtime.calls) == 2
+    close(version)
+
+
+class OneAnswer:
+    """A shared level that has one answer, for ever so long."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+    def ready(self, model: str, key: bytes) -> bool:
+        return True
+
+    def begin(self, model: str, key: bytes) -> asyncio.Task[Answer | None]:
+        async def found() -> Answer:
+            return self.answer
+
+        return asyncio.create_task(found())
+
+
+@on_a_loop
+async def test_an_answer_of_another_server_ends_here_when_it_ends_there() -> None:
+    now = [1_000.0]
+    version = load(deterministic=True)
+    server = cached(version)
+    cache = cache_of(server)
+    cache.local._clock = lambda: now[0]
+    cache.shared = OneAnswer(Answer({"y": np.array([[2, 4]], "<f4")}, 0.5, left_seconds=10.0))  # type: ignore[assignment]
+
+    async def level() -> str | None:
+        answer = await server.infer(1, 2)
+        await landed()
+        found: str | None = answer.json()["parameters"].get("cache")
+        return found
+
+    assert [await level(), await level(), await level()] == ["l2", "l1", "l1"]
+    now[0] = 1_009.9
+    assert await level() == "l1"
+    now[0] = 1_010.0
+    assert await level() == "l2"
+    close(version)
 
 
 @on_a_loop
@@ -644,7 +708,8 @@ def test_the_settings_decide_whether_there_is_a_cache_and_whether_it_is_shared()
 
     assert open_cache(Settings(performance={"enable_caching": False})) is None  # type: ignore[arg-type]
     alone = open_cache(Settings(cache={"max_mb": 3}))  # type: ignore[arg-type]
-    assert alone is not None and alone.shared is None and alone.local.max_bytes == 3 << 20
+    assert alone is not None and alone.shared is None
+    assert alone.local.max_bytes + alone.written.max_bytes == 3 << 20
     shared = open_cache(Settings(redis_url="redis://127.0.0.1:1/0"))
     assert shared is not None and shared.shared is not None and not shared.shared.usable
 

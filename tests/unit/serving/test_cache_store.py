@@ -190,17 +190,59 @@ def test_what_an_owner_holds_is_known_without_looking_at_its_entries() -> None:
     held._entries = entries
 
 
-def test_the_sketch_counts_about_right_and_forgets() -> None:
+def test_the_sketch_counts_about_right() -> None:
     sketch = Sketch(1 << 12)
     for number in range(500):
         for _ in range(number % 7):
             sketch.add(key(number), 10**9)
-    counted = [sketch.count(key(number)) - number % 7 for number in range(500)]
-    assert min(counted) >= 0, "it never counts too few"
-    assert sum(counted) <= 10, "and hardly ever too many"
-    for _ in range(10_000):
-        sketch.add(key(7), 4_000)
-    assert sketch.count(key(6)) <= 3
+    for count in (sketch.recent, sketch.often):
+        counted = [count(key(number)) - number % 7 for number in range(500)]
+        assert min(counted) >= 0, "it never counts too few"
+        assert sum(counted) <= 10, "and hardly ever too many"
+
+
+def test_the_short_memory_forgets_soon_and_the_long_one_does_not() -> None:
+    sketch = Sketch(1 << 12)
+    for _ in range(400):
+        sketch.add(key(6), 4_000)
+    for number in range(20_000):
+        sketch.add(key(1_000 + number % 500), 4_000)
+    assert sketch.recent(key(6)) <= 1 and 200 <= sketch.often(key(6)) <= 400
+    for number in range(200_000):
+        sketch.add(key(1_000 + number % 500), 4_000)
+    assert sketch.often(key(6)) < 25, "which forgets in the end"
+
+
+def test_the_memory_that_was_right_of_late_decides() -> None:
+    """First what is popular stays, then it changes again and again: the trust goes to the long memory, then to the short one."""
+    held, _ = store(500_000)
+    draw = random.Random(1)
+
+    def replay(requests: int, first: int) -> None:
+        for _ in range(requests):
+            name = key(first + int(1_000 * draw.random() ** 4))
+            if held.get(name) is None:
+                held.put(name, ONE, 1, 1_000)
+
+    replay(30_000, 0)
+    steady = held._trust
+    assert steady > 0
+    for number in range(8):
+        replay(6_000, 10_000 + 300 * number)
+    assert held._trust < steady and held._bets and len(held._bets) <= 512 and consistent(held)
+    assert all(held._bets[other][0] == name for name, (other, _) in held._bets.items()), "both or neither"
+
+
+def test_a_value_has_the_time_that_is_left_to_it_and_never_more_than_a_new_one() -> None:
+    held, clock = store(ttl_seconds=60.0)
+    held.put(key(1), ONE, "old", 100, 5.0)
+    held.put(key(2), ONE, "from the future", 100, 500.0)
+    clock.now = 4.9
+    assert held.get(key(1)) == "old" and held.peek(key(1)) == "old"
+    clock.now = 5.0
+    assert held.peek(key(1)) is None and held.get(key(1)) is None
+    clock.now = 60.0
+    assert held.get(key(2)) is None
 
 
 @pytest.mark.parametrize("seed", [1, 2])

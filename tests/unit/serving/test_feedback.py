@@ -77,7 +77,7 @@ def paged(server: Server) -> Server:
     limits: Any = server.app.v2
     settings = SimpleNamespace(
         server=SimpleNamespace(request_timeout_seconds=limits._timeout_seconds, max_body_bytes=limits._max_body_bytes),
-        performance=SimpleNamespace(max_concurrent_requests=limits._max_concurrent),
+        performance=SimpleNamespace(max_concurrent_requests=server.serving.places.capacity),
     )
     app = create_app(server.serving, settings=settings, nudge=no_nudge, info=dict, routers=[router(server.serving)])
     return Server(server.serving, app)

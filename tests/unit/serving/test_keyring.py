@@ -189,3 +189,35 @@ def test_servers_that_ask_everybody_agree_on_a_key_for_our_own_processes(databas
     assert first.check(shown) == "wrong"
     with database.read() as session:
         assert keys.internal_secret(session) not in (None, secret)
+
+
+def test_a_keys_own_rate_comes_with_it_and_outlives_the_registry(database: Database, tmp_path: Path) -> None:
+    text, plain = make(database, rate="600/minute"), make(database, name="bob")
+    held = ring(tmp_path)
+    follow(held, database)
+    again = ring(tmp_path)
+    again.recall()
+    for one in (held, again):
+        found, other = one.check(text), one.check(plain)
+        assert isinstance(found, Principal) and found.rate == "600/minute"
+        assert isinstance(other, Principal) and other.rate is None
+
+
+def test_keys_that_an_earlier_release_kept_have_no_rate_of_their_own(database: Database, tmp_path: Path) -> None:
+    text = make(database)
+    held = ring(tmp_path)
+    follow(held, database)
+    document = json.loads(held.path.read_text())
+    for row in document["keys"]:
+        del row["rate"]
+    held.path.write_text(json.dumps(document))
+    again = ring(tmp_path)
+    again.recall()
+    found = again.check(text)
+    assert isinstance(found, Principal) and found.rate is None
+    for row in document["keys"]:
+        row["rate"] = "often"
+    held.path.write_text(json.dumps(document))
+    wrong = ring(tmp_path)
+    wrong.recall()
+    assert wrong.seen is None, "what cannot be read is not half used"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import random
 from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from registry.signature import DATATYPES, Signature, TensorSpec
@@ -106,3 +109,72 @@ def test_a_broken_request_is_never_the_servers_fault() -> None:
 @pytest.mark.long
 def test_a_hundred_thousand_broken_requests_are_never_the_servers_fault() -> None:
     asyncio.run(answers(100_000, 7))
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**64), 2**64)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+TENSORS = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(["x", "x", "o", "z"]) | JSON,
+        "datatype": st.sampled_from(["FP32", "FP32", *DATATYPES]) | JSON,
+        "shape": st.lists(st.integers(-1, 3) | st.just(2**40), max_size=3)
+        | st.sampled_from([[1, 2], [2, 2], [0, 2]])
+        | JSON,
+    },
+    optional={
+        "data": st.lists(st.floats(-1e39, 1e39), max_size=6)
+        | st.sampled_from([[1, 2], [[1, 2]], [[1, 2], [3, 4]]])
+        | JSON,
+        "parameters": st.dictionaries(
+            st.sampled_from(["binary_data_size", "shared_memory_region", "a"]), JSON, max_size=2
+        )
+        | JSON,
+    },
+)
+REQUESTS = st.fixed_dictionaries(
+    {"inputs": st.lists(TENSORS, max_size=3) | JSON},
+    optional={
+        "id": JSON,
+        "outputs": st.lists(
+            st.fixed_dictionaries({"name": st.just("y") | JSON}, optional={"parameters": JSON}), max_size=2
+        )
+        | JSON,
+        "parameters": st.dictionaries(
+            st.sampled_from(["timeout", "binary_data_output", "priority", "a"]), JSON, max_size=3
+        )
+        | JSON,
+    },
+)
+
+
+async def answered(document: Any) -> None:
+    version = load(
+        PythonRuntime(same, Signature((TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1, 2)),)))
+    )
+    try:
+        answer = await serve(version).ask("POST", "/v2/models/m/infer", json.dumps(document).encode())
+        assert answer is not None and answer.status in (200, 400, 413, 422, 504), answer
+        # 504: the document may give the version a microsecond
+        assert answer.status == 200 or answer.error
+    finally:
+        close(version)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(REQUESTS | JSON)
+def test_any_document_is_answered_or_refused_by_the_clients_fault(document: Any) -> None:
+    asyncio.run(answered(document))
+
+
+@pytest.mark.long
+@settings(max_examples=20_000, deadline=None)
+@given(REQUESTS | JSON)
+def test_any_of_twenty_thousand_documents_is_answered_or_refused_by_the_clients_fault(document: Any) -> None:
+    asyncio.run(answered(document))

@@ -18,7 +18,7 @@ def answer(value: float = 1.0) -> dict[str, Any]:
 
 
 class Requests:
-    kind, count = "golden", 50
+    kind, count = "captured", 50
 
     def call(self, runtime: Any, number: int) -> Any:
         return runtime

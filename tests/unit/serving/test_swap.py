@@ -296,7 +296,7 @@ def test_a_candidate_that_goes_for_another_costs_the_stable_version_nothing_and_
         assert closed == [[]], "nobody waited: the stable version was there all the time"
         assert sorted(name for _, name in reconciler.serving.loaded) == ["1"]
         assert [version for version, _ in loader.beside] == ["2", "3"]
-        await until(lambda: not reconciler._leaving)
+        await until(lambda: not reconciler._leaving.versions)
         states = {entry["version"]: entry["state"] for entry in reconciler.info()["states"]}
         assert states == {"1": "IN_USE", "2": "ARCHIVED"} and reconciler.registry_error is None
 

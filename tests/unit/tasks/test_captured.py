@@ -17,6 +17,7 @@ import pytest
 
 from registry.errors import StorageError
 from tasks import captured, servers
+from tests.unit.tasks.answered import answered_by
 
 PROGRAM = """
 import sys
@@ -87,8 +88,7 @@ def gather(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., cap
             asked.append(request)
             return httpx.Response(200, stream=httpx.ByteStream(sent[request.url.host]))
 
-        client = httpx.Client(transport=httpx.MockTransport(answer))
-        monkeypatch.setattr(captured.httpx, "stream", client.stream)
+        answered_by(monkeypatch, captured, answer)
         monkeypatch.setattr(servers, "access", lambda _: servers.NOBODY)
         monkeypatch.setattr(servers, "alive", lambda *_: {name: f"http://{name}" for name in sent})
         folder = tmp_path / "work" / "captured"

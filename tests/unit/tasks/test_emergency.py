@@ -16,6 +16,7 @@ from tasks import answering, emergency
 from tests.unit.registry import kit
 from tests.unit.registry.conftest import database, engine, template  # noqa: F401  (fixtures)
 from tests.unit.registry.kit import ENVIRONMENT, MODEL, route
+from tests.unit.tasks.answered import answered_by
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -37,9 +38,7 @@ class Servers:
         self.cut_off: dict[str, dict[str, Any]] = {}
         """Servers that reach no registry, and where they would go back to."""
         self.answers_get_lost: set[str] = set()
-        client = httpx.Client(transport=httpx.MockTransport(self))
-        monkeypatch.setattr(emergency.httpx, "get", client.get)
-        monkeypatch.setattr(emergency.httpx, "post", client.post)
+        answered_by(monkeypatch, emergency, self)
         monkeypatch.setattr(answering, "first_answer", lambda _a, _m, target, **_: self.follows(target))
 
     def follows(self, target: str) -> answering.Answer:

@@ -330,3 +330,22 @@ def test_a_server_follows_when_its_route_answers_by_the_target(
     answer = answering.first_answer("http://s", "m", "1", tensors=None, since=0.0, deadline=0.0, monotonic=lambda: 1.5)
     assert (answer.follows, answer.why) == (follows, why)
     assert answer.seconds == (1.5 if follows else None)
+
+
+def test_a_model_that_generates_text_is_asked_for_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, asked = Fake("1", "1"), []
+
+    def server(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models/m":
+            return httpx.Response(200, json={"object": "model", "id": "m"})
+        if request.method == "POST":
+            asked.append((request.url.path, json.loads(request.content)["max_tokens"]))
+            return httpx.Response(200, json={"text": "s", "version": "1"}, headers={"x-model-version": "1"})
+        return plain(request)
+
+    real = httpx.Client
+    monkeypatch.setattr(
+        answering.httpx, "Client", lambda **options: real(**options, transport=httpx.MockTransport(server))
+    )
+    answer = answering.first_answer("http://s", "m", "1", tensors=None, since=0.0, deadline=0.0, monotonic=lambda: 1.5)
+    assert (answer.follows, answer.why, asked) == (True, "", [("/v1/generate", 1)])

@@ -40,7 +40,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, answers: Answers) -> list[tuple[s
     """What was asked: (url, key). `answers` gives status and document."""
     asked: list[tuple[str, str | None]] = []
 
-    def get(url: str, *, headers: dict[str, str] | None = None, timeout: float) -> httpx.Response:
+    def get(url: str, *, headers: dict[str, str] | None = None, timeout: float, verify: object) -> httpx.Response:
         key = (headers or {}).get("Authorization", "").removeprefix("Bearer ") or None
         asked.append((url, key))
         status, document = answers(url, key)

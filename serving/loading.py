@@ -1,0 +1,97 @@
+"""Bring one version into memory: its files from the store, checked, its runtime, its worker. Runs on a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from registry import labels, store
+from registry.errors import ArtifactError
+from registry.settings import Settings
+from registry.signature import Signature
+from serving.backstop import Backstop
+from serving.caretaker import Caretaker
+from serving.crashmark import Slot
+from serving.devices import place_of
+from serving.engine import LoadedVersion
+from serving.laststate import Wanted
+from serving.memory import MemoryOptimizer
+from serving.runtimes import load_runtime
+from serving.swap import Room
+from serving.text.loading import engine_of
+
+log = logging.getLogger("modelkeep.reconcile")
+
+
+class Loading:
+    """One a process. `load` and `fetch` block; they may run on any thread but the event loop's."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        cache: Path,
+        *,
+        caretaker: Caretaker,
+        backstop: Backstop,
+        room: Room,
+        memory: MemoryOptimizer,
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._settings, self._cache, self._memory = settings, cache, memory
+        self._place = place_of(settings, memory.device, room.budget_bytes)
+        self._caretaker, self._backstop, self._room, self._monotonic = caretaker, backstop, room, monotonic
+
+    def fetch(self, version: Wanted) -> Path:
+        """Have its files here, checked. Raises ArtifactError, StorageError, UnavailableError."""
+        files = [store.StoredFile.from_dict(file) for file in version.files]
+        return store.materialise(self._backstop.kept.store, files, self._cache)
+
+    def load(self, version: Wanted) -> LoadedVersion:
+        """Raises what `fetch` does, and whatever the runtime says of a model that it does not take."""
+        slot = self._caretaker.begin(version)
+        try:
+            return self._load(version, slot)
+        except Exception as error:
+            self._caretaker.failed(version, slot, str(error))
+            raise
+
+    def _load(self, version: Wanted, slot: Slot) -> LoadedVersion:
+        started, settings = self._monotonic(), self._settings
+        path = self.fetch(version)
+        artifact = path.parents[version.files[0]["name"].count("/")]
+        signature = None if version.signature is None else Signature.from_dict(version.signature)
+        self._caretaker.loading(version, slot)
+        self._memory.before_large_work(f"loading {version.model} {version.version}", self._room.need(version))
+        runtime = load_runtime(
+            path, version.format, signature=signature, place=self._place, golden=self._golden_cases(version)
+        )
+        max_batch = min(settings.performance.batch_size, version.max_batch or settings.performance.batch_size)
+        loaded = engine_of(path, runtime, settings.text)(
+            version.model,
+            version.version,
+            version.digest,
+            runtime,
+            rows_independent=version.rows_independent,
+            max_batch=max_batch,
+            queue_size=settings.performance.queue_size,
+            deterministic=version.deterministic,
+            labels=labels.resolved(version.labels or {}, artifact),
+            mark=slot.mark,
+            limit=self._memory.limits.of(version.digest, max_batch),
+            clean_up=self._memory.ran_out,
+        )
+        self._caretaker.keep(loaded, slot)
+        self._room.note(loaded)
+        log.info("loaded %s %s in %.3f s", version.model, version.version, self._monotonic() - started)
+        return loaded
+
+    def _golden_cases(self, version: Wanted) -> Path | None:
+        """Where half precision is to be decided by them."""
+        if not self._place.fp16 or version.golden is None:
+            return None
+        try:
+            return self._backstop.kept.store.path(version.golden)
+        except ArtifactError as error:
+            log.warning("%s %s: its golden cases are not to be had: %s", version.model, version.version, error)
+            return None

@@ -1,0 +1,259 @@
+"""One request for a text, from its admission to the last byte of its answer, as an ASGI response: so that it sees its client leave."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from contextlib import suppress
+from typing import Protocol
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from registry.errors import ModelkeepError, UnavailableError, UsageError
+from serving import request_ids
+from serving.admission import admitted
+from serving.places import key_of
+from serving.routing import Route
+from serving.state import Serving
+from serving.statuses import BusyError, ClientGoneError, status_of
+from serving.text.asked import Asked
+from serving.text.sequences import Piece, Told, Wanted
+from serving.text.styles import About, Style
+from serving.text.version import Generation, TextVersion
+from serving.text.words import LONG
+
+logger = logging.getLogger(__name__)
+
+LONGEST_TOKEN = 128
+"""A prompt with more characters a token of the context is refused before it is looked at."""
+FIRST_NUMBER = 10**12
+"""The ids of texts count from here, so that none is that of an inference."""
+_JSON = (b"content-type", b"application/json")
+_EVENTS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold the events back
+)
+_RETRY_AFTER = (b"retry-after", b"1")
+
+
+class TextLimits(Protocol):
+    """What is needed of the section `text` of the settings."""
+
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def timeout_seconds(self) -> float: ...
+
+
+class Desk:
+    """What all requests for texts share: one a server."""
+
+    def __init__(self, serving: Serving, limits: TextLimits, *, wait_seconds: float) -> None:
+        """`wait_seconds` is how long a request waits for a place, or for a model that is being exchanged or loaded."""
+        self.serving, self.limits, self.wait_seconds = serving, limits, wait_seconds
+        self.id_prefix = request_ids.prefix(serving.replica_id, serving.boot_id)
+        self.numbers = itertools.count(FIRST_NUMBER)
+
+
+class TextAnswer(Response):
+    """Generates and answers when it is called; nothing is held before that."""
+
+    def __init__(self, desk: Desk, asked: Asked, style: Style) -> None:
+        super().__init__()
+        self._desk, self._asked, self._style = desk, asked, style
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        desk, serving = self._desk, self._desk.serving
+        given = headers.get(b"x-request-id")
+        if given is not None and not request_ids.is_plain(given):
+            given = None
+        named = [(b"x-request-id", given or desk.id_prefix + b"0.-.%d" % next(desk.numbers))]
+        places, key, model = serving.places, key_of(scope), self._asked.model
+        place = places.enter(key, model)
+        if place is None:
+            place = await places.turn(key, model, desk.wait_seconds, patient=serving.catching_up)
+        if place is None:
+            serving.unrouted(429)
+            await self._send_error(send, BusyError(places.words(key, model)), named)
+            return
+        version: TextVersion | None = None
+        try:
+            loaded, route, mark = await admitted(
+                serving, self._asked.model, self._asked.version, headers.get(b"x-route-key"), desk.wait_seconds, receive
+            )
+            try:
+                if not isinstance(loaded, TextVersion):
+                    raise UsageError(
+                        f"model '{loaded.model}' generates no text: ask it by /v2/models/{loaded.model}/infer"
+                    )
+                version = loaded
+                if serving.access is not None:
+                    scope["state"]["asked"] = (loaded, None)
+                named = self._named(named, given, version, route)
+                await self._answer(version, route, mark, named, receive, send)
+            finally:
+                loaded.release()
+        except ClientGoneError:
+            self._count(version, 499)
+        except ModelkeepError as error:
+            self._count(version, status_of(error))
+            await self._send_error(send, error, named)
+        except Exception:
+            # A fault of this server: the client learns no more than that, the log has it all.
+            logger.exception("a request for a text failed inside the server")
+            self._count(version, 500)
+            await self._send_error(send, ModelkeepError("internal error of the server; see its log"), named)
+        finally:
+            places.leave(place)
+
+    async def _answer(
+        self,
+        version: TextVersion,
+        route: Route | None,
+        mark: int | None,
+        named: list[tuple[bytes, bytes]],
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Raises what the text fails with, as long as nothing was sent."""
+        asked = self._asked
+        wanted = await self._wanted(version)
+        generation = version.generate(wanted, route, mark)
+        request_id = named[0][1].decode("latin-1")
+        about = About(asked, request_id, version.version, version.words, len(wanted.prompt))
+        own = asked.timeout_seconds is not None and asked.timeout_seconds < self._desk.limits.timeout_seconds
+        seconds = asked.timeout_seconds if own and asked.timeout_seconds else self._desk.limits.timeout_seconds
+        loop = asyncio.get_running_loop()
+        deadline = loop.call_later(seconds, lambda: generation.expire(seconds, own=own))
+        watcher = asyncio.create_task(_watch(receive, generation))
+        try:
+            if asked.stream:
+                await self._stream(generation, about, named, send)
+            else:
+                await self._whole(generation, about, named, send)
+        finally:
+            deadline.cancel()
+            watcher.cancel()
+            generation.cancel()  # whatever ended this: nobody waits for the text any more
+
+    async def _wanted(self, version: TextVersion) -> Wanted:
+        """Raises UsageError for a prompt that the model cannot take."""
+        asked, limits, model = self._asked, self._desk.limits, version.text
+        if asked.max_tokens > limits.max_tokens:
+            raise UsageError(
+                f"max_tokens is {asked.max_tokens}: {limits.max_tokens} are allowed in one request (text.max_tokens)"
+            )
+        if isinstance(asked.prompt, str):
+            if len(asked.prompt) > LONGEST_TOKEN * model.context_length:
+                raise UsageError(
+                    f"the prompt has {len(asked.prompt)} characters: the context length of model '{asked.model}' is "
+                    f"{model.context_length} tokens"
+                )
+            if len(asked.prompt) >= LONG:  # the event loop has others to answer
+                prompt = await asyncio.to_thread(version.words.encode, asked.prompt)
+            else:
+                prompt = version.words.encode(asked.prompt)
+        else:
+            prompt = list(asked.prompt)
+            if not prompt or any(not 0 <= token < model.vocabulary for token in prompt):
+                raise UsageError(f"prompt: tokens are numbers from 0 to {model.vocabulary - 1}, and one at least")
+        return Wanted(tuple(prompt), asked.max_tokens, asked.sampling, asked.stops, asked.ignore_end)
+
+    async def _whole(self, generation: Generation, about: About, named: list[tuple[bytes, bytes]], send: Send) -> None:
+        parts: list[str] = []
+        told: list[Told] = []
+        reason = ""
+        async for piece in generation.pieces():
+            parts.append(piece.text)
+            told += piece.told
+            reason = piece.reason or reason
+        _note(about, generation)
+        body = orjson.dumps(self._style.whole(about, "".join(parts), told, reason))
+        self._count(generation.version, 200)
+        await _send(send, 200, body, [*named, _JSON])
+
+    async def _stream(self, generation: Generation, about: About, named: list[tuple[bytes, bytes]], send: Send) -> None:
+        """Server-sent events. Nothing is sent before the first token is there: until then an error has its status."""
+        counts, began, open_ = generation.version.text_counts, time.perf_counter(), False
+        counts.streams_open += 1
+        try:
+            async for piece in generation.pieces():
+                if not open_:
+                    await send({"type": "http.response.start", "status": 200, "headers": [*named, *_EVENTS]})
+                    open_ = True
+                _note(about, generation)
+                if events := self._events(about, piece):
+                    await send({"type": "http.response.body", "body": events, "more_body": True})
+        except ModelkeepError as error:
+            if not open_ or isinstance(error, ClientGoneError):
+                raise
+            # The status is sent: the stream's last event says what happened.
+            self._count(generation.version, status_of(error))
+            event = b"data: " + orjson.dumps(self._style.last_words(error)) + b"\n\n"
+            await send({"type": "http.response.body", "body": event})
+            return
+        finally:
+            counts.stream_closed(time.perf_counter() - began, generation.tokens)
+        self._count(generation.version, 200)
+        await send({"type": "http.response.body", "body": self._style.done})
+
+    def _events(self, about: About, piece: Piece) -> bytes:
+        return b"".join(b"data: " + orjson.dumps(event) + b"\n\n" for event in self._style.piece(about, piece))
+
+    def _named(
+        self, named: list[tuple[bytes, bytes]], given: bytes | None, version: TextVersion, route: Route | None
+    ) -> list[tuple[bytes, bytes]]:
+        """The request's id says who answered, as that of an inference does."""
+        serving, model = self._desk.serving, version.model
+        if route is not None and given is None:
+            answered = b"%d.%s.%d" % (route.generation, request_ids.quoted(version.version), next(self._desk.numbers))
+            named = [(b"x-request-id", self._desk.id_prefix + answered)]
+        elif route is not None and route.watch and given is not None:
+            serving.remembered.add(given, model, version.version, serving.epoch, route.generation)
+        return [*named, (b"x-model-version", version.version_header)]
+
+    def _count(self, version: TextVersion | None, status: int) -> None:
+        if version is None:
+            self._desk.serving.unrouted(status)
+        else:
+            version.telemetry.answered(status)
+
+    async def _send_error(self, send: Send, error: ModelkeepError, named: list[tuple[bytes, bytes]]) -> None:
+        status = status_of(error)
+        headers = [*named, _JSON, *([_RETRY_AFTER] if status in (429, 503) else [])]
+        await _send(send, status, orjson.dumps(self._style.error(error)), headers)
+
+
+def end_texts(serving: Serving) -> None:
+    """The server stops: every open text is ended now, so that its stream gets its last event in time."""
+    error = UnavailableError("the server is stopping: send the request again, another process takes it")
+    for loaded in serving.loaded.values():
+        if isinstance(loaded, TextVersion):
+            loaded.end_texts(error)
+
+
+async def _watch(receive: Receive, generation: Generation) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    generation.cancel()
+
+
+def _note(about: About, generation: Generation) -> None:
+    text = generation.text
+    about.completion_tokens = generation.tokens
+    about.seconds = time.perf_counter() - text.submitted
+    if text.first_at is not None:
+        about.first_token_seconds = text.first_at - text.submitted
+
+
+async def _send(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    with suppress(OSError):  # the client went in this moment
+        headers = [*headers, (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})

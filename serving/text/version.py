@@ -1,0 +1,296 @@
+"""A loaded version that generates text: the face of every version (serving.engine), and `generate`. Its worker does both kinds of work."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+from registry.errors import ModelkeepError, UnavailableError, UsageError
+from registry.textmodels import TextModel
+from serving.engine import LoadedVersion, ModelError
+from serving.routing import Route
+from serving.runtimes import Runtime
+from serving.statuses import ClientGoneError, DeadlineError, OutOfMemoryError, QueueFullError
+from serving.telemetry import WatchCounts
+from serving.text.batching import Batcher, Gained, ShapeError
+from serving.text.counts import TextCounts
+from serving.text.sampling import NotFiniteError
+from serving.text.sequences import Piece, TextSequence, Wanted
+from serving.text.words import Words
+
+AMPLE_SECONDS = 1.0
+"""Any model that is fit to serve gives a first token within it; see Generation.expire."""
+_KINDS: tuple[tuple[type[Exception], str], ...] = (
+    (NotFiniteError, "not_finite"),
+    (OutOfMemoryError, "memory"),
+    (ShapeError, "shape"),
+    (DeadlineError, "deadline"),
+    (UnavailableError, "closed"),
+)
+
+
+class GenerationError(ModelError):
+    """The model failed on a text. `kind` is one of TextCounts.errors."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Generation:
+    """One text on its way to a client. Used on the event loop only."""
+
+    def __init__(self, version: TextVersion, wanted: Wanted, route: Route | None, mark: int | None) -> None:
+        self.version = version
+        self.text = TextSequence(wanted, version.words, version.text.end_ids, owner=self)
+        self.mark = mark
+        self.counts: WatchCounts | None = None
+        self.slow_threshold_seconds: float | None = None
+        if route is not None and route.watch:
+            self.counts = version.counts_for(route)
+            self.slow_threshold_seconds = route.slow_threshold_seconds
+        self.tokens = 0
+        self.done = False
+        self._pieces: deque[Piece] = deque()
+        self._news = asyncio.Event()
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The text as it comes, the last piece with a reason. Raises what the text failed with."""
+        while True:
+            while self._pieces:
+                piece = self._pieces.popleft()
+                if piece.error is not None:
+                    raise piece.error
+                yield piece
+                if piece.reason is not None:
+                    return
+            self._news.clear()
+            await self._news.wait()
+
+    def take(self, piece: Piece) -> None:
+        """What a step gained."""
+        if self.done:
+            return
+        self.tokens += piece.tokens
+        self.done = piece.last
+        self._pieces.append(piece)
+        self._news.set()
+
+    def cancel(self) -> None:
+        """Its client is gone: its place is free at the next step. Whoever waits for it gets ClientGoneError."""
+        if not self.done:
+            self.version.leave(self)
+            self.version.text_counts.ended("cancelled")
+            self.take(Piece(error=ClientGoneError("the client went")))
+
+    def expire(self, seconds: float, *, own: bool) -> None:
+        """It has run out of time. `own`: of the client's; that is the version's error only where it was slow by the measure of its
+        route, or, without one, where no token at all came in AMPLE_SECONDS: how many tokens were asked for is the client's affair.
+        """
+        threshold = self.slow_threshold_seconds
+        slow = seconds > threshold if threshold is not None else not self.tokens and seconds >= AMPLE_SECONDS
+        who = f"model '{self.version.model}' version '{self.version.version}'"
+        error = DeadlineError(f"{who} had generated {self.tokens} tokens when the text's {seconds:g} seconds were over")
+        self.fail(error, count_as_error=slow if own else True)
+
+    def fail(self, error: ModelkeepError, *, count_as_error: bool) -> None:
+        """Give the text up: whoever waits for it gets `error`."""
+        if not self.done:
+            self.version.leave(self)
+            self.version.count_ended(self, error, count=count_as_error)
+            self.take(Piece(error=error))
+
+
+class TextVersion(LoadedVersion):
+    """A version in memory that generates text, several texts at a time, each step by step.
+
+    Requests of the V2 protocol get one raw run of the graph, between two steps.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        version: str,
+        digest: str,
+        runtime: Runtime,
+        *,
+        text: TextModel,
+        words: Words,
+        rows_independent: bool,
+        max_batch: int,
+        max_running: int,
+        max_waiting: int,
+        max_cache_bytes: int,
+        trial: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """`max_running` texts are generated at a time, `max_waiting` more wait; `options` are LoadedVersion's.
+
+        Where the validation has not found that texts do not depend on each other (`rows_independent`), they take turns.
+        """
+        self.text, self.words, self.max_waiting = text, words, max_waiting
+        self.trial = trial
+        """What the generation at its load showed; see serving.text.trial."""
+        self.loaded_at_unix_seconds = time.time()
+        self._open: set[Generation] = set()
+        self.batcher = Batcher(
+            self.run, text, runtime.signature, max_running=max_running, max_rows=max_batch if rows_independent else 1,
+            max_cache_bytes=max_cache_bytes, failure=self._text_failure, ran_out=lambda error: self._ran_out(0, error),
+        )  # fmt: skip
+        # Raw runs are not what the validation looked at: each for itself.
+        super().__init__(model, version, digest, runtime, rows_independent=False, max_batch=1, **options)
+
+    @property
+    def queue_length(self) -> int:
+        return super().queue_length + len(self.batcher.waiting)
+
+    @property
+    def text_counts(self) -> TextCounts:
+        """With the other counts of this version, which outlive this object."""
+        if self.telemetry.text is None:
+            self.telemetry.text = TextCounts()
+        return self.telemetry.text
+
+    def generate(self, wanted: Wanted, route: Route | None = None, mark: int | None = None) -> Generation:
+        """Queue a text. `route` is what chose this version; `mark` that of the client's key, where it sent one.
+
+        Raises UsageError where there is no prompt, or prompt and answer are longer than the model's context, QueueFullError, UnavailableError.
+        """
+        limit = self.text.context_length
+        if not wanted.prompt:
+            raise UsageError("the prompt is empty: the model needs a token at least to begin with")
+        if len(wanted.prompt) + wanted.max_tokens > limit:
+            raise UsageError(
+                f"the prompt has {len(wanted.prompt)} tokens and max_tokens is {wanted.max_tokens}: together they may be {limit}, "
+                f"the context length of model '{self.model}'"
+            )
+        if self._refusal is not None:
+            self._refuse(self._refusal, route, mark)
+        if self._closing:
+            raise UnavailableError(f"model '{self.model}' version '{self.version}' is closed")
+        if len(self._open) >= self.batcher.max_running + self.max_waiting:
+            raise QueueFullError(
+                f"model '{self.model}' version '{self.version}' has {self.max_waiting} texts waiting beside the {self.batcher.max_running} "
+                "that it generates at a time; try again later"
+            )
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        generation = Generation(self, wanted, route, mark)
+        self._open.add(generation)
+        self.text_counts.prompt_tokens += len(wanted.prompt)
+        self.batcher.waiting.append(generation.text)
+        self._wake.put(None)
+        return generation
+
+    def leave(self, generation: Generation) -> None:
+        """It is not computed any further."""
+        generation.text.cancelled = True
+        self._open.discard(generation)
+        with suppress(ValueError):  # it runs already
+            self.batcher.waiting.remove(generation.text)
+        self._wake.put(None)
+
+    def end_texts(self, error: ModelkeepError) -> None:
+        """End every open text with `error`, which is none of the version's."""
+        for generation in tuple(self._open):
+            generation.fail(error, count_as_error=False)
+
+    def close(self) -> None:
+        super().close()
+        self.end_texts(UnavailableError(f"model '{self.model}' version '{self.version}' was taken out of service"))
+
+    def declare_hung(self, reason: str, error: ModelkeepError) -> None:
+        super().declare_hung(reason, error)
+        for generation in tuple(self._open):
+            generation.fail(error, count_as_error=True)
+
+    def count_ended(self, generation: Generation, error: ModelkeepError | None, *, count: bool = True) -> None:
+        """A text is at its end, or failed. `count`: as a request of the version."""
+        text, telemetry = generation.text, self.telemetry
+        self._open.discard(generation)
+        if error is not None:
+            self.text_counts.ended("error", kind_of(error))
+            self.telemetry.out_of_memory_failed += isinstance(error, OutOfMemoryError)
+        if not count:
+            return
+        now = time.perf_counter()
+        latency = now - text.submitted
+        if text.started is not None:
+            telemetry.queue_seconds += text.started - text.submitted
+            telemetry.model_seconds += now - text.started
+        threshold = generation.slow_threshold_seconds
+        slow = threshold is not None and latency > threshold
+        failed = error is not None
+        telemetry.total.record(latency, error=failed, slow=slow, batch=self._batch)
+        if generation.counts is not None:
+            generation.counts.record(latency, error=failed, slow=slow, batch=self._batch, key=generation.mark)
+
+    def _deliver_texts(self, gained: Gained) -> None:
+        """What a step gained, to those who wait for it."""
+        counts, tokens = self.text_counts, 0
+        for text, piece in gained:
+            generation: Generation = text.owner
+            if generation.done:
+                continue
+            tokens += piece.tokens
+            if not generation.tokens and piece.tokens and text.first_at is not None:
+                counts.first(text.first_at - text.submitted)
+            if piece.last:
+                self.count_ended(generation, piece.error)
+                if piece.reason is not None:
+                    counts.ended(piece.reason)
+            generation.take(piece)
+        counts.generated(tokens)
+        self.telemetry.rows += len(gained)
+        self._deliver([], 1)  # a step is a run of the model: the next one has another number
+
+    # What the worker thread runs
+
+    def _serve(self) -> None:
+        try:
+            while True:
+                if self._live and (batch := self._take()):
+                    self._report(self._deliver, batch, self.compute(batch))
+                if self.batcher.busy:
+                    self._step()
+                elif self._live:
+                    continue
+                elif self._copies:
+                    with suppress(IndexError):
+                        self._compute_copy(self._copies.popleft())
+                elif self._closing:
+                    return
+                else:
+                    self._wake.get()
+        finally:
+            self.batcher.drop()
+            self.runtime.close()
+
+    def _step(self) -> None:
+        if self._mark is not None:
+            self._mark(True)
+        try:
+            gained = self.batcher.step()
+        except Exception as error:  # a fault of this server: nobody waits for an answer that cannot come
+            failure = self._text_failure(error)
+            gained = [(text, Piece(error=failure)) for text in self.batcher.drop()]
+        finally:
+            if self._mark is not None:
+                self._mark(False)
+        if gained:
+            self._report(self._deliver_texts, gained)
+
+    def _text_failure(self, error: Exception) -> ModelkeepError:
+        found = self.failure(error)
+        return found if isinstance(error, OutOfMemoryError) else GenerationError(str(found), kind_of(error))
+
+
+def kind_of(error: Exception) -> str:
+    """Of TextCounts.errors."""
+    if isinstance(error, GenerationError):
+        return error.kind
+    return next((kind for known, kind in _KINDS if isinstance(error, known)), "model")
