@@ -33,9 +33,13 @@ async def main() -> None:
     parser.add_argument("--receive-timeout", type=float, default=30.0)
     parser.add_argument("--whole", action="append", default=[], help="a model whose rows are not independent")
     parser.add_argument("--optional", action="append", default=[], help="MODEL=INPUT: an input that has a default")
+    parser.add_argument("--labels", action="append", default=[], help="MODEL=OUTPUT=LABEL,LABEL: names of its classes")
     parser.add_argument("models", nargs="+", help="NAME=PATH; the version of each is 1")
     options = parser.parse_args()
     loaded = {}
+    labels = {
+        model: {output: named.split(",")} for model, output, named in (one.split("=", 2) for one in options.labels)
+    }
     for model, path in (item.split("=", 1) for item in options.models):
         loaded[model, "1"] = LoadedVersion(
             model,
@@ -45,6 +49,7 @@ async def main() -> None:
             rows_independent=model not in options.whole,
             max_batch=8,
             queue_size=100,
+            labels=labels.get(model),
         )
     serving = Serving(environment="production", replica_id="test", boot_id="0123456789")
     serving.install({model: Route(model, 1, "1", watch=True) for model, _ in loaded}, loaded, "epoch", 1)

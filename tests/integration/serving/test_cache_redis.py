@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import redis
 
+from serving import cache_shared
 from serving.cache import ResponseCache
 from serving.cache_shared import SharedStore
-from tests.redis_server import RedisCluster, RedisServer
+from tests.redis_server import RedisServer
 from tests.unit.serving.helpers import PythonRuntime, Server, close, load, serve, until
 
 
@@ -27,8 +28,14 @@ def server(program: Callable[[str], Path], tmp_path: Path, free_port: Callable[[
     started.close()
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is no Redis that does not answer."""
+    monkeypatch.setattr(cache_shared, "_CONNECT_SECONDS", 20.0)
+
+
 @asynccontextmanager
-async def inference(url: str, *, timeout_seconds: float = 0.05) -> Any:
+async def inference(url: str, *, timeout_seconds: float = 2.0) -> Any:
     """A server of one version behind this Redis, and its runtime."""
     runtime = PythonRuntime()
     version = load(runtime, deterministic=True)
@@ -111,13 +118,32 @@ def test_a_poisoned_value_is_computed_again_and_put_right(
     asyncio.run(scenario())
 
 
+def test_a_key_that_holds_something_else_is_a_miss_and_put_right(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with inference(server.url) as (one, _, first), inference(server.url) as (other, runtime, second):
+            await used(first, second)
+            await by(one, 1, 2)
+            await until(lambda: first.counts["written"] == 1)
+            with redis.Redis.from_url(server.url) as client:
+                (name,) = [key for key in client.keys("modelkeep:cache:test:*") if not key.endswith(b"marks")]
+                client.delete(name)
+                client.lpush(name, "a list")
+            assert await by(other, 1, 2) is None
+            assert (second.counts["poisoned"], second.counts["failed"]) == (1, 0) and len(runtime.calls) == 1
+            await until(lambda: second.counts["written"] == 1)
+            one.serving.cache.forget("m")
+            assert await by(one, 1, 2) == "l2"
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("fault", ["stopped", "killed"])
 def test_a_redis_that_goes_costs_hits_and_no_request(server: RedisServer, fault: str) -> None:
     """Every request is answered, right, and none waits for Redis longer than a request may; once it is known, none waits at all."""
 
     async def scenario() -> None:
         async with AsyncExitStack() as stack:
-            one, runtime, store = await stack.enter_async_context(inference(server.url))
+            one, runtime, store = await stack.enter_async_context(inference(server.url, timeout_seconds=0.5))
             await used(store)
             assert await by(one, 0, 0) is None
             server.kill() if fault == "killed" else server.signal(signal.SIGSTOP)
@@ -162,30 +188,3 @@ def test_a_server_without_its_redis_starts_and_answers(free_port: Callable[[], i
             assert len(runtime.calls) == 1 and not store.ready("m")
 
     asyncio.run(scenario())
-
-
-def test_a_cluster_of_three_masters_spreads_the_answers_and_the_death_of_one_fails_no_request(
-    program: Callable[[str], Path], tmp_path: Path, free_port: Callable[[], int]
-) -> None:
-    async def scenario(cluster: RedisCluster) -> None:
-        async with (
-            inference(cluster.url, timeout_seconds=0.5) as (one, _, first),
-            inference(cluster.url, timeout_seconds=0.5) as (other, runtime, second),
-        ):
-            await used(first, second)
-            for number in range(40):
-                assert await by(one, number, 0) is None
-                await until(lambda number=number: first.counts["written"] == number + 1)
-            assert [await by(other, number, 0) for number in range(40)] == ["l2"] * 40
-            assert min(client.dbsize() for client in cluster.clients) > 1, "one node holds the marks, each some answers"
-            cluster.nodes[2].kill()
-            for number in range(100, 160):
-                assert await by(other, number, 0) is None
-            assert len(runtime.calls) == 60
-            assert [await by(other, number, 0) for number in range(40)] == ["l1"] * 40
-
-    cluster = RedisCluster(program("redis-server"), tmp_path, free_port)
-    try:
-        asyncio.run(scenario(cluster))
-    finally:
-        cluster.close()

@@ -180,6 +180,30 @@ def test_its_asyncio_twin_infers_compressed_and_in_parallel(server: str) -> None
     asyncio.run(scenario())
 
 
+def test_its_asyncio_twin_asks_about_health_models_and_statistics_and_raises_our_words(server: str) -> None:
+    from tritonclient.http import InferInput
+    from tritonclient.http.aio import InferenceServerClient
+    from tritonclient.utils import InferenceServerException
+
+    async def scenario() -> None:
+        async with InferenceServerClient(server) as client:
+            assert await client.is_server_live() and await client.is_model_ready("affine")
+            assert not await client.is_model_ready("affine", "2")
+            assert (await client.get_server_metadata())["name"] == "modelkeep"
+            assert (await client.get_model_metadata("affine"))["versions"] == ["1"]
+            assert (await client.get_model_config("affine"))["max_batch_size"] == 8
+            assert (await client.get_inference_statistics("affine"))["model_stats"][0]["version"] == "1"
+            tensor = InferInput("x", [2], "BYTES")
+            tensor.set_data_from_numpy(np.array(["ab", "é"], dtype=object))
+            assert [v.decode() for v in (await client.infer("text", [tensor])).as_numpy("y")] == ["ab", "é"]
+            wrong = InferInput("x", [1, 3], "FP32")
+            wrong.set_data_from_numpy(np.ones((1, 3), np.float32))
+            with pytest.raises(InferenceServerException, match=r"'x' has the shape \[1, 3\]"):
+                await client.infer("affine", [wrong])
+
+    asyncio.run(scenario())
+
+
 def test_what_is_not_supported_says_so(http: Any) -> None:
     from tritonclient.http import InferInput
     from tritonclient.utils import InferenceServerException

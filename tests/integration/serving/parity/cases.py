@@ -232,6 +232,10 @@ def of_classes(random: np.random.Generator) -> Iterator[Case]:
         for rows in (1, 3):
             yield classes("some classes", count, rows)
             yield classes("some classes, binary", count, rows, binary_data=True)
+    for rows, count in ((1, 5), (3, 2)):
+        x = Tensor("x", "FP32", random_array(random, "FP32", (rows, 5)), binary=True)
+        yield classes("with labels", count, model="labelled", tensor=x)
+        yield classes("with labels, binary", count, model="labelled", tensor=x, binary_data=True)
     yield classes("more classes than there are", 9)
     yield classes("0", 0)
     yield classes("a negative number", -1)

@@ -145,8 +145,8 @@ LISTED = (
     Difference(STATISTICS, "model_stats.inference_stats: lacks in Triton's", "request", "", "all requests, however they ended"),
     Difference(("the repository's index", "the index of *"), "the document: lacks in Triton's", "reason", "", "the protocol has it"),
     # What ours leaves to the registry, or out
-    _status(200, 501, "what is loaded follows the registry", "unload of an unknown model"),
-    _status(500, 501, "what is loaded follows the registry", "load of an unknown model"),
+    _status(200, 404, "what is not there is 404: an unload with a slip in the name has not done what was meant", "unload of an unknown model"),
+    _status(500, 404, "what is not there is 404 on every path", "load of an unknown model"),
     _status(200, 501, "no shared memory", "*sharedmemory: *"),
     _status(500, 501, "no shared memory", "systemsharedmemory: register"),
     _status(400, 501, "no shared memory", "cudasharedmemory: register"),

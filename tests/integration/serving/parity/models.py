@@ -70,6 +70,8 @@ class ParityModel:
     outputs: tuple[tuple[str, str, tuple[int, ...]], ...]
     rows: bool = False
     optional: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    """Of the classes of its one output."""
 
 
 def identity(datatype: str) -> ParityModel:
@@ -85,8 +87,15 @@ PAIR = ParityModel(
 OPTIONAL = ParityModel(
     "optional", (("x", "FP32", (-1,)), ("scale", "FP32", (1,))), (("y", "FP32", (-1,)),), optional=("scale",)
 )
+LABELLED = ParityModel(
+    "labelled",
+    (("x", "FP32", (-1, 5)),),
+    (("y", "FP32", (-1, 5)),),
+    rows=True,
+    labels=("cat", "dog: small", "", "Löwe"),
+)
 IDENTITIES = {datatype: identity(datatype) for datatype in DATATYPES}
-MODELS = (AFFINE, FIXED, GRID, PAIR, OPTIONAL, *IDENTITIES.values())
+MODELS = (AFFINE, FIXED, GRID, PAIR, OPTIONAL, LABELLED, *IDENTITIES.values())
 
 
 def write_onnx(model: ParityModel, path: Path) -> Path:
@@ -141,7 +150,11 @@ def write_triton(model: ParityModel, repository: Path, file: Path) -> None:
     def tensor(name: str, datatype: str, shape: tuple[int, ...]) -> str:
         kind = "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
         optional = " optional: true" if name in model.optional else ""
-        return f"{{ name: {json.dumps(name)} data_type: {kind} dims: {list(shape[first:])}{optional} }}"
+        labels = ' label_filename: "labels.txt"' if model.labels and (name, datatype, shape) in model.outputs else ""
+        return f"{{ name: {json.dumps(name)} data_type: {kind} dims: {list(shape[first:])}{optional}{labels} }}"
+
+    if model.labels:
+        (folder / "labels.txt").write_text("\n".join(model.labels) + "\n", encoding="utf-8")
 
     inputs = ", ".join(tensor(*spec) for spec in model.inputs)
     outputs = ", ".join(tensor(*spec) for spec in model.outputs)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -32,6 +32,9 @@ WITHOUT = "NOT TESTED: parity with Triton: "
 UNPACKED = Path("/tmp")
 """Where Triton makes a folder for packed environments, whatever TMPDIR says."""
 START_SECONDS = 120
+CACHE_BYTES = 256 << 20
+Write = Callable[[ParityModel, Path, Path], None]
+"""Writes a model into Triton's repository: the model, the repository, the ONNX file."""
 
 
 def environment() -> Path:
@@ -48,8 +51,13 @@ class Running:
 
 
 @contextmanager
-def triton(models: Sequence[ParityModel], files: Path, folder: Path) -> Iterator[Running]:
-    """A Triton with these models. Its processes are one group, which ends with the block."""
+def triton(
+    models: Sequence[ParityModel], files: Path, folder: Path, *, write: Write = write_triton, caching: bool = False
+) -> Iterator[Running]:
+    """A Triton with these models, written by `write`. Its processes are one group, which ends with the block.
+
+    `caching`: with its local cache, for those models whose configuration asks for it.
+    """
     env = environment()
     packages = env / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     home = packages / "pytriton" / "tritonserver"
@@ -64,7 +72,8 @@ def triton(models: Sequence[ParityModel], files: Path, folder: Path) -> Iterator
     shutil.copytree(home / "backends", folder / "backends")
     shutil.copy(stub, folder / "backends" / "python")
     for model in models:
-        write_triton(model, folder / "repository", files / f"{model.name}.onnx")
+        write(model, folder / "repository", files / f"{model.name}.onnx")
+    cache = (f"--cache-directory={home / 'caches'}", f"--cache-config=local,size={CACHE_BYTES}") if caching else ()
     port = free_port()
     libraries = (sysconfig.get_config_var("LIBDIR"), packages / "nvidia_pytriton.libs")
     log = folder / "triton.log"
@@ -76,7 +85,7 @@ def triton(models: Sequence[ParityModel], files: Path, folder: Path) -> Iterator
                 f"--backend-directory={folder / 'backends'}", "--http-address=127.0.0.1", f"--http-port={port}",
                 "--allow-grpc=false", "--allow-metrics=false", "--model-control-mode=explicit", "--load-model=*",
                 "--exit-timeout-secs=2",
-                f"--backend-config=python,shm-region-prefix-name=modelkeep-parity-{port}-",
+                f"--backend-config=python,shm-region-prefix-name=modelkeep-parity-{port}-", *cache,
             ],
             # The stub's Python is told where its packages are by the interpreter in front of the path, and by nothing else.
             env={
@@ -110,6 +119,9 @@ def ours(models: Sequence[ParityModel], files: Path) -> Iterator[Running]:
         for model in models:
             command += [] if model.rows else ["--whole", model.name]
             command += [item for name in model.optional for item in ("--optional", f"{model.name}={name}")]
+            command += (
+                ["--labels", f"{model.name}={model.outputs[0][0]}={','.join(model.labels)}"] if model.labels else []
+            )
         command += [f"{model.name}={files / model.name}.onnx" for model in models]
         process = subprocess.Popen(command, cwd=ROOT, pass_fds=[listener.fileno()], start_new_session=True)
         try:
