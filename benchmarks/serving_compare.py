@@ -1,0 +1,347 @@
+"""Our server beside Triton (as PyPI has it) and others, in turns, in one run: rates, latencies, the marks of the design, what each feature costs.
+
+`python -m benchmarks.serving_compare [--quick] [--json FILE] [--markdown FILE] [--into PAGE]`, or `make bench-serving`: one JSON document on standard
+output (or in FILE),
+the tables in Markdown on standard error (or in FILE). Each server has the first core, wrk the last; a round is one short turn of every server, medians and
+ratios are taken over rounds. Everything a request meets is on in ours: metrics, routing, keys, the limit on a key's rate, validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime as dt
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import _peers as peers
+from benchmarks import _servers as servers
+from benchmarks._features import cost_of_features, cost_of_models
+from benchmarks._report import (
+    ALONE,
+    BATCHER,
+    HEAVY,
+    KEPT,
+    KINDS,
+    OURS,
+    SHOWN,
+    SMALL,
+    TRITON,
+    Found,
+    case,
+    document,
+    judge,
+    markdown,
+    put_into,
+)
+from benchmarks._servers import Absent, Server
+from benchmarks._turns import Driver, Turn, in_turns
+
+CONNECTIONS = (1, 16, 64)
+PROBES = 300
+CHECKED = ("/v2/health/ready", "/health", "/metrics")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured. A turn is whole seconds: wrk knows no others."""
+
+    turn_seconds: float
+    rounds: int
+    peer_rounds: int
+    other_rounds: int
+    """Of the heavy model and the cache."""
+    feature_rounds: int
+    starts: int
+    swaps: int
+    growth: tuple[int, ...]
+    registered: int
+    peers: tuple[str, ...]
+    checked: tuple[str, ...]
+    kinds: tuple[str, ...]
+    """Of requests, for the cost of features."""
+    heavy: tuple[tuple[str, int], ...]
+    """(kind, connections) of the heavy model; the marks need 16 of both kinds."""
+
+
+FULL = Plan(
+    1,
+    6,
+    2,
+    4,
+    4,
+    3,
+    20,
+    (1, 10, 100),
+    1000,
+    ("MLServer", "LitServe", "BentoML"),
+    CHECKED,
+    KINDS,
+    (("json", 1), ("json", 16), ("json", 64), ("binary", 16)),
+)
+QUICK = Plan(
+    1, 2, 1, 1, 1, 1, 6, (1, 10), 100, ("MLServer", "LitServe"), CHECKED[:1], KINDS[:1], (("json", 16), ("binary", 16))
+)
+
+
+def measure(plan: Plan, folder: Path, cores: tuple[int | None, int | None]) -> Found:
+    """Start everything, take turns, end everything. `cores`: that of the servers, that of wrk."""
+    found = Found()
+    serving_core, driving_core = cores
+    files = servers.write_models(folder / "models")
+    driver = Driver(folder, driving_core)
+    with contextlib.ExitStack() as stack:
+        running = start_all(stack, folder, files, serving_core, found, plan.peers)
+        time.sleep(1)
+        found.others["memory_at_rest_bytes"] = {server.name: server.memory_bytes() for server in running.values()}
+        rates(plan, running, driver, found)
+        heavy(plan, running, driver, found, files[HEAVY], serving_core)
+        kept(plan, running, driver, found)
+        health(plan, running, driver, found)
+    with _say("cost of features"):
+        found.others["features"] = cost_of_features(
+            folder / "features", files, driver, serving_core, plan.feature_rounds, plan.kinds
+        )
+    with _say("cost of models"):
+        found.others["growth"] = cost_of_models(
+            folder / "growth", files[SMALL], driver, serving_core, plan.growth, plan.registered, plan.feature_rounds
+        )
+    starts(plan, folder, files, serving_core, found)
+    swaps(plan, folder, found)
+    return found
+
+
+def start_all(
+    stack: contextlib.ExitStack,
+    folder: Path,
+    files: dict[str, Path],
+    core: int | None,
+    found: Found,
+    wanted: Sequence[str],
+) -> dict[str, Server]:
+    running: dict[str, Server] = {}
+    plain = {name: path for name, path in files.items() if name != KEPT}
+    starters: dict[str, Callable[[], contextlib.AbstractContextManager[Server]]] = {
+        OURS: lambda: servers.modelkeep(folder / "ours", files, core),
+        BATCHER: lambda: servers.triton(folder / "triton", files, core),
+        TRITON: lambda: servers.triton(folder / "triton-plain", plain, core, batcher=False),
+        "MLServer": lambda: peers.mlserver(folder / "mlserver", files, core),
+        "LitServe": lambda: peers.litserve(folder / "litserve", files, core),
+        "BentoML": lambda: peers.bentoml(folder / "bentoml", files, core),
+    }
+    packages = {
+        TRITON: servers.parity.TRITON,
+        BATCHER: servers.parity.TRITON,
+        "MLServer": peers.MLSERVER[0],
+        "LitServe": peers.LITSERVE[0],
+        "BentoML": peers.BENTOML[0],
+    }
+    for name, start in starters.items():
+        if name not in (OURS, TRITON, BATCHER, *wanted):
+            continue
+        with _say(f"start of {name}"):
+            try:
+                running[name] = stack.enter_context(start())
+                found.versions[name] = packages.get(name, _commit())
+            except Absent as why:
+                if name == OURS:
+                    raise
+                found.absent[name] = str(why)
+                print(f"ABSENT {name}: {why}", file=sys.stderr, flush=True)
+    return running
+
+
+def take(
+    found: Found, name: str, plan: Plan, one: Callable[[str], Turn], among: Sequence[str], rounds: int | None = None
+) -> None:
+    """The turns of a case."""
+    few = {peer: plan.peer_rounds for peer in among if peer not in (OURS, TRITON, BATCHER)}
+    with _say(name):
+        found.cases[name] = in_turns(among, rounds or plan.rounds, one, fewer=few)
+
+
+def rates(plan: Plan, running: dict[str, Server], driver: Driver, found: Found) -> None:
+    """The small model, by connections and encoding."""
+    for kind in KINDS:
+        among = [name for name, server in running.items() if kind in server.kinds]
+        for connections in CONNECTIONS:
+            take(
+                found, case(SMALL, kind, connections), plan,
+                lambda name, kind=kind, connections=connections: driver.turn(  # type: ignore[misc]
+                    running[name].target(SMALL, kind), connections, plan.turn_seconds, running[name].cpu_seconds
+                ),
+                among,
+            )  # fmt: skip
+
+
+def heavy(plan: Plan, running: dict[str, Server], driver: Driver, found: Found, model: Path, core: int | None) -> None:
+    """The heavy model; at 16 connections beside what ONNX Runtime does alone on that core, in the same rounds."""
+    for kind, connections in plan.heavy:
+        among = [name for name, server in running.items() if kind in server.kinds]
+
+        def one(name: str, kind: str = kind, connections: int = connections) -> Turn:
+            if name == ALONE:
+                rate = servers.onnxruntime_rate(model, 16, core, plan.turn_seconds)
+                return Turn(rate, 16 / rate, 16 / rate, 16 / rate)
+            return driver.turn(
+                running[name].target(HEAVY, kind), connections, plan.turn_seconds, running[name].cpu_seconds
+            )
+
+        take(
+            found,
+            case(HEAVY, kind, connections),
+            plan,
+            one,
+            [*among, *([ALONE] if connections == 16 else [])],
+            plan.other_rounds,
+        )
+
+
+def kept(plan: Plan, running: dict[str, Server], driver: Driver, found: Found) -> None:
+    """The model whose answers are kept: hits, and requests of which each is new."""
+    among = [name for name, server in running.items() if KEPT in server.models]
+    for fresh, word in ((False, "hit"), (True, "miss")):
+        for kind in KINDS:
+            for connections in (16,) if fresh else (16, 64):
+                take(
+                    found, f"cache {word}, {SHOWN[kind]}, {connections}", plan,
+                    lambda name, kind=kind, connections=connections, fresh=fresh: driver.turn(  # type: ignore[misc]
+                        running[name].target(KEPT, kind, fresh=fresh), connections, plan.turn_seconds, running[name].cpu_seconds
+                    ),
+                    among, plan.other_rounds,
+                )  # fmt: skip
+
+
+def health(plan: Plan, running: dict[str, Server], driver: Driver, found: Found) -> None:
+    """Checks, each on its own connection, while 64 connections infer as fast as they can."""
+    results = found.others["health_under_load"] = {}
+    for model in (SMALL, HEAVY):
+        for path in plan.checked:
+            for name in (OURS, TRITON) if path == CHECKED[0] else (OURS,):
+                if name not in running:
+                    continue
+                server = running[name]
+                with _say(f"health: {name} {path} while {model}"), ThreadPoolExecutor(1) as pool:
+                    load = pool.submit(driver.turn, server.target(model, "json"), 64, 2 * plan.turn_seconds)
+                    time.sleep(0.2)
+                    latencies = servers.health_latencies(server, path, PROBES, load.done)
+                    load.result()
+                cuts = statistics.quantiles(latencies, n=100)
+                results[f"{name} {path}, {model}"] = {
+                    "p50_seconds": round(cuts[49], 6), "p99_seconds": round(cuts[98], 6), "probes": len(latencies)
+                }  # fmt: skip
+
+
+def starts(plan: Plan, folder: Path, files: dict[str, Path], core: int | None, found: Found) -> None:
+    """From the start of the process to the first answer of a model; and Triton with one model, and from the start to ready."""
+    from benchmarks.server_start import measure as measure_start
+
+    with _say("start of the server"):
+        ours = measure_start(plan.starts)
+    found.others["start"] = {
+        key: ours[key] for key in ("first_answer_seconds_median", "first_answer_seconds", "listening_seconds_median")
+    }
+    if TRITON in found.versions:
+        times = []
+        with _say("start of Triton"):
+            for number in range(min(3, plan.starts)):
+                began = time.perf_counter()
+                with servers.triton(folder / f"start-{number}", {SMALL: files[SMALL]}, None) as server:
+                    while servers.ask(server.target(SMALL, "binary"))[0] != 200:
+                        time.sleep(0.005)
+                    times.append(round(time.perf_counter() - began, 3))
+        found.others["start"]["triton_first_answer_seconds"] = times
+
+
+def swaps(plan: Plan, folder: Path, found: Found) -> None:
+    """Swaps of the version in traffic; then with memory for one version only."""
+    from tests.e2e.test_swaps import figures, swapped
+
+    with _say("swaps"):
+        found.others["swaps"] = figures(swapped(folder / "swaps", plan.swaps))
+    with _say("swaps with memory for one version"):
+        found.others["swaps_one_version"] = figures(
+            swapped(folder / "swaps-one", max(3, plan.swaps // 6), ballast_mb=30, budget_mb=50)
+        )
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=servers.ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def _machine() -> str:
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return f"{os.cpu_count()} cores ({model}), Python {platform.python_version()}"
+
+
+@contextlib.contextmanager
+def _say(what: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    print(f"{time.strftime('%H:%M:%S')} {what}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few rounds: below three minutes, and noisy")
+    parser.add_argument("--json", type=Path, help="where the document goes; absent: standard output")
+    parser.add_argument("--markdown", type=Path, help="where the tables go; absent: standard error")
+    parser.add_argument("--into", type=Path, help="put the tables into this page too, between its marks")
+    options = parser.parse_args()
+    if shutil.which("wrk") is None:
+        print("SKIPPED: wrk is not installed (Debian: apt-get install wrk), so nothing was measured")
+        return 0
+    cores = sorted(os.sched_getaffinity(0))
+    pair = (cores[0], cores[-1]) if len(cores) > 1 else (None, None)
+    plan = QUICK if options.quick else FULL
+    began = time.monotonic()
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="bench-serving-") as folder:
+        found = measure(plan, Path(folder), pair)
+    about = {
+        "date": dt.date.today().isoformat(),
+        "commit": _commit(),
+        "machine": _machine(),
+        "load_before": round(load, 2),
+        "seconds": round(time.monotonic() - began),
+        "rounds": plan.rounds,
+        "peer_rounds": plan.peer_rounds,
+    }
+    marks = judge(found)
+    text = json.dumps(document(found, marks, about), indent=1)
+    if options.json:
+        options.json.write_text(text + "\n")
+    else:
+        print(text)
+    tables = markdown(found, marks, about)
+    if options.markdown:
+        options.markdown.write_text(tables)
+    if options.into:
+        options.into.write_text(put_into(options.into.read_text(), tables))
+    print(tables, file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
