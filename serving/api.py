@@ -36,17 +36,13 @@ from serving.places import key_of
 from serving.protocol import LINGER_SECONDS
 from serving.routing import Route
 from serving.state import Serving
-from serving.statuses import BusyError, ClientGoneError, DeadlineError, MethodError, status_of
+from serving.statuses import BusyError, ClientGoneError, MethodError, status_of
 from serving.tensors import InputError, OutputError
+from serving.v2 import InferRequest
+from serving.waiting import Waits
 from serving.work import Work, cached_by
 
 logger = logging.getLogger(__name__)
-
-WATCH_AFTER_SECONDS = 0.05
-"""A request that waits longer than this is looked after: is its client still there, has it run out of time?"""
-AMPLE_SECONDS = 1.0
-"""A client's deadline from here on counts against a version whose route has no measure of slow: any model that is fit to
-serve answers within it, so a version that hangs shows, and clients in a hurry bring no version down."""
 
 _JSON = (b"content-type", b"application/json")
 _OCTETS = (b"content-type", b"application/octet-stream")
@@ -124,17 +120,28 @@ class Application:
         await self._bounded(scope, receive, send)
 
 
-class _Waiting:
-    """A request that waits for its version."""
+class _Asked:
+    """An inference request that has its version."""
 
-    __slots__ = ("loaded", "receive", "spent", "watcher", "work")
+    __slots__ = ("key", "mark", "model", "receive", "route", "scope", "spent")
 
-    def __init__(self, work: Work, loaded: LoadedVersion, receive: Receive, spent: float) -> None:
-        self.work = work
-        self.loaded = loaded
+    def __init__(
+        self,
+        model: str,
+        scope: Scope,
+        receive: Receive,
+        key: str,
+        route: Route | None,
+        mark: int | None,
+        spent: float,
+    ) -> None:
+        self.model = model
+        self.scope = scope
         self.receive = receive
+        self.key = key
+        self.route = route
+        self.mark = mark
         self.spent = spent
-        self.watcher: asyncio.Task[None] | None = None
 
 
 class V2:
@@ -149,8 +156,7 @@ class V2:
         serving.gate.most_waiting = max(1, most // 2)
         self._id_prefix = request_ids.prefix(serving.replica_id, serving.boot_id)
         self._ids = itertools.count(1)
-        self._waiting: set[_Waiting] = set()
-        self._sweeping = False
+        self._waits = Waits(self._timeout_seconds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = scope["path"].rstrip("/").split("/")
@@ -241,46 +247,22 @@ class V2:
             named.append((b"x-model-version", loaded.version_header))
             if serving.access is not None:
                 scope["state"]["asked"] = (loaded, None)
+            asked = _Asked(model, scope, receive, key, route, mark, spent)
             try:
                 if alias is None:
                     length = _header_length(headers)
+                    answer, header_length, request, work = await self._answer(loaded, asked, body, length)
                 else:
                     translated = await alias.request(loaded.codec, body, headers, self._timeout_seconds)
-                    body, length = translated.body, translated.header_length
-                answers = loaded.answers
-                known = None if answers is None or alias is not None else answers.recall(body, length, route)
-                if known is not None:
-                    answer, header_length, work = known
-                    if serving.access is not None:
-                        scope["state"]["asked"] = (loaded, work)
-                else:
+                    body, length, header_length = translated.body, translated.header_length, None
                     request = loaded.codec.decode(body, length)
-                    if answers is None:
-                        work = loaded.submit(request.inputs, request.outputs, route, mark, key)
-                    else:
-                        work = answers.submit(request.inputs, request.outputs, route, mark, key)
-                    if serving.access is not None:
-                        scope["state"]["asked"] = (loaded, work)
-                    if not work.future.done():
-                        await self._wait(work, loaded, receive, request.timeout_seconds, spent)
+                    work = await self._computed(loaded, asked, request)
                     try:
-                        if alias is not None:
-                            answer = await alias.answer(loaded.codec, work.answer, one_row=translated.one_row)
-                            header_length = None
-                            named += _time_headers(work)
-                        elif request.classes and _is_long(request.classes, work):
-                            answer, header_length = await asyncio.to_thread(
-                                loaded.codec.encode, model, loaded.version, request, work.answer, _times(work)
-                            )
-                        else:
-                            answer, header_length = loaded.codec.encode(
-                                model, loaded.version, request, work.answer, _times(work)
-                            )
+                        answer = await alias.answer(loaded.codec, work.answer, one_row=translated.one_row)
                     except OutputError:
                         loaded.count_output_error(work)
                         raise
-                    if answers is not None and alias is None and not request.id:  # an id comes once
-                        answers.remember(body, length, work, answer, header_length)
+                    named += _time_headers(work)
             finally:
                 loaded.release()
             if len(answer) >= WORTH_BYTES and (accepts := headers.get(b"accept-encoding")) is not None:
@@ -315,8 +297,50 @@ class V2:
             serving.capture.offer(loaded.model, body, length)
         if route.shadow and route.candidate is not None:
             candidate = serving.loaded.get((model, route.candidate))
-            if candidate is not None and (route.shadow_share >= 1 or serving.random() < route.shadow_share):
+            if (
+                request is not None
+                and candidate is not None
+                and (route.shadow_share >= 1 or serving.random() < route.shadow_share)
+            ):
                 shadow.offer(route, loaded, candidate, request.inputs, request.outputs, work.answer)
+
+    async def _answer(
+        self, loaded: LoadedVersion, asked: _Asked, body: bytes, length: int | None
+    ) -> tuple[bytes, int | None, InferRequest | None, Work]:
+        """(body of the answer, length of its JSON part where it is binary, what was asked, what became of it).
+
+        What was asked is None where the very bytes are known: then nothing was decoded.
+        """
+        answers = loaded.answers
+        if answers is not None and (known := answers.recall(body, length, asked.route)) is not None:
+            answer, header_length, work = known
+            if self._serving.access is not None:
+                asked.scope["state"]["asked"] = (loaded, work)
+            return answer, header_length, None, work
+        request = loaded.codec.decode(body, length)
+        work = await self._computed(loaded, asked, request)
+        encode, words = loaded.codec.encode, (asked.model, loaded.version, request, work.answer, _times(work))
+        try:
+            if request.classes and _is_long(request.classes, work):
+                answer, header_length = await asyncio.to_thread(encode, *words)
+            else:
+                answer, header_length = encode(*words)
+        except OutputError:
+            loaded.count_output_error(work)
+            raise
+        if answers is not None and not request.id:  # an id comes once
+            answers.remember(body, length, work, answer, header_length)
+        return answer, header_length, request, work
+
+    async def _computed(self, loaded: LoadedVersion, asked: _Asked, request: InferRequest) -> Work:
+        """Through the version's queue, or its cache. Raises what `Waits.wait` does."""
+        queue = loaded if loaded.answers is None else loaded.answers
+        work = queue.submit(request.inputs, request.outputs, asked.route, asked.mark, asked.key)
+        if self._serving.access is not None:
+            asked.scope["state"]["asked"] = (loaded, work)
+        if not work.future.done():
+            await self._waits.wait(work, loaded, asked.receive, request.timeout_seconds, asked.spent)
+        return work
 
     def _named_by(self, loaded: LoadedVersion, route: Route, number: int) -> bytes:
         """The id of a request that a route gave to a version: any server can tell from it where its verdict belongs."""
@@ -356,54 +380,6 @@ class V2:
             return inflate(body, encoding.decode("latin-1").strip().lower(), limit)
         return body
 
-    async def _wait(
-        self, work: Work, loaded: LoadedVersion, receive: Receive, timeout_seconds: float, spent: float
-    ) -> None:
-        """Until the version has answered, for as long as the client gives it where that is not 0; `spent` of that is gone already.
-
-        Raises ModelError, DeadlineError, ClientGoneError, UnavailableError.
-        """
-        deadline = None
-        if timeout_seconds and timeout_seconds < self._timeout_seconds:
-            # At its deadline it leaves the queue: it is not computed for nobody.
-            loop = asyncio.get_running_loop()
-            deadline = loop.call_later(max(0.0, timeout_seconds - spent), _expire, work, loaded, timeout_seconds, spent)
-        waiting = _Waiting(work, loaded, receive, spent)
-        self._waiting.add(waiting)
-        if not self._sweeping:
-            self._sweeping = True
-            asyncio.get_running_loop().call_later(WATCH_AFTER_SECONDS, self._sweep)
-        try:
-            await work.future
-        finally:
-            self._waiting.discard(waiting)
-            if waiting.watcher is not None:
-                waiting.watcher.cancel()
-            if deadline is not None:
-                deadline.cancel()
-
-    def _sweep(self) -> None:
-        """One timer for all requests: a timer or a task for each would cost more than the rest of the dispatch."""
-        now = time.perf_counter()
-        for waiting in tuple(self._waiting):
-            waited = now - waiting.work.enqueued
-            if waited + waiting.spent > self._timeout_seconds:
-                loaded = waiting.loaded
-                who = f"model '{loaded.model}' version '{loaded.version}'"
-                error = DeadlineError(f"{who} did not answer within {self._timeout_seconds:g} seconds")
-                # What was spent before the version was there is no fault of the version.
-                loaded.withdraw(waiting.work, error, count_as_error=not waiting.spent or waited >= AMPLE_SECONDS)
-            elif waiting.watcher is None and waited > WATCH_AFTER_SECONDS / 2:
-                waiting.watcher = asyncio.create_task(self._watch(waiting))
-        self._sweeping = bool(self._waiting)
-        if self._sweeping:
-            asyncio.get_running_loop().call_later(WATCH_AFTER_SECONDS, self._sweep)
-
-    async def _watch(self, waiting: _Waiting) -> None:
-        message = await waiting.receive()
-        if message["type"] == "http.disconnect":
-            waiting.loaded.withdraw(waiting.work, ClientGoneError("the client went"), count_as_error=False)
-
     def _count(self, loaded: LoadedVersion | None, status: int) -> None:
         if loaded is None:
             self._serving.unrouted(status)
@@ -437,18 +413,6 @@ class V2:
                 while (await unread()).get("more_body"):
                     pass
         await send({"type": "http.response.body", "body": b""})
-
-
-def _expire(work: Work, loaded: LoadedVersion, timeout_seconds: float, spent: float) -> None:
-    """The client's own deadline has come. The version's error only where it was slow by the measure of its route as well,
-    or by AMPLE_SECONDS where the route has none: a client that gives a microsecond proves nothing against a version.
-    """
-    who = f"model '{loaded.model}' version '{loaded.version}'"
-    error = DeadlineError(f"{who} did not answer within the {timeout_seconds:g} seconds of the parameter 'timeout'")
-    threshold = work.slow_threshold_seconds
-    had = timeout_seconds - spent
-    slow = had >= AMPLE_SECONDS if threshold is None else had > threshold
-    loaded.withdraw(work, error, count_as_error=slow)
 
 
 def _unread(error: ModelkeepError) -> bool:

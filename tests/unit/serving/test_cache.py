@@ -28,6 +28,7 @@ from serving.metrics import Metrics
 from serving.pages import create_pages
 from serving.routing import Route
 from serving.statuses import ClientGoneError, DeadlineError
+from serving.waiting import Waits
 from tests.unit.serving.helpers import Arrays, PythonRuntime, Server, close, load, no_nudge, request, row, serve, until
 
 KEY = b"k" * 16
@@ -392,7 +393,7 @@ async def test_a_first_client_that_leaves_does_not_take_the_others_with_it(reaso
 async def test_who_waits_behind_another_has_his_own_deadline() -> None:
     version = load(runtime := PythonRuntime(), deterministic=True)
     server = cached(version)
-    server.app.v2._timeout_seconds = 0.1
+    server.app.v2._waits = Waits(0.1)
     runtime.gate.clear()
     answers = await asyncio.gather(server.infer(1, 2), server.infer(1, 2))
     assert [answer.status for answer in answers] == [504, 504]
