@@ -86,12 +86,14 @@ class Caretaker:
         return self._marks.take(version.model, version.version, version.digest)
 
     def loading(self, version: Wanted, slot: Slot) -> None:
-        self.lifecycle.move((version.model, version.version), ModelState.LOADING)
+        key = (version.model, version.version)
+        self.lifecycle.move(key, ModelState.DOWNLOADING)  # an emergency may have loaded it meanwhile, on another thread
+        self.lifecycle.move(key, ModelState.LOADING)
         slot.mark(True)
 
     def failed(self, version: Wanted, slot: Slot, error: str) -> None:
         slot.free()
-        self.lifecycle.move((version.model, version.version), ModelState.ERROR, error=error)
+        self.lifecycle.move_if_legal((version.model, version.version), ModelState.ERROR, error=error)
 
     def keep(self, loaded: LoadedVersion, slot: Slot) -> None:
         """The slot is the loaded version's until `gone`."""
@@ -99,9 +101,11 @@ class Caretaker:
         self._slots[id(loaded)] = slot
 
     def leaving(self, loaded: LoadedVersion, *, replaced: bool) -> None:
-        """It finishes what it has. `replaced`: the same version was loaded again, and that one's state counts."""
+        """It finishes what it has. `replaced`: the same version was loaded again, and that one's state counts; so it does while it is
+        being loaded again.
+        """
         if not replaced:
-            self.lifecycle.move((loaded.model, loaded.version), ModelState.UNLOADING)
+            self.lifecycle.move_if_legal((loaded.model, loaded.version), ModelState.UNLOADING)
 
     def gone(self, loaded: LoadedVersion) -> None:
         slot = self._slots.pop(id(loaded), None)

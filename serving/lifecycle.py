@@ -58,7 +58,7 @@ class Lifecycle:
     def __init__(self, now: Callable[[], dt.datetime] = clock.now) -> None:
         self._now = now
         self._lives: dict[Key, Life] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def move(self, key: Key, state: ModelState, *, error: str | None = None) -> None:
         """Raises ValueError for a move that there is none of. Staying is no move."""
@@ -74,10 +74,24 @@ class Lifecycle:
             for old in gone[:-_GONE_KEPT]:
                 del self._lives[old]
 
+    def move_if_legal(self, key: Key, state: ModelState, *, error: str | None = None) -> None:
+        """As `move`, but another copy of the version may have been quicker: then its state stays."""
+        with self._lock:
+            life = self._lives.get(key)
+            if state in MOVES[None if life is None else life.state]:
+                self.move(key, state, error=error)
+
     def settle(self, loaded: Iterable[Key], in_use: set[Key]) -> None:
         """After the routes were changed: who is in use, and who is only ready. One that is just being loaded once more is told of later."""
         for key in loaded:
-            if self.state(key) is not ModelState.DOWNLOADING:
+            with self._lock:
+                state = self.state(key)
+                if state is ModelState.DOWNLOADING:
+                    continue
+                if state in (ModelState.UNLOADING, ModelState.ARCHIVED):
+                    # Another copy of it went while this one was loaded.
+                    self.move(key, ModelState.DOWNLOADING)
+                    self.move(key, ModelState.LOADING)
                 self.move(key, ModelState.IN_USE if key in in_use else ModelState.READY)
 
     def state(self, key: Key) -> ModelState | None:

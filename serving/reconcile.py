@@ -97,6 +97,7 @@ class Reconciler:
         self._wake = asyncio.Event()
         self._last: LastState | None = None
         self.applied: LastState | None = None  # as the registry wanted it, without the holds
+        self._behind: list[str] = []
         self._tidying: asyncio.Task[None] | None = None
         self._retry: tuple[float, float] | None = None  # (when, pause) of the next try to load what failed
         self.reporter = Reporter(serving, database, monotonic=monotonic)
@@ -304,8 +305,12 @@ class Reconciler:
             self.serving, self.caretaker, going, self.room.owed,
             self._known(), drain=self._leaving.drain, let_go=self.let_go, load=self._loaded,
         )  # fmt: skip
-        async with exchange:
-            errors = await self._load_and_flip(wanted, plan, exchange, remember=remember, anew=anew)
+        try:
+            async with exchange:
+                errors = await self._load_and_flip(wanted, plan, exchange, remember=remember, anew=anew)
+        except Exception:
+            self._retry = self._retry or (self._monotonic() + _RETRY_FIRST_SECONDS, _RETRY_FIRST_SECONDS)
+            raise
         for key, error in errors.items():
             if key[0] in exchange.models and key not in plan.refused:
                 self.room.failed(plan.versions[key], plan.change(key[0]), error)
@@ -330,13 +335,13 @@ class Reconciler:
         anew: Key | None,
     ) -> dict[Key, str]:
         """Returns what of the wanted versions does not load, with the reason."""
-        loaded: dict[Key, LoadedVersion] = {}
+        stayed, loaded = dict[Key, LoadedVersion](), dict[Key, LoadedVersion]()
         errors: dict[Key, str] = {}
         took: dict[str, float] = {}
         for key, version in self.residency.ordered(plan.versions, plan.state.routes):
             current = self.serving.loaded.get(key)
             if current is not None and current.digest == version.digest:
-                loaded[key] = current
+                stayed[key] = current
                 if key != anew:
                     continue
             elif key in plan.held_back:
@@ -375,11 +380,12 @@ class Reconciler:
                 if (route.model, name) not in loaded and (route.model, name) in self.serving.loaded:
                     loaded[route.model, name] = self.serving.loaded[route.model, name]
         self.reporter.supersede(routes)
-        before, vain = self.serving.loaded, [loaded.pop(key) for key in list(loaded) if key[0] in away]
-        unneeded = self.serving.install(routes, loaded, state.epoch, state.generation)
-        unneeded += [version for version in vain if version not in before.values()]
+        vain = [loaded.pop(key) for key in list(loaded) if key[0] in away]
+        # What was here when this began may have been let go of since.
+        loaded = {k: v for k, v in stayed.items() if self.serving.loaded.get(k) is v and k[0] not in away} | loaded
+        unneeded = self.serving.install(routes, loaded, state.epoch, state.generation) + vain
         self.residency.settle(exchange.closed)
-        behind = sorted(
+        self._behind = sorted(
             route.model
             for route in wanted.routes
             if routes[route.model] != route
@@ -389,7 +395,7 @@ class Reconciler:
                 and any((route.model, name) not in loaded for name in (route.stable, route.candidate) if name)
             )
         )
-        self.reporter.reached(replicas.Reached(state.epoch, state.generation, clock.now(), tuple(behind)))
+        self.reporter.reached(replicas.Reached(state.epoch, state.generation, clock.now(), tuple(self._behind)))
         self.applied = wanted
         self.caretaker.settled(state.routes, routes, loaded)
         self.let_go(unneeded, loaded)
@@ -417,12 +423,8 @@ class Reconciler:
         """Send a model's traffic elsewhere now, against its route. What that makes needless goes when the round under way is over."""
         self.residency.woke(version.model)
         loaded = {**self.serving.loaded, (version.model, version.version): version}
-        routes, epoch, generation = (
-            {**self.serving.routes, route.model: route},
-            self.serving.epoch,
-            self.serving.generation,
-        )
-        self.let_go(self.serving.install(routes, loaded, epoch, generation), loaded)
+        routes = {**self.serving.routes, route.model: route}
+        self.let_go(self.serving.install(routes, loaded, self.serving.epoch, self.serving.generation), loaded)
         self._said_behind(route.model)
         self._tidy()
 
@@ -454,8 +456,8 @@ class Reconciler:
         self.residency.ask(model)
 
     def _said_behind(self, model: str) -> None:
-        serving = self.serving
-        self.reporter.reached(replicas.Reached(serving.epoch, serving.generation, clock.now(), (model,)))
+        serving, behind = self.serving, sorted({*self._behind, model})
+        self.reporter.reached(replicas.Reached(serving.epoch, serving.generation, clock.now(), tuple(behind)))
 
     def _tidy(self) -> None:
         if self._tidying is None or self._tidying.done():

@@ -104,6 +104,7 @@ class Residency:
         self.rung = asyncio.Event()
         self._began: float | None = None
         self._must: set[str] = set()
+        self._held: set[str] = set()
         self._here: set[str] = set()
         self.use = Use(serving, path, monotonic=monotonic, clock=clock)
         self._since: dict[str, tuple[float, float]] = {}
@@ -161,13 +162,17 @@ class Residency:
 
     def starting(self, routes: Iterable[Route]) -> None:
         """Before the first models are loaded: the settings say whether all are, or none until it is asked for."""
-        self._began = self._monotonic()
+        self._began = None if self._serving.ready else self._monotonic()
         if not self.settings.preload_models and not self.settings.prewarm:
             self.sleeping.update({route.model: _NOT_YET for route in routes if not _judged(route)})
 
+    def started(self) -> None:
+        """From now on nothing is postponed: a server that is not ready later on is about to end."""
+        self._began = None
+
     def postpones(self, model: str) -> bool:
         """While the server starts, before each load: whether this model is loaded in the background instead, when it is ready."""
-        if self._serving.ready or self.settings.preload_models or self._began is None or model in self._must:
+        if self.settings.preload_models or self._began is None or model in self._must:
             return False
         if self._monotonic() - self._began < self.settings.prewarm_seconds:
             return False
@@ -183,8 +188,13 @@ class Residency:
 
     def next(self) -> str | None:
         """The model that is to wake now, None where there is none. What is only loaded ahead comes after what is waited for."""
-        if self.queue:
-            return next(iter(self.queue))
+        while self.queue:
+            model = next(iter(self.queue))
+            if model not in self.sleeping or self._barred(model) is None:
+                return model
+            # There was room when it was asked for, and another one came first: who waits for it is told so.
+            del self.queue[model]
+            self._serving.gate.look_again([model])
         while self.later:
             model = self.later[0]
             if model in self.sleeping and model not in self.failed and self.fits(model):
@@ -207,6 +217,7 @@ class Residency:
         Where not even those fit that must be here, they are loaded all the same, with a warning.
         """
         named, here = state.by_key(), {key[0] for key in self._serving.loaded}
+        self._held = set(held)
         self.use.look()
         for model in self.sleeping.keys() - {route.model for route in state.routes}:
             self.forget(model)
@@ -320,6 +331,8 @@ class Residency:
 
     def did_not_wake(self, model: str, why: str) -> None:
         """It sleeps on, and is tried again when it is asked for after a pause that grows. Who went for it comes back."""
+        if model in self._serving.unloaded:  # meanwhile
+            return
         before = self.failed.get(model)
         pause = _AGAIN_FIRST_SECONDS if before is None else min(2 * before.pause_seconds, _AGAIN_MOST_SECONDS)
         self.failed[model] = Failed(self._monotonic() + pause, pause, why)
@@ -385,10 +398,15 @@ class Residency:
         if limit is None or not self.settings.enable_model_swapping:
             return []
         over = sum(v.runtime.memory_bytes for v in serving.loaded.values()) + self._room.need(version) - limit
+        state = self.state()
+        wanted = {} if state is None else {route.model: route.stable for route in state.routes}
         models = {
-            key[0]
-            for key in serving.loaded
-            if key[0] != version.model and (route := serving.routes.get(key[0])) is not None and not _judged(route)
+            name
+            for name in {key[0] for key in serving.loaded} - self._held - {version.model}
+            # One that serves in the place of a version that does not load could not come back.
+            if (route := serving.routes.get(name)) is not None
+            and not _judged(route)
+            and route.stable == wanted.get(name)
         }
         going: list[LoadedVersion] = []
         self.use.look()

@@ -17,7 +17,7 @@ from sqlalchemy import select
 from registry import clock
 from registry.actor import Who
 from registry.database import Database
-from registry.errors import ModelkeepError, StorageError, UnavailableError
+from registry.errors import StorageError, UnavailableError
 from registry.schema import AuditEvent
 from serving import laststate
 
@@ -68,8 +68,8 @@ class Unloads:
             document = json.loads(self.path.read_text())
             if document.get("format") != _FORMAT:
                 raise ValueError(f"{self.path} is of format {document.get('format')!r}")
-            self.by_model = {value["model"]: Order(**value) for value in document["unloaded"]}
-            self.untold = [Order(**value) for value in document["untold"]]
+            unloaded = {value["model"]: Order(**value) for value in document["unloaded"]}
+            self.by_model, self.untold = unloaded, [Order(**value) for value in document["untold"]]
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -88,6 +88,10 @@ class Unloads:
 
     async def save(self) -> str | None:
         """Keep it on the disk. Returns why that failed (a restart would forget it), None where it did not."""
+        # Who gives up waiting does not end the writing: what comes next shall not be overtaken by it.
+        return await asyncio.shield(asyncio.ensure_future(self._save()))
+
+    async def _save(self) -> str | None:
         async with self._saving:
             document = {
                 "format": _FORMAT,
@@ -111,10 +115,11 @@ class Unloads:
                     await in_thread(partial(self._record, database, order))
                 except (UnavailableError, StorageError):
                     raise
-                except ModelkeepError as error:
+                except Exception as error:
+                    # Whatever it is, it shall not keep this server from following its routes.
                     if order.identity not in self._refused:
                         self._refused.add(order.identity)
-                        log.error("%s of %s is not on record yet: %s", order.action, order.model, error)
+                        log.error("%s of %s is not on record yet: %r", order.action, order.model, error)
                     continue
                 self.untold.remove(order)
             await self.save()

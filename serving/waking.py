@@ -26,6 +26,7 @@ class Waker:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
+        self._reconciler.residency.started()
         self._task = asyncio.create_task(self._run())
 
     def stop(self) -> None:
@@ -62,9 +63,11 @@ class Waker:
         residency.begin(model)
         try:
             state = residency.state()
-            for version in [] if state is None else [v for v in state.versions if v.model == model]:
+            stable = set() if state is None else {(r.model, r.stable) for r in state.routes if r.model == model}
+            for version in [] if state is None else state.versions:
                 # Before anybody goes for it: what is missing or rotten shall cost the others nothing.
-                await reconciler.fetch(version)
+                if (version.model, version.version) in stable:
+                    await reconciler.fetch(version)
             await reconciler.again()
             if model in residency.sleeping and model not in residency.failed:
                 residency.did_not_wake(model, "what is served changed meanwhile")

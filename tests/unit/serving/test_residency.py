@@ -26,6 +26,7 @@ from tests.unit.serving.rounds import MODELS, following, stable, three_models
 
 REQUEST = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1.0, 1.0, 1.0, 1.0]}]}
 TWO = {"max_concurrent_models": 2}
+SIZE_BYTES = 1 << 20
 VALUE = {"a": 44.0, "b": 84.0, "c": 124.0}
 """What version 1 of a model answers to REQUEST."""
 
@@ -54,13 +55,21 @@ class Box:
         self.meanwhile: Callable[[Wanted], Any] = lambda version: None
         self._real = reconciler.load
         reconciler.load = self._load  # type: ignore[method-assign]
+        for loaded in reconciler.serving.loaded.values():
+            self._sized(loaded)
 
     def _load(self, version: Wanted) -> LoadedVersion:
         self.loads.append(version.model)
         self.meanwhile(version)
         if version.model in self.bad:
             raise ArtifactError("rotten")
-        return self._real(version)
+        return self._sized(self._real(version))
+
+    def _sized(self, loaded: LoadedVersion) -> LoadedVersion:
+        """Of one size all: by how much the process grows with so small a model is chance, and a budget here is a sum of them."""
+        loaded.runtime.memory_bytes = SIZE_BYTES
+        self.reconciler.room.note(loaded)
+        return loaded
 
     async def ask(self, model: str, **headers: str) -> Answer:
         return await self.server.post(f"/v2/models/{model}/infer", REQUEST, headers)
