@@ -144,11 +144,16 @@ class AccessLog:
             self._put_aside()
             self._file = self.path.open("ab", buffering=0)
             self._size = 0
-        left = memoryview(text)
-        while left:  # a disk that is nearly full takes a part
-            taken = self._file.write(left) or 0
-            self._size += taken
-            left = left[taken:]
+        left, before = memoryview(text), self._size
+        try:
+            while left:  # a disk that is nearly full takes a part
+                taken = self._file.write(left) or 0
+                self._size += taken
+                left = left[taken:]
+        except OSError:
+            if self._size > before:  # the next line would go on behind half of one
+                self._file.truncate(before)
+            raise
 
     def _put_aside(self) -> None:
         assert self.path is not None

@@ -12,7 +12,6 @@ import secrets
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,7 +32,6 @@ from serving.emergency import REGISTRY_SECONDS, Emergency
 from serving.keyring import Keyring
 from serving.orders import Orders
 from serving.performance import Performance
-from serving.protocol import BoundedHttpProtocol
 from serving.reconcile import Reconciler
 from serving.state import Serving
 from serving.text import api as text_api
@@ -81,30 +79,24 @@ class Server(uvicorn.Server):
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Readiness falls first; accepting stops; who is connected already, or is sending, has his request answered; then uvicorn's own end.
+        """Readiness falls first; accepting stops; who is connected already, or is sending, has his request answered, all of them
+        together within the time that a stop has: the parent waits no longer.
 
         Connections that come later wait in the socket, which the parent holds.
         """
         self._serving.ready = False
         for server in self.servers:
             server.close()
-        await asyncio.sleep(_SETTLE_SECONDS)
-        deadline = time.monotonic() + float(self.config.timeout_graceful_shutdown or 0)
-        while self._receiving() and time.monotonic() < deadline:
-            await asyncio.sleep(_SETTLE_SECONDS / 3)
         # Texts go on for most of the time that there is, then their streams get a last event.
         grace = float(self.config.timeout_graceful_shutdown or 0)
         ending = asyncio.get_running_loop().call_later(
             max(grace - _LAST_WORDS_SECONDS, grace / 2), end_texts, self._serving
         )
         try:
+            await asyncio.sleep(_SETTLE_SECONDS)
             await super().shutdown(sockets)
         finally:
             ending.cancel()
-
-    def _receiving(self) -> bool:
-        """Whether somebody is in the middle of a request. uvicorn would cut him off."""
-        return any(isinstance(c, BoundedHttpProtocol) and c.receiving for c in self.server_state.connections)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -7,12 +7,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import httptools
+import orjson
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
-from uvicorn.protocols.http.flow_control import service_unavailable
+from uvicorn.protocols.http.flow_control import FlowControl, service_unavailable
 from uvicorn.protocols.http.httptools_impl import (
     HEADER_RE,
     STATUS_LINE,
@@ -29,6 +32,8 @@ _CONTROLS = bytes({*range(32), 127} - {9})
 _MOST_NAMES = 256
 _LONGEST_KNOWN = 256
 """Of what clients ask for, no more is remembered."""
+_MOST_BEHIND = 16
+"""Requests that wait behind the one that is answered, before no more are read. What came with the last of them waits too."""
 _names: set[bytes] = set()
 """Names of headers that were found to be good, in small letters."""
 
@@ -71,10 +76,24 @@ class _Event:
         await self._event.wait()
 
 
+class _Flow(FlowControl):
+    """uvicorn reads on with every answer: who sends requests faster than they are answered would fill the memory."""
+
+    def __init__(self, transport: asyncio.Transport, pipeline: Collection[Any]) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        if self.read_paused and len(self._pipeline) < _MOST_BEHIND:
+            super().resume_reading()
+
+
 class Cycle(RequestResponseCycle):
     """uvicorn's, but an answer whose length is known leaves in one piece with its headers."""
 
     _head = b""
+    _to_the_end = False
+    """Whether the answer ends with the connection: HTTP/1.0 knows no chunks."""
 
     def __init__(self, protocol: HttpToolsProtocol, keep_alive: bool) -> None:
         self.scope = protocol.scope
@@ -143,8 +162,11 @@ class Cycle(RequestResponseCycle):
         if not self.keep_alive and not closes:
             parts.append(b"connection: close\r\n")
         if self.chunked_encoding is None and self.scope["method"] != "HEAD" and status not in (204, 304):
-            self.chunked_encoding = True
-            parts.append(b"transfer-encoding: chunked\r\n")
+            if self.scope["http_version"] == "1.0":
+                self._to_the_end = True
+            else:
+                self.chunked_encoding = True
+                parts.append(b"transfer-encoding: chunked\r\n")
         parts.append(b"\r\n")
         return b"".join(parts)
 
@@ -155,7 +177,7 @@ class Cycle(RequestResponseCycle):
             body = b""
         elif self.chunked_encoding:
             body = (b"%x\r\n%b\r\n" % (len(body), body) if body else b"") + (b"" if more else b"0\r\n\r\n")
-        else:
+        elif not self._to_the_end:
             self.expected_content_length -= len(body)
             if self.expected_content_length < 0:
                 raise RuntimeError("the answer is longer than its Content-Length")
@@ -169,6 +191,16 @@ class Cycle(RequestResponseCycle):
             if not self.keep_alive:
                 self.transport.close()
             self.on_response()
+
+    async def send_500_response(self) -> None:
+        """What uvicorn calls where nothing was answered: the stop's time was over, or a fault that nothing before this caught."""
+        stopping = isinstance(sys.exception(), asyncio.CancelledError)
+        said = "the server is stopping: try again later" if stopping else "internal error of the server; see its log"
+        body = orjson.dumps({"error": said})
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers += [(b"connection", b"close"), *([(b"retry-after", b"1")] if stopping else [])]
+        await self.send({"type": "http.response.start", "status": 503 if stopping else 500, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def receive(self) -> ASGIReceiveEvent:
         if self.waiting_for_100_continue and not self.transport.is_closing():
@@ -200,8 +232,50 @@ class LeanHttpToolsProtocol(HttpToolsProtocol):
     request would be felt.
     """
 
+    _wishes = False
+    """Whether the head that was read asks for another protocol."""
     _idle_since: float | None = None
     """Since when the connection waits for a request; None: one is under way, or bytes came that may become one."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.flow = _Flow(transport, self.pipeline)
+
+    def data_received(self, data: bytes) -> None:
+        """uvicorn's, but a request for another protocol is one of this protocol, with its body, and no client writes our log.
+
+        The parser takes what follows such a head for the other protocol: it is told the head again, without the wish. Else the
+        body would be read as the next request.
+        """
+        self._idle_since = None
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+                return
+            except httptools.HttpParserUpgrade as other:
+                if self._should_upgrade():
+                    self.handle_websocket_upgrade()
+                    return
+                data = self._plain_head() + data[other.args[0] :]
+                self._wishes = False
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def _plain_head(self) -> bytes:
+        """The head that was just read, without Upgrade."""
+        scope = self.scope
+        first = b"%b %b HTTP/%b\r\n" % (scope["method"].encode(), self.url, scope["http_version"].encode())
+        lines = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        return first + b"".join(lines) + b"\r\n"
+
+    def on_message_complete(self) -> None:
+        if self._wishes or self.cycle.response_complete:
+            return
+        self.cycle.more_body = False
+        self.cycle.message_event.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -243,7 +317,11 @@ class LeanHttpToolsProtocol(HttpToolsProtocol):
         scope["method"] = parser.get_method().decode("ascii")
         if version != "1.1":
             scope["http_version"] = version
-        if self.ws_protocol_class is not None and parser.should_upgrade() and self._should_upgrade():
+            self.expect_100_continue = False
+        if parser.should_upgrade():
+            if scope["method"] == "CONNECT":
+                raise ValueError("this is no proxy")
+            self._wishes = True
             return
         url = self.url
         path, raw_path, scope["query_string"] = _known(url) if len(url) <= _LONGEST_KNOWN else _split(url)

@@ -197,13 +197,16 @@ class Places:
     def _hand_over(self) -> None:
         now = self._monotonic()
         while self._waiters and self.in_flight < self.capacity:
-            ready = [w for w in self._waiters if w.patient or self._may_take(w.place.key, w.place.model, now)]
+            # One that has just been cancelled, or was too long in waiting, takes itself out when its task comes on.
+            ready = [
+                w
+                for w in self._waiters
+                if not w.turn.done() and (w.patient or self._may_take(w.place.key, w.place.model, now))
+            ]
             if not ready:
                 return
             waiter = min(ready, key=lambda w: w.place.key.held)  # of equals the one that came first
             self._forget(waiter)
-            if waiter.turn.done():
-                continue
             self.in_flight += 1
             waiter.place.key.held += 1
             waiter.place.model.held += 1

@@ -19,7 +19,8 @@ FAREWELL_SECONDS = 2.0
 PROGRESS_BYTES = 16_384
 """Less of an answer taken in `write_timeout_seconds` is as good as nothing."""
 _REFUSED_LINGER_SECONDS = 1.0
-_REFUSED_AT_A_TIME = 128
+_REFUSED_AT_A_TIME = 32
+"""They take descriptors of those that are kept for files (serving.entry)."""
 _TOO_MANY = "the server has as many connections as it takes; try again later"
 _TOO_LARGE = "the headers of the request are longer than {limit} bytes"
 
@@ -68,6 +69,8 @@ class BoundedHttpProtocol(LeanHttpToolsProtocol):
     """Bytes behind the head that were no body: chunk sizes, trailers."""
     _stuck_since: float | None = None
     _stuck_size = 0
+    _last = False
+    """Whether the server stops: the connection ends with the request that is coming in."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if len(self.connections) >= self.max_connections:
@@ -128,6 +131,8 @@ class BoundedHttpProtocol(LeanHttpToolsProtocol):
                 self._reject(431, _TOO_LARGE.format(limit=limit))
         super().on_headers_complete()
         self._in_head = False
+        if self._last and not self._wishes:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._body_seen = True
@@ -136,6 +141,8 @@ class BoundedHttpProtocol(LeanHttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._receiving_since = None
+        if self._last and not self._wishes and self._answered():
+            self.transport.close()
 
     @property
     def receiving(self) -> bool:
@@ -143,8 +150,12 @@ class BoundedHttpProtocol(LeanHttpToolsProtocol):
         return self.scope is not None and self._receiving_since is not None and not self.transport.is_closing()
 
     def shutdown(self) -> None:
-        """Called at a stop. Who asks nothing is not bidden farewell by TLS, which would wait for his."""
-        if self._answered() and self.scheme == "https" and not self.transport.get_write_buffer_size():
+        """Called at a stop. Who is sending a request has it answered, or may send on what was answered already. Who asks nothing is
+        not bidden farewell by TLS, which would wait for his.
+        """
+        if self.receiving and (self._in_head or self._answered()):
+            self._last = True
+        elif self._answered() and self.scheme == "https" and not self.transport.get_write_buffer_size():
             self.transport.abort()
         else:
             super().shutdown()
@@ -235,7 +246,10 @@ class BoundedHttpProtocol(LeanHttpToolsProtocol):
             (self.pipeline[0][0] if self.pipeline else running).keep_alive = False
             return
         self._deaf = True
-        self.transport.write(self._answer(status, message))
+        if self._in_head or self.cycle is None or not self.cycle.response_started or not self.cycle.more_body:
+            self.transport.write(
+                self._answer(status, message)
+            )  # else it has an answer: a second would be the next one's
         self.transport.close()
 
     def _turn_away(self, transport: asyncio.Transport) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -154,9 +155,10 @@ class SharedBuckets:
     async def _script(self, key: str, rate: Rate, wanted: int) -> tuple[int, float]:
         arguments = (str(rate.count), repr(rate.per_second), str(wanted))
         answer = await self._client.eval(SCRIPT, 1, self._prefix + key, *arguments)
-        if not isinstance(answer, list) or len(answer) != 2:
-            raise ValueError(f"an answer that is none of the script's: {answer!r:.100}")
-        return int(answer[0]), float(answer[1])
+        match answer:
+            case [int(given), bytes() | str() as text] if 0 <= given <= wanted and math.isfinite(left := float(text)):
+                return given, left
+        raise ValueError(f"an answer that is none of the script's: {answer!s:.100}")
 
     def _unusable(self, error: BaseException) -> None:
         if self.usable:

@@ -38,10 +38,10 @@ class Certificates:
             return False
         try:
             _context(self.certificate, self.key, self.client_ca)  # both files may be in the middle of their exchange
-            self.context.load_cert_chain(self.certificate, self.key)
+            self.context.load_cert_chain(self.certificate, self.key, password=_no_password)
             if self.client_ca is not None:
                 self.context.load_verify_locations(self.client_ca)
-        except (SettingsError, ssl.SSLError, OSError) as error:
+        except (SettingsError, ssl.SSLError, OSError, ValueError) as error:
             if self._stamps() == found:
                 self._seen = found
                 log.error("the certificate is not renewed, the one before goes on: %s", error)
@@ -51,10 +51,10 @@ class Certificates:
         log.info("the certificate was renewed from %s", self.certificate)
         return True
 
-    async def follow(self) -> None:
+    async def follow(self, *, every_seconds: float = LOOK_SECONDS) -> None:
         """Look every few seconds."""
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(every_seconds)
             self.renew()
 
     def _stamps(self) -> tuple[tuple[int, int, int] | None, ...]:

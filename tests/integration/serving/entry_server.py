@@ -50,7 +50,7 @@ async def main(settings: Settings, listener: socket.socket, folder: Path, known:
     entry.equip(serving, settings)
     made = create_app(serving, settings=settings, nudge=nudge, info=info)
     app = entry.guarded(made, serving, settings, keyring, child.rules_of(settings, listener))
-    following = asyncio.create_task(tls.follow()) if tls is not None else None
+    following = asyncio.create_task(tls.follow(every_seconds=0.1)) if tls is not None else None
     try:
         await child.Server(entry.config(app, settings, tls), serving).serve(sockets=[listener])
     finally:

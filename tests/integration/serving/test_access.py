@@ -143,7 +143,7 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         logging__access="file",
         security__cors_origins='["https://app.example"]',
         performance__max_concurrent_requests="5",
-        server__write_timeout_seconds="1",
+        server__write_timeout_seconds="3",
         server__max_connections="60",
         profile="cpu",
     ) as found:

@@ -9,7 +9,8 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from serving.cycle import Cycle, LeanHttpToolsProtocol
+from serving.cycle import _MOST_BEHIND, Cycle, LeanHttpToolsProtocol
+from serving.protocol import bounded_protocol
 
 REQUEST = b"POST /v2/models/m/infer?a=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbody"
 
@@ -20,6 +21,7 @@ class Transport:
     def __init__(self) -> None:
         self.written: list[bytes] = []
         self.closed = False
+        self.reading = True
 
     def write(self, data: bytes) -> None:
         self.written.append(bytes(data))
@@ -33,8 +35,34 @@ class Transport:
     def get_extra_info(self, name: str) -> Any:
         return None
 
-    def pause_reading(self) -> None: ...
-    def resume_reading(self) -> None: ...
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+def connected(app: Any) -> tuple[Any, Transport, ServerState]:
+    """A connection with all limits, on the running loop."""
+    config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None, access_log=False)
+    config.load()
+    transport, state = Transport(), ServerState()
+    protocol = bounded_protocol(30)(config, state, {}, asyncio.get_running_loop())
+    protocol.connection_made(transport)  # type: ignore[arg-type]
+    return protocol, transport, state
+
+
+async def over(protocol: Any, state: ServerState) -> None:
+    """All requests have ended; no timer is left."""
+    while state.tasks:
+        await asyncio.wait(set(state.tasks))
+        await asyncio.sleep(0)
+    for timer in (protocol.timeout_keep_alive_task, type(protocol)._sweep):
+        if timer is not None:
+            timer.cancel()
 
 
 async def answered(app: Any, request: bytes = REQUEST, **options: Any) -> Transport:
@@ -259,3 +287,146 @@ def test_a_cycle_is_uvicorns_to_everybody_else() -> None:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
     assert issubclass(Cycle, RequestResponseCycle)
+
+
+UPGRADE = b"GET /a HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+
+
+def test_what_follows_a_request_for_another_protocol_is_answered_and_nothing_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    paths: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        paths.append(scope["path"])
+        if scope["path"] == "/p":
+            assert (await receive())["body"] == b"abc"
+        await send(start((b"content-length", b"0")))
+        await send(body())
+
+    posted = UPGRADE.replace(b"GET /a", b"POST /p").replace(b"\r\n\r\n", b"\r\nContent-Length: 3\r\n\r\nabc")
+    sent = asyncio.run(answered(app, UPGRADE * 3 + posted + b"GET /b HTTP/1.1\r\nHost: x\r\n\r\n"))
+    assert paths == ["/a", "/a", "/a", "/p", "/b"]
+    assert len(sent.written) == 5
+    asyncio.run(answered(app, b"GARBAGE\r\n\r\n"))
+    assert caplog.records == [], "a client could fill the log"
+
+
+@pytest.mark.parametrize(
+    "framed", [b"Content-Length: 47\r\n\r\n%b", b"Transfer-Encoding: chunked\r\n\r\n2f\r\n%b\r\n0\r\n\r\n"]
+)
+@pytest.mark.parametrize("cut", [0, 1, 100])
+def test_the_body_of_a_request_for_another_protocol_is_no_request(framed: bytes, cut: int) -> None:
+    hidden = b"GET /hidden HTTP/1.1\r\nHost: x\r\nX-Some: thing\r\n\r\n"
+    head = UPGRADE.replace(b"GET /a", b"POST /a")[:-2]
+    seen: list[Any] = []
+
+    async def story() -> None:
+        protocol, transport, state = connected(saying(start((b"content-length", b"0")), body(), seen=seen))
+        data = head + framed.replace(b"47", b"%d" % len(hidden)).replace(b"2f", b"%x" % len(hidden)) % hidden
+        at = len(data) if cut == 0 else len(head) + 1 if cut == 1 else cut
+        for part in (data[:at], data[at:], b"GET /b HTTP/1.1\r\nHost: x\r\n\r\n"):
+            if part:
+                protocol.data_received(part)
+            await asyncio.sleep(0)
+        await over(protocol, state)
+        assert len(transport.written) == 2
+
+    asyncio.run(story())
+    assert [scope["path"] for scope, _ in seen] == ["/a", "/b"]
+    first = seen[0][1]["body"]
+    assert first == hidden if cut == 0 else hidden.startswith(first), "it may come in two parts"
+
+
+def test_nobody_is_connected_to_somewhere_else() -> None:
+    for target in (b"host:1", b"/a", b"http://host/a"):
+        sent = asyncio.run(
+            answered(saying(start((b"content-length", b"0")), body()), b"CONNECT %b HTTP/1.1\r\n\r\n" % target)
+        )
+        assert b"".join(sent.written).startswith(b"HTTP/1.1 400 "), target
+
+
+def test_who_sends_requests_faster_than_they_are_answered_is_not_read_from() -> None:
+    async def story() -> None:
+        protocol, transport, state = connected(saying(start((b"content-length", b"0")), body()))
+        request = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
+        for _ in range(100):
+            if transport.reading:
+                protocol.data_received(request * 100)
+            await asyncio.sleep(0)
+            assert len(protocol.pipeline) < _MOST_BEHIND + 100
+        await over(protocol, state)
+        assert transport.reading, "it goes on when they are answered"
+        assert len(transport.written) % 100 == 0
+        assert len(transport.written) > 0
+
+    asyncio.run(story())
+
+
+def test_a_request_that_was_answered_gets_no_second_answer_for_the_rest_of_it() -> None:
+    async def story() -> None:
+        protocol, transport, state = connected(saying(start((b"content-length", b"0"), status=401), body()))
+        protocol.data_received(b"POST /a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await over(protocol, state)
+        protocol.data_received(b"no chunk\r\n")
+        assert len(transport.written) == 1
+        assert transport.closed
+
+    asyncio.run(story())
+
+
+def test_a_request_that_comes_in_while_the_server_stops_is_answered_and_is_the_last() -> None:
+    async def story() -> None:
+        protocol, transport, state = connected(saying(start((b"content-length", b"0")), body()))
+        protocol.data_received(REQUEST[:20])
+        protocol.shutdown()
+        assert not transport.closed
+        protocol.data_received(REQUEST[20:])
+        await over(protocol, state)
+        assert len(transport.written) == 1
+        assert b" 200 " in transport.written[0] and b"connection: close" in transport.written[0]
+        assert transport.closed
+
+    asyncio.run(story())
+
+
+def test_who_still_sends_what_was_answered_is_let_end_when_the_server_stops() -> None:
+    async def story() -> None:
+        protocol, transport, state = connected(saying(start((b"content-length", b"0"), status=401), body()))
+        protocol.data_received(REQUEST[:-2])
+        await over(protocol, state)
+        protocol.shutdown()
+        assert not transport.closed, "a reset would take the answer away"
+        protocol.data_received(REQUEST[-2:])
+        assert transport.closed
+        assert len(transport.written) == 1
+
+    asyncio.run(story())
+
+
+def test_what_the_end_of_a_stop_interrupts_is_told_to_come_again() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def story() -> None:
+        protocol, transport, state = connected(app)
+        protocol.data_received(REQUEST)
+        await asyncio.sleep(0)
+        for task in set(state.tasks):
+            task.cancel()
+        await over(protocol, state)
+        said = b"".join(transport.written)
+        assert said.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 1" in said and said.endswith(b'{"error":"the server is stopping: try again later"}')
+
+    asyncio.run(story())
+
+
+def test_an_old_client_gets_no_chunks_and_is_not_told_to_continue() -> None:
+    old = REQUEST.replace(b"HTTP/1.1", b"HTTP/1.0").replace(b"Host: x", b"Host: x\r\nExpect: 100-continue")
+    seen: list[Any] = []
+    sent = asyncio.run(answered(saying(start(), body(b"one", more=True), body(b"two"), seen=seen), old))
+    assert b"100 Continue" not in b"".join(sent.written)
+    assert b"chunked" not in sent.written[0] and b"connection: close" in sent.written[0]
+    assert b"".join(sent.written[1:]) == b"onetwo"
+    assert sent.closed

@@ -319,6 +319,32 @@ def test_a_disk_that_takes_nothing_costs_lines_and_no_time(tmp_path: Path, monke
     full.end()
 
 
+def test_a_disk_that_takes_half_a_line_leaves_no_half_of_one(tmp_path: Path) -> None:
+    class Full:
+        """Takes five bytes, then none."""
+
+        def __init__(self) -> None:
+            self.real = path.open("ab", buffering=0)
+
+        def write(self, data: bytes) -> int:
+            if path.stat().st_size > len(b"a line\n"):
+                raise OSError(28, "No space left on device")
+            return self.real.write(data[:5])
+
+        def truncate(self, size: int) -> int:
+            return self.real.truncate(size)
+
+    path = tmp_path / "access.log"
+    path.write_bytes(b"a line\n")
+    kept = AccessLog(path)
+    full = Full()
+    kept._file, kept._size = full, len(b"a line\n")  # type: ignore[assignment]
+    with pytest.raises(OSError, match="No space"):
+        kept._write(b"another line\n")
+    assert path.read_bytes() == b"a line\n"
+    full.real.close()
+
+
 def test_a_share_is_written_and_what_failed_here_always() -> None:
     drawn = iter([0.05, 0.5])
     log = AccessLog(None, share=0.1, random=lambda: next(drawn))

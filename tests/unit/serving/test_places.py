@@ -194,3 +194,29 @@ def test_names_that_somebody_makes_up_share_one_share_and_no_memory() -> None:
         assert place is not None
         places.leave(place)
     assert len(places._keys.by_name) <= 1024
+
+
+@pytest.mark.parametrize("how", ["cancelled", "too late"])
+def test_a_place_that_comes_free_as_its_waiter_leaves_goes_to_the_next_one(how: str) -> None:
+    async def scenario() -> None:
+        places = Places(2)
+        flood = fill(places, "flood", "m")
+        first = asyncio.create_task(places.turn("quiet", "m", 30))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(places.turn("other", "m", 30))
+        await asyncio.sleep(0)
+        if how == "cancelled":
+            first.cancel()
+        else:
+            places._waiters[0].turn.cancel()  # as a time-out does it: the task comes on later
+        places.leave(flood.pop())
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        held = await second
+        assert held is not None
+        places.leave(held)
+        places.leave(flood.pop())
+        assert (places.in_flight, places.waiting) == (0, 0)
+        assert all(share.waiting == 0 and share.held == 0 for share in places._keys.by_name.values())
+
+    asyncio.run(scenario())

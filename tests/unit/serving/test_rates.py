@@ -231,7 +231,17 @@ def test_a_redis_that_is_down_stuck_or_talks_nonsense_leaves_the_rate_to_this_se
         redis.stuck.set()
         redis.stuck = None
         await until(lambda: server.usable)
-        for nonsense in ([b"x", b"y"], None, [1], [1, b"x"]):
+        for nonsense in (
+            [b"x", b"y"],
+            None,
+            [1],
+            [1, b"x"],
+            [None, b"1"],
+            [0, None],
+            [0, b"nan"],
+            [0, b"inf"],
+            [9**9, b"1"],
+        ):
             redis.nonsense = [nonsense]
             assert await server.take("b", MINUTE) is None, nonsense
             await until(lambda: server.usable)
