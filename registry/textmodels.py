@@ -136,9 +136,11 @@ def find(folder: Path, toml: ModelToml, signature: Signature | None) -> TextMode
         )
     config = _configuration(folder)
     ends = _ends(folder, told, config, words)
-    limit = vocabulary if width == -1 else width
-    if wrong := [token for token in ends if not 0 <= token < limit]:
-        raise RefusedError(f"{folder}: the end token {wrong[0]} is not among the {limit} of the graph")
+    if wrong := [token for token in ends if not 0 <= token < vocabulary]:  # what is beyond is never chosen
+        raise RefusedError(
+            f"{folder}: the end token {wrong[0]} is not among the {vocabulary} of the tokenizer: say which it is, [text] eos_ids = […] "
+            f"in {MODEL_TOML}"
+        )
     return TextModel(
         tokenizer=tokenizer,
         context_length=_context_length(folder, told, config),

@@ -205,7 +205,8 @@ class LoadedVersion(Computing):
         self.telemetry.total.record(0.0, error=True, slow=False, batch=self._batch)
         if route is not None and route.watch:
             self.counts_for(route).record(0.0, error=True, slow=False, batch=self._batch, key=mark)
-        raise error
+        # One error for all: with the traces of those before it would hold their frames, and what was asked.
+        raise error.with_traceback(None)
 
     def declare_hung(self, reason: str, error: ModelkeepError) -> None:
         """Answer everything that waits, and everything that comes, with `error`; tell a runtime that can to give up."""
@@ -320,6 +321,8 @@ class LoadedVersion(Computing):
             work.batch = number
             work.company = company
             failure = work.failure
+            if work.withdrawn and failure is None and not work.answer:
+                continue  # given up while others of its batch were computed again: it never was, and counts for nothing
             if not work.counted and not isinstance(failure, UsageError):
                 telemetry.rows += work.rows or 1
                 telemetry.queue_seconds += work.started - work.enqueued

@@ -5,10 +5,19 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from operator import attrgetter
-
-from serving.work import Work
+from typing import Protocol, TypeVar
 
 _ROUND = attrgetter("round")
+
+
+class Asked(Protocol):
+    """What waits. `round` is 0 until it does."""
+
+    asker: str
+    round: int
+
+
+A = TypeVar("A", bound=Asked)
 
 
 class Turns:
@@ -23,7 +32,7 @@ class Turns:
     def __init__(self) -> None:
         self._last: dict[str, int] = {}
 
-    def put(self, live: deque[Work], work: Work) -> None:
+    def put(self, live: deque[A], work: A) -> None:
         last, asker = self._last, work.asker
         if not asker and not last:  # nobody sends keys: nothing to put in order
             live.append(work)

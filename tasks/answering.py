@@ -132,16 +132,27 @@ def _elsewhere(client: httpx.Client, model: str, target: str) -> str:
 
 def _ask(client: httpx.Client, model: str, target: str, tensors: Tensors | None) -> tuple[str | None, str]:
     """(version that answered, what was wrong with the answer). An error of the model names its version in a header."""
-    described = client.get(f"/v1/models/{model}")
-    if described.status_code == 200 and described.json().get("object") == "model":
-        # It generates text: tensors of zeros would only make it fail.
-        return _named(client.post("/v1/generate", json={"model": model, "prompt": "Test prompt", "max_tokens": 1}))
+    if _generates(client, model):
+        return _named(_generated(client, model))
     if tensors is None:
         metadata = client.get(f"/v2/models/{model}/versions/{target}")
         if metadata.status_code != 200:
             return None, f"has not loaded version {target}: {_error(metadata)}"
         tensors = zeros(metadata.json())
-    return _named(client.post(f"/v2/models/{model}/infer", json={"inputs": tensors}))
+    answer = client.post(f"/v2/models/{model}/infer", json={"inputs": tensors})
+    if answer.status_code == 400 and _generates(client, model):  # it slept, so that nobody knew what it is
+        answer = _generated(client, model)
+    return _named(answer)
+
+
+def _generates(client: httpx.Client, model: str) -> bool:
+    """Whether it generates text: tensors of zeros would only make it fail."""
+    described = client.get(f"/v1/models/{model}")
+    return described.status_code == 200 and described.json().get("object") == "model"
+
+
+def _generated(client: httpx.Client, model: str) -> httpx.Response:
+    return client.post("/v1/generate", json={"model": model, "prompt": "Test prompt", "max_tokens": 1})
 
 
 def _named(answer: httpx.Response) -> tuple[str | None, str]:

@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 
 from registry.errors import ModelkeepError, NotFoundError
 from registry.settings import Settings
+from serving.engine import LoadedVersion
 from serving.state import Serving
 from serving.statuses import status_of
 from serving.text import asked
@@ -63,11 +64,14 @@ async def _answered(request: Request, desk: Desk, style: Style, parse: Any) -> R
 
 def _texts(serving: Serving) -> dict[str, TextVersion]:
     """The version that most requests get of each model that generates text."""
+    by_model: dict[str, list[LoadedVersion]] = {}
+    for (model, _), loaded in serving.loaded.items():
+        by_model.setdefault(model, []).append(loaded)
     found = {}
-    for model in serving.routes:
-        versions = [loaded for (name, _), loaded in serving.loaded.items() if name == model]
-        stable = serving.routes[model].stable
-        chosen = next((loaded for loaded in versions if loaded.version == stable), versions[0] if versions else None)
+    for model, versions in by_model.items():
+        if (route := serving.routes.get(model)) is None:
+            continue
+        chosen = next((loaded for loaded in versions if loaded.version == route.stable), versions[0])
         if isinstance(chosen, TextVersion):
             found[model] = chosen
     return found

@@ -15,6 +15,11 @@ from serving.text.sampling import Sampling
 STOPS, STOP_LENGTH, LOGPROBS = 16, 256, 20
 """Most stop strings, characters of one, and alternatives told of each token."""
 DEFAULT_TOKENS = 128
+PROMPT_ITEMS = 1 << 20
+"""Of a prompt that comes as a list: more are no prompt of any model."""
+_TOLD = 4
+"""Of what is wrong with a body, at most: it may be wrong in a million places."""
+_TOLD_LENGTH = 100
 COMPLETION_TOKENS = 16
 """What /v1/completions generates where max_tokens is not given: the interface that it follows has that default."""
 
@@ -23,12 +28,18 @@ _Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
 _Stops = Annotated[list[_Stop], Field(max_length=STOPS)]
 _Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Finite = Field(allow_inf_nan=False)
+_Name = Annotated[str, Field(max_length=256)]
+_Few = Field(max_length=PROMPT_ITEMS, fail_fast=True)
+# The first wrong item is enough: an error for each would take more memory than there is.
+_Texts = Annotated[list[str], _Few]
+_Tokens = Annotated[list[int], _Few]
+_TokenLists = Annotated[list[_Tokens], _Few]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str
+    model: _Name
     stream: bool | None = False
     temperature: Annotated[float, Field(ge=0, le=100), _Finite] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1), _Finite] | None = 1.0
@@ -44,7 +55,7 @@ class GenerateBody(_Body):
     """The body of /v1/generate."""
 
     prompt: str
-    version: str | None = None
+    version: _Name | None = None
     ignore_eos: bool = False
     timeout: Annotated[float, Field(gt=0), _Finite] | None = None
 
@@ -59,21 +70,24 @@ class StreamOptions(BaseModel):
 class CompletionBody(_Body):
     """The body of /v1/completions: what it can be told elsewhere and not here has to be at its default."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | _Texts | _Tokens | _TokenLists
     n: Literal[1] | None = 1
     best_of: Literal[1] | None = 1
     echo: Literal[False] | None = False
     suffix: None = None
     presence_penalty: float | None = 0.0
     frequency_penalty: float | None = 0.0
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One text that a client wants. `prompt` is a text, or tokens; `timeout_seconds` None: as long as the server allows."""
+    """One text that a client wants. `prompt` is a text, or tokens; `timeout_seconds` None: as long as the server allows.
+
+    `or_fewer`: the client has not said how many tokens, so `max_tokens` gives way to what there is room for.
+    """
 
     model: str
     version: str | None
@@ -85,6 +99,7 @@ class Asked:
     ignore_end: bool = False
     timeout_seconds: float | None = None
     include_usage: bool = False
+    or_fewer: bool = False
 
 
 def generate(body: bytes) -> Asked:
@@ -100,6 +115,7 @@ def generate(body: bytes) -> Asked:
         bool(said.stream),
         said.ignore_eos,
         said.timeout,
+        or_fewer=said.max_tokens is None,
     )
 
 
@@ -121,6 +137,7 @@ def completion(body: bytes) -> Asked:
         _stops(said),
         bool(said.stream),
         include_usage=options.include_usage,
+        or_fewer=said.max_tokens is None,
     )
 
 
@@ -131,17 +148,22 @@ def _parsed(kind: type[B], body: bytes) -> B:
         raise UsageError(f"the request is not valid JSON: {error}") from error
     if not isinstance(document, dict):
         raise UsageError("the request must be a JSON object")
+    _check_names(kind, document, "")
+    if isinstance(options := document.get("stream_options"), dict):
+        _check_names(StreamOptions, options, "stream_options.")
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        raise UsageError("; ".join(dict.fromkeys(_why(kind, problem) for problem in error.errors()))) from None
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        said = dict.fromkeys(f"{problem['loc'][0]}: {problem['msg'][:_TOLD_LENGTH]}" for problem in problems)
+        raise UsageError("; ".join(list(said)[:_TOLD])) from None
 
 
-def _why(kind: type[BaseModel], problem: Any) -> str:
-    place = [str(part) for part in problem["loc"]]
-    if problem["type"] == "extra_forbidden":
-        return f"{'.'.join(place)}: is not known here; known are {', '.join(kind.model_fields)}"
-    return f"{place[0]}: {problem['msg']}"
+def _check_names(kind: type[BaseModel], document: dict[str, Any], before: str) -> None:
+    for name in document:
+        if name not in kind.model_fields:
+            known = ", ".join(kind.model_fields)
+            raise UsageError(f"{before}{name[:_TOLD_LENGTH]}: is not known here; known are {known}")
 
 
 def _one_prompt(prompt: str | list[str] | list[int] | list[list[int]]) -> str | tuple[int, ...]:

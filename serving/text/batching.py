@@ -132,8 +132,14 @@ class Batcher:
         self._read(gained)
         self._gather()
         groups, self._groups = self._groups, []
-        for group in groups:
-            self._groups += self._advance(group, gained)
+        advanced: list[Group] = []
+        try:
+            for group in groups:
+                advanced += self._advance(group, gained)
+        except BaseException:  # a fault of this server: whoever drops the texts shall find all of them
+            self._groups = groups
+            raise
+        self._groups = advanced
         self._regrow()
         self.running = self._count()
         own = sum(part.nbytes for text in self._reading for part in text.cache)
@@ -227,6 +233,8 @@ class Batcher:
             try:
                 logits, cache = self._compute(inputs, 1, len(piece), end)
             except Exception as error:  # whatever a graph raises is its failure on this text
+                if isinstance(error, OutOfMemoryError) and self._ran_out is not None:
+                    self._ran_out(error)
                 self._reading.popleft()
                 gained.append((text, Piece(error=self._failure(error))))
                 continue
@@ -255,7 +263,10 @@ class Batcher:
             if isinstance(error, OutOfMemoryError):
                 self.most_rows, self._steps_since_full = max(1, count // 2), 0
                 logger.warning("no memory for %d texts together: %d from now on", count, self.most_rows)
-            return [left for half in _halves(group) for left in self._advance(half, gained)]
+            wanted = _kept(group, lambda text: not text.cancelled)
+            if wanted is None or len(wanted.rows) == 1:
+                return self._advance(wanted, gained) if wanted is not None else []
+            return [left for half in _halves(wanted) for left in self._advance(half, gained)]
         self.steps += 1
         self.rows += count
         if self.model.cache:
@@ -328,7 +339,7 @@ class Batcher:
         """Give a text its next token. False where it is at its end, or failed."""
         try:
             piece = text.advance(logits, self._clock())
-        except ModelkeepError as error:
+        except Exception as error:  # whatever sampling or decoding raise is of this text; the others go on
             piece = Piece(error=self._failure(error))
         gained.append((text, piece))
         return not piece.last

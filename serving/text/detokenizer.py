@@ -33,7 +33,8 @@ class Detokenizer:
             if LOST not in self._decode(ids):  # it does not begin within a character
                 self._ids = ids
                 break
-        self._read = len(self._ids)
+        self._read = self._company = len(self._ids)
+        """`_company` tokens have a text; up to `_read` may follow some that have none."""
         self._before = self._decode(self._ids)
         self._given = 0
         """Characters given out of the window's text."""
@@ -69,6 +70,9 @@ class Detokenizer:
         piece = text[self._given :]
         if text:  # else they are tokens without a text, which are no company by themselves
             self._ids = self._ids[self._read :]
+            self._company = len(self._ids)
+        elif len(self._ids) - self._company > _LONGEST_WINDOW:
+            self._ids = self._ids[: self._company]
         self._read = len(self._ids)
         self._before = self._decode(self._ids)
         self._given = 0

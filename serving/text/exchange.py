@@ -19,7 +19,7 @@ from serving.admission import admitted
 from serving.places import key_of
 from serving.routing import Route
 from serving.state import Serving
-from serving.statuses import BusyError, ClientGoneError, status_of
+from serving.statuses import BusyError, ClientGoneError, DeadlineError, status_of
 from serving.text.asked import Asked
 from serving.text.sequences import Piece, Told, Wanted
 from serving.text.styles import About, Style
@@ -66,6 +66,7 @@ class TextAnswer(Response):
     def __init__(self, desk: Desk, asked: Asked, style: Style) -> None:
         super().__init__()
         self._desk, self._asked, self._style = desk, asked, style
+        self._began = time.perf_counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -77,7 +78,7 @@ class TextAnswer(Response):
         places, key, model = serving.places, key_of(scope), self._asked.model
         place = places.enter(key, model)
         if place is None:
-            place = await places.turn(key, model, desk.wait_seconds, patient=serving.catching_up)
+            place = await places.turn(key, model, self._patience(), patient=serving.catching_up)
         if place is None:
             serving.unrouted(429)
             await self._send_error(send, BusyError(places.words(key, model)), named)
@@ -85,7 +86,7 @@ class TextAnswer(Response):
         version: TextVersion | None = None
         try:
             loaded, route, mark = await admitted(
-                serving, self._asked.model, self._asked.version, headers.get(b"x-route-key"), desk.wait_seconds, receive
+                serving, model, self._asked.version, headers.get(b"x-route-key"), self._patience(), receive
             )
             try:
                 if not isinstance(loaded, TextVersion):
@@ -96,7 +97,7 @@ class TextAnswer(Response):
                 if serving.access is not None:
                     scope["state"]["asked"] = (loaded, None)
                 named = self._named(named, given, version, route)
-                await self._answer(version, route, mark, named, receive, send)
+                await self._answer(version, route, mark, key, named, receive, send)
             finally:
                 loaded.release()
         except ClientGoneError:
@@ -105,18 +106,22 @@ class TextAnswer(Response):
             self._count(version, status_of(error))
             await self._send_error(send, error, named)
         except Exception:
-            # A fault of this server: the client learns no more than that, the log has it all.
-            logger.exception("a request for a text failed inside the server")
             self._count(version, 500)
-            await self._send_error(send, ModelkeepError("internal error of the server; see its log"), named)
+            await self._send_error(send, _internal("a request for a text"), named)
         finally:
             places.leave(place)
+
+    def _patience(self) -> float:
+        """Seconds to wait for a place, or for the model: the client's time runs meanwhile."""
+        most, own = self._desk.wait_seconds, self._asked.timeout_seconds
+        return most if own is None else max(0.0, min(most, own - (time.perf_counter() - self._began)))
 
     async def _answer(
         self,
         version: TextVersion,
         route: Route | None,
         mark: int | None,
+        key: str,
         named: list[tuple[bytes, bytes]],
         receive: Receive,
         send: Send,
@@ -124,11 +129,16 @@ class TextAnswer(Response):
         """Raises what the text fails with, as long as nothing was sent."""
         asked = self._asked
         wanted = await self._wanted(version)
-        generation = version.generate(wanted, route, mark)
+        left = None
+        if asked.timeout_seconds is not None:
+            left = asked.timeout_seconds - (time.perf_counter() - self._began)
+            if left <= 0:
+                raise DeadlineError(f"the text's {asked.timeout_seconds:g} seconds were over before its turn came")
+        generation = version.generate(wanted, route, mark, key)
         request_id = named[0][1].decode("latin-1")
         about = About(asked, request_id, version.version, version.words, len(wanted.prompt))
-        own = asked.timeout_seconds is not None and asked.timeout_seconds < self._desk.limits.timeout_seconds
-        seconds = asked.timeout_seconds if own and asked.timeout_seconds else self._desk.limits.timeout_seconds
+        own = left is not None and left < self._desk.limits.timeout_seconds
+        seconds = round(left, 2) if own and left is not None else self._desk.limits.timeout_seconds
         loop = asyncio.get_running_loop()
         deadline = loop.call_later(seconds, lambda: generation.expire(seconds, own=own))
         watcher = asyncio.create_task(_watch(receive, generation))
@@ -145,7 +155,7 @@ class TextAnswer(Response):
     async def _wanted(self, version: TextVersion) -> Wanted:
         """Raises UsageError for a prompt that the model cannot take."""
         asked, limits, model = self._asked, self._desk.limits, version.text
-        if asked.max_tokens > limits.max_tokens:
+        if asked.max_tokens > limits.max_tokens and not asked.or_fewer:
             raise UsageError(
                 f"max_tokens is {asked.max_tokens}: {limits.max_tokens} are allowed in one request (text.max_tokens)"
             )
@@ -163,7 +173,10 @@ class TextAnswer(Response):
             prompt = list(asked.prompt)
             if not prompt or any(not 0 <= token < model.vocabulary for token in prompt):
                 raise UsageError(f"prompt: tokens are numbers from 0 to {model.vocabulary - 1}, and one at least")
-        return Wanted(tuple(prompt), asked.max_tokens, asked.sampling, asked.stops, asked.ignore_end)
+        most = asked.max_tokens
+        if asked.or_fewer:  # where the prompt fills the context there is no room for one, and that is refused
+            most = max(1, min(most, limits.max_tokens, model.context_length - len(prompt)))
+        return Wanted(tuple(prompt), most, asked.sampling, asked.stops, asked.ignore_end)
 
     async def _whole(self, generation: Generation, about: About, named: list[tuple[bytes, bytes]], send: Send) -> None:
         parts: list[str] = []
@@ -190,12 +203,13 @@ class TextAnswer(Response):
                 _note(about, generation)
                 if events := self._events(about, piece):
                     await send({"type": "http.response.body", "body": events, "more_body": True})
-        except ModelkeepError as error:
+        except Exception as error:
             if not open_ or isinstance(error, ClientGoneError):
                 raise
             # The status is sent: the stream's last event says what happened.
-            self._count(generation.version, status_of(error))
-            event = b"data: " + orjson.dumps(self._style.last_words(error)) + b"\n\n"
+            told = error if isinstance(error, ModelkeepError) else _internal("a stream of a text")
+            self._count(generation.version, status_of(told))
+            event = b"data: " + orjson.dumps(self._style.last_words(told)) + b"\n\n"
             await send({"type": "http.response.body", "body": event})
             return
         finally:
@@ -242,6 +256,12 @@ async def _watch(receive: Receive, generation: Generation) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     generation.cancel()
+
+
+def _internal(what: str) -> ModelkeepError:
+    """A fault of this server, which is being handled: the client learns no more than that, the log has it all."""
+    logger.exception("%s failed inside the server", what)
+    return ModelkeepError("internal error of the server; see its log")
 
 
 def _note(about: About, generation: Generation) -> None:

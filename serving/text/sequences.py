@@ -59,8 +59,8 @@ class TextSequence:
     """Touched by the worker's thread only, but for `cancelled`, which anybody may set."""
 
     __slots__ = (
-        "_detokenizer", "_length", "_sampler", "_scanner", "_told", "_told_length",
-        "cache", "cancelled", "ends", "fed", "finished", "first_at", "ids", "owner", "started", "submitted", "wanted",
+        "_detokenizer", "_length", "_sampler", "_scanner", "_told", "_told_length", "asker",
+        "cache", "cancelled", "ends", "fed", "finished", "first_at", "ids", "owner", "round", "started", "submitted", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -81,6 +81,9 @@ class TextSequence:
         """Its own, while the prompt is being read: each [1, heads, fed, size]."""
         self.cancelled = False
         self.owner = owner
+        self.asker = ""
+        self.round = 0
+        """Its place among those that wait; see serving.turns."""
         self.submitted = clock()
         self.started: float | None = None
         self.first_at: float | None = None

@@ -21,6 +21,7 @@ from serving.text.counts import TextCounts
 from serving.text.sampling import NotFiniteError
 from serving.text.sequences import Piece, TextSequence, Wanted
 from serving.text.words import Words
+from serving.turns import Turns
 
 AMPLE_SECONDS = 1.0
 """Any model that is fit to serve gives a first token within it; see Generation.expire."""
@@ -137,6 +138,9 @@ class TextVersion(LoadedVersion):
         """What the generation at its load showed; see serving.text.trial."""
         self.loaded_at_unix_seconds = time.time()
         self._open: set[Generation] = set()
+        self._text_turns = Turns()
+        self._ended: ModelkeepError | None = None
+        """What all texts were ended with: nobody would see the end of another one."""
         self.batcher = Batcher(
             self.run, text, runtime.signature, max_running=max_running, max_rows=max_batch if rows_independent else 1,
             max_cache_bytes=max_cache_bytes, failure=self._text_failure, ran_out=lambda error: self._ran_out(0, error),
@@ -155,8 +159,11 @@ class TextVersion(LoadedVersion):
             self.telemetry.text = TextCounts()
         return self.telemetry.text
 
-    def generate(self, wanted: Wanted, route: Route | None = None, mark: int | None = None) -> Generation:
-        """Queue a text. `route` is what chose this version; `mark` that of the client's key, where it sent one.
+    def generate(
+        self, wanted: Wanted, route: Route | None = None, mark: int | None = None, asker: str = ""
+    ) -> Generation:
+        """Queue a text. `route` is what chose this version; `mark` that of the client's key, where it sent one; `asker` its API key: of
+        each that waits one in turn.
 
         Raises UsageError where there is no prompt, or prompt and answer are longer than the model's context, QueueFullError, UnavailableError.
         """
@@ -172,6 +179,8 @@ class TextVersion(LoadedVersion):
             self._refuse(self._refusal, route, mark)
         if self._closing:
             raise UnavailableError(f"model '{self.model}' version '{self.version}' is closed")
+        if self._ended is not None:
+            raise self._ended.with_traceback(None)
         if len(self._open) >= self.batcher.max_running + self.max_waiting:
             raise QueueFullError(
                 f"model '{self.model}' version '{self.version}' has {self.max_waiting} texts waiting beside the {self.batcher.max_running} "
@@ -182,7 +191,8 @@ class TextVersion(LoadedVersion):
         generation = Generation(self, wanted, route, mark)
         self._open.add(generation)
         self.text_counts.prompt_tokens += len(wanted.prompt)
-        self.batcher.waiting.append(generation.text)
+        generation.text.asker = asker
+        self._text_turns.put(self.batcher.waiting, generation.text)
         self._wake.put(None)
         return generation
 
@@ -195,7 +205,8 @@ class TextVersion(LoadedVersion):
         self._wake.put(None)
 
     def end_texts(self, error: ModelkeepError) -> None:
-        """End every open text with `error`, which is none of the version's."""
+        """End every open text with `error`, which is none of the version's, and take no more."""
+        self._ended = error
         for generation in tuple(self._open):
             generation.fail(error, count_as_error=False)
 

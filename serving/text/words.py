@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.errors import UsageError
+from registry.errors import ModelkeepError, UsageError
 from registry.textmodels import read_tokenizer
 
 if TYPE_CHECKING:
@@ -34,12 +34,23 @@ class Words:
                 return self._tokenizer.encode(text).ids
             # Alone it would hold the interpreter's lock for as long as it takes; in a batch, be it of one, it does not.
             return self._tokenizer.encode_batch_fast([text])[0].ids
-        except Exception as error:  # half a surrogate pair, which JSON can carry, is no text to it
-            raise UsageError(f"the prompt is no text that the model's tokenizer takes: {error}") from error
+        except BaseException as error:  # half a surrogate pair is no text to it; a panic of its Rust is no Exception
+            _raise_if_ours(error)
+            raise UsageError(f"the prompt is no text that the model's tokenizer takes: {str(error)[:200]}") from error
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        """Raises ModelkeepError where the tokenizer breaks down."""
+        try:
+            return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:  # as above
+            _raise_if_ours(error)
+            raise ModelkeepError(f"the tokenizer makes no text of its tokens: {str(error)[:200]}") from error
 
     def name(self, token: int) -> str:
         """The text of one token, for log probabilities."""
-        return self._tokenizer.decode([token], skip_special_tokens=False)
+        return self.decode([token], skip_special_tokens=False)
+
+
+def _raise_if_ours(error: BaseException) -> None:
+    if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+        raise error

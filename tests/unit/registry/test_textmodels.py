@@ -93,6 +93,14 @@ def test_without_a_table_the_files_beside_a_graph_with_a_cache_say_what_is_neede
     assert text is not None and (text.context_length, text.end_ids) == (77, (4, 5))
 
 
+def test_an_end_token_that_the_tokenizer_does_not_know_is_refused_for_it_would_never_come(tmp_path: Path) -> None:
+    path = folder(
+        tmp_path, toml=f"[text]\ncontext_length = 64\neos_ids = [{WORDS + 5}]\n", logits=("b", "s", WORDS + 14)
+    )
+    with pytest.raises(RefusedError, match=f"end token {WORDS + 5} is not among the {WORDS} of the tokenizer"):
+        formats.inspect(path, max_bytes=GIB)
+
+
 def test_the_tokenizer_knows_its_end_by_its_usual_names(tmp_path: Path) -> None:
     path = folder(tmp_path, toml="[text]\ncontext_length = 64\n")
     tokenizer(path / "tokenizer.json", **{"<|endoftext|>": 7})

@@ -9,7 +9,7 @@ import pytest
 
 from registry.errors import ModelkeepError
 from serving.statuses import OutOfMemoryError
-from serving.text.batching import READ_TOKENS, REGROW_STEPS, Batcher
+from serving.text.batching import READ_TOKENS, REGROW_STEPS, Batcher, Group
 from serving.text.sampling import Sampling
 from serving.text.sequences import Piece, TextSequence, Wanted
 from tests.unit.serving.text_toy import Letters, Toy, toy_model
@@ -243,6 +243,80 @@ def test_logits_that_are_no_numbers_are_an_error_of_that_text_only() -> None:
     found = Gathered(batches).all()
     assert "nan" in str(found.ends[id(bad)].error)
     assert found.texts[id(good)] == alone("good", 8, (True, True))
+
+
+@pytest.mark.parametrize("at", ["the first token", "a later one"])
+def test_a_token_that_the_tokenizer_cannot_decode_fails_its_own_text_only(
+    at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = alone("good", 12, (True, True))
+    wrong = WORDS.encode(alone("bad", 12, (True, True)))[0 if at == "the first token" else 3]
+    assert wrong not in WORDS.encode(expected + "goodbad"), "choose other prompts"
+    decode = WORDS.decode
+
+    def strict(ids: list[int], skip_special_tokens: bool = True) -> str:
+        if wrong in ids:
+            raise ValueError(f"no text for {wrong}")
+        return decode(ids)
+
+    words = Letters()
+    monkeypatch.setattr(words, "decode", strict)
+    batches = batcher(Toy(toy_model()))
+    good, bad = text("good", 12), TextSequence(Wanted(tuple(WORDS.encode("bad")), 12, GREEDY), words, [0])
+    batches.waiting.extend([good, bad])
+    found = Gathered(batches).all()
+    assert f"no text for {wrong}" in str(found.ends[id(bad)].error)
+    assert found.texts[id(good)] == expected and found.ends[id(good)].reason == "length"
+
+
+def test_a_step_that_fails_loses_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever drops them then can tell every client."""
+    batches = batcher(Toy(toy_model()), rows=1, running=3)
+    texts = [text(prompt, 9) for prompt in ("one", "two", "and a third", "waits")]
+    batches.waiting.extend(texts)
+    batches.step()
+    advance, calls = batches._advance, itertools.count()
+
+    def fails(group: Group, gained: list[tuple[TextSequence, Piece]]) -> list[Group]:
+        if next(calls) == 1:
+            raise RuntimeError("a fault of the server")
+        return advance(group, gained)
+
+    monkeypatch.setattr(batches, "_advance", fails)
+    with pytest.raises(RuntimeError, match="a fault"):
+        batches.step()
+    assert sorted(map(id, batches.drop())) == sorted(map(id, texts))
+    assert not batches.busy
+
+
+def test_who_left_is_not_computed_again_where_a_batch_is_split() -> None:
+    toy = Toy(toy_model())
+    batches = batcher(toy)
+    texts = [text(prompt, 9) for prompt in ("one", "two", "six", "ten")]
+    batches.waiting.extend(texts)
+    batches.step()
+    run, begun = toy.run, len(toy.rows)
+
+    def fails(inputs: dict[str, np.ndarray], outputs: object) -> dict[str, np.ndarray]:
+        for one in texts:  # as at a run that hangs: all are told, then it is given up
+            one.cancelled = True
+        run(inputs, None)
+        raise ValueError("given up")
+
+    batches._run = fails  # type: ignore[assignment]
+    assert batches.step() == [] and len(toy.rows) == begun + 1
+    assert not batches.busy
+
+
+def test_a_prompt_that_finds_no_memory_is_told_of_as_a_batch_is() -> None:
+    toy = Toy(toy_model())
+    toy.most_rows = 0
+    told: list[OutOfMemoryError] = []
+    batches = batcher(toy)
+    batches._ran_out = told.append
+    batches.waiting.append(text("a", 5))
+    Gathered(batches).all()
+    assert len(told) == 1
 
 
 def test_the_end_token_ends_a_text_and_is_no_part_of_it() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -10,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from registry.errors import ModelkeepError, UsageError
 from serving.text.detokenizer import LOST, Detokenizer
 from serving.text.sampling import NotFiniteError, Sampler, Sampling
 from serving.text.sequences import TextSequence, Wanted
 from serving.text.stops import StopScanner
+from serving.text.words import LONG, Words
 from tests.unit.serving.text_toy import Letters
 
 LOGITS = np.array([0.0, 3.0, 2.0, 1.0, -1.0, 3.0], dtype=np.float32)
@@ -214,6 +218,24 @@ def test_bytes_that_can_be_no_character_are_not_held_for_ever() -> None:
     assert detokenizer.add(tokenizer.encode("a").ids[0]) == "a"
 
 
+def test_tokens_without_a_text_do_not_pile_up_and_take_nothing_from_what_follows() -> None:
+    """As where a text goes on after the token that ends it: each step would decode all of them again."""
+    tokenizer = byte_fallback()
+    tokenizer.add_special_tokens(["</s>"])
+    decoded: list[int] = []
+
+    class Counting:
+        def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+            decoded.append(len(ids))
+            return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    hello, world, end = (tokenizer.token_to_id(word) for word in ("▁hello", "▁world", "</s>"))
+    detokenizer = Detokenizer(Counting(), [hello])
+    assert {detokenizer.add(end) for _ in range(1000)} == {""}
+    assert max(decoded) < 200
+    assert [detokenizer.add(world), detokenizer.add(end), detokenizer.add(world)] == [" world", "", " world"]
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(0, 255), max_size=40))
 def test_any_bytes_come_out_as_decoding_them_at_once_gives(numbers: list[int]) -> None:
@@ -221,6 +243,31 @@ def test_any_bytes_come_out_as_decoding_them_at_once_gives(numbers: list[int]) -
     detokenizer = Detokenizer(tokenizer, [])
     text = "".join(detokenizer.add(number) for number in numbers) + detokenizer.finish()
     assert text == tokenizer.decode(numbers)
+
+
+class PanicError(BaseException):
+    """As a panic of Rust comes: it is no Exception."""
+
+
+class Broken:
+    """A tokenizer that breaks down at whatever it is asked."""
+
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
+        def panic(*_: object, **__: object) -> NoReturn:
+            raise PanicError("index out of bounds")
+
+        return panic
+
+
+def test_a_tokenizer_that_panics_is_an_error_of_the_request_and_no_end_of_a_thread() -> None:
+    words = Words(Broken())  # type: ignore[arg-type]
+    for text in ("short", "l" * LONG):
+        with pytest.raises(UsageError, match="index out of bounds"):
+            words.encode(text)
+    with pytest.raises(ModelkeepError, match="index out of bounds"):
+        words.decode([1])
+    with pytest.raises(ModelkeepError, match="index out of bounds"):
+        words.name(1)
 
 
 # One text

@@ -64,7 +64,7 @@ def test_none_is_lost_while_a_worker_takes_them() -> None:
     ended = threading.Event()
 
     def take() -> None:
-        while live or not ended.is_set():
+        while not ended.is_set() or live:  # in this order: once it is set, nothing more comes
             try:
                 taken.append(live.popleft())
             except IndexError:

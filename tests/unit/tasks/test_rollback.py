@@ -332,6 +332,29 @@ def test_a_server_follows_when_its_route_answers_by_the_target(
     assert answer.seconds == (1.5 if follows else None)
 
 
+def test_a_model_that_slept_is_asked_for_a_text_once_it_is_known_to_generate_texts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, asked = Fake("1", "1"), []
+
+    def server(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models/m":
+            return httpx.Response(200, json={"object": "model"}) if asked else httpx.Response(404, json={"error": {}})
+        if request.method == "POST":
+            asked.append(request.url.path)
+            status = 200 if request.url.path == "/v1/generate" else 400
+            return httpx.Response(status, json={"error": "no input 'prompt'"}, headers={"x-model-version": "1"})
+        return plain(request)
+
+    real = httpx.Client
+    monkeypatch.setattr(
+        answering.httpx, "Client", lambda **options: real(**options, transport=httpx.MockTransport(server))
+    )
+    answer = answering.first_answer("http://s", "m", "1", tensors=[], since=0.0, deadline=0.0, monotonic=lambda: 1.5)
+    assert (answer.follows, answer.why) == (True, "")
+    assert asked == ["/v2/models/m/infer", "/v1/generate"]
+
+
 def test_a_model_that_generates_text_is_asked_for_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, asked = Fake("1", "1"), []
 
