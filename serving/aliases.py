@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,8 @@ log = logging.getLogger("modelkeep.serve")
 
 _INLINE_ELEMENTS = 16_384
 """An answer of more numbers is written by a thread."""
+_INLINE_FORM_BYTES = 1 << 20
+"""A longer form is read by a thread."""
 _JSON_NUMPY = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
 
@@ -76,7 +79,8 @@ class Translator:
         texts_sent: Mapping[str, str] = {}
         document: Any = {}
         if forms.is_form(content_type):
-            form = forms.form_of(body, content_type or b"")
+            read = partial(forms.form_of, body, content_type or b"")
+            form = read() if len(body) <= _INLINE_FORM_BYTES else await asyncio.to_thread(read)
             files, document, texts_sent = form.files, form.values, form.texts
         elif self._has_images:
             files = [("", body)]

@@ -252,7 +252,7 @@ class VersionAnswers:
             return hit
         flight = self._flights.get(key)
         if flight is not None:
-            return self._join(flight, mark)
+            return self._join(flight, mark, asker)
         shared = cache.shared
         if shared is not None and shared.ready(loaded.model, key):
             work = parked = loaded.park(inputs, outputs, mark)
@@ -265,7 +265,7 @@ class VersionAnswers:
         self._take_off(key, flight)
         return work
 
-    def _join(self, flight: Flight, mark: int | None) -> ParkedWork:
+    def _join(self, flight: Flight, mark: int | None, asker: str) -> ParkedWork:
         loaded, leader = self._loaded, flight.leader
         if self._waiting >= loaded.queue_size:
             raise QueueFullError(
@@ -274,6 +274,7 @@ class VersionAnswers:
             )
         # With the leader's inputs, which are equal: its own, and with them the body that they lie in, need not stay.
         work = loaded.park(leader.inputs, leader.outputs, mark)
+        work.asker = asker  # should it be computed after all
         flight.behind[work] = True
         self._waiting += 1
         work.future.add_done_callback(partial(self._leave, flight, work))
@@ -332,8 +333,9 @@ class VersionAnswers:
         for work in tuple(flight.behind):
             self._leave(flight, work)
         if error is None and not future.cancelled():
+            seconds = leader.model_seconds / leader.company if cached_by(leader) is None else saved_by(leader)
             for work in waiting:
-                self._answer(work, leader.answer, SHARED, leader.model_seconds / leader.company)
+                self._answer(work, leader.answer, SHARED, seconds)
             self._store(key, leader, invalidated, future)
             return
         # The version failed. An error is nobody's answer but its own request's: each is computed, and counted.

@@ -34,8 +34,12 @@ class Figures:
 
     @property
     def utilisation(self) -> float:
-        """The share that is in use, by whomever: what our allocators hold without using it can be given back."""
-        return (self.total - self.free - (self.reserved - self.allocated)) / self.total if self.total else 0.0
+        """The share that is in use, by whomever: what our allocators hold without using it can be given back.
+
+        Above 1 where a budget is exceeded.
+        """
+        taken = max(self.total - self.free - (self.reserved - self.allocated), self.allocated)
+        return taken / self.total if self.total else 0.0
 
     @property
     def fragmentation_ratio(self) -> float:
@@ -157,7 +161,8 @@ class CudaDevice:
     def _torch(self) -> Any:
         """torch, where it has begun to use the device: asking earlier would make it take a few hundred MB."""
         torch = self._given_torch or sys.modules.get("torch")
-        return torch if torch is not None and torch.cuda.is_initialized() else None
+        begun = getattr(getattr(torch, "cuda", None), "is_initialized", None)  # None: another thread is importing it
+        return torch if begun is not None and begun() else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _THREADS = 2
 """Pictures that are unpacked at a time: each may take four bytes a pixel, and they must leave a core to the models."""
 _MOST_IMAGES = 64
+_MOST_ELEMENTS = 1 << 26
+"""Of the tensor: small files may become large pictures."""
 _MOST_SCANS = 64
 """Of a JPEG. A progressive one has about ten; each costs a pass over the whole picture, and may have twenty bytes."""
 _MOST_WEBP_PIXELS = 4_000_000
@@ -44,6 +46,9 @@ async def tensor_of(files: Sequence[bytes], how: AliasImage, datatype: str) -> A
         raise InputError(f"{len(files)} images were sent, this path takes one")
     if len(files) > _MOST_IMAGES:
         raise InputError(f"{len(files)} images were sent, the limit is {_MOST_IMAGES}")
+    most = _MOST_ELEMENTS // (how.width * how.height * how.channels)
+    if len(files) > most:
+        raise InputError(f"{len(files)} images were sent, the limit at this size is {most}", status=413)
     return await asyncio.get_running_loop().run_in_executor(_threads(), _tensor_of, files, how, datatype)
 
 

@@ -290,6 +290,10 @@ class MemoryOptimizer:
                 if not told:
                     log.warning("the memory is not known: %s", error)
                 told = True
+            except Exception:  # a framework on a device in trouble raises what it likes: not to end with it
+                if not told:
+                    log.exception("looking at the memory failed")
+                told = True
             then()
             await asyncio.sleep(every_seconds)
 

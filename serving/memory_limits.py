@@ -47,7 +47,7 @@ class BatchLimit:
     The worker calls `ran_out` and `succeeded`, whoever looks at the memory `press`.
     """
 
-    __slots__ = ("_failed", "_pressed", "_runs", "_wanted", "learnt", "most", "rows")
+    __slots__ = ("_failed", "_fitted", "_pressed", "_runs", "_wanted", "learnt", "most", "rows")
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -55,17 +55,22 @@ class BatchLimit:
         self.learnt: int | None = None
         """Rows that fitted when more did not; None while nothing is known against more. It bounds single requests too."""
         self._failed = 0
+        self._fitted = False
         self._pressed = most
         self._runs = 0
         self._wanted = _RUNS_BEFORE_GROWTH
 
     def ran_out(self, rows: int) -> None:
-        """So many rows did not fit: half of them is the limit, and each time it takes more runs before a larger one is tried."""
+        """So many rows did not fit: half of them is the limit, and each time it takes more runs before a larger one is tried.
+
+        One shortage counts once, however often the rows are halved until they fit.
+        """
         half = max(1, rows // 2)
         if self.learnt is not None:
-            self._wanted = min(self._wanted * 2, _MOST_RUNS_BEFORE_GROWTH)
+            if self._fitted:
+                self._wanted = min(self._wanted * 2, _MOST_RUNS_BEFORE_GROWTH)
             half = min(half, self.learnt)
-        self.learnt, self._failed, self._runs = half, max(rows, 1), 0
+        self.learnt, self._failed, self._runs, self._fitted = half, max(rows, 1), 0, False
         self._set()
 
     def succeeded(self, rows: int) -> None:
@@ -74,6 +79,7 @@ class BatchLimit:
         if learnt is None or rows < min(learnt, self.rows):
             return
         self._runs += 1
+        self._fitted = True
         if self._runs < self._wanted:
             return
         self._runs = 0

@@ -57,7 +57,7 @@ def providers(place: Place, available: Sequence[str]) -> list[tuple[str, dict[st
         cuda["gpu_mem_limit"] = str(place.memory_bytes)
     if not place.tensorrt or TENSORRT not in available:
         return [(CUDA, cuda), *cpu]
-    tensorrt = {"device_id": str(place.index), "trt_fp16_enable": "0"}
+    tensorrt = {"device_id": str(place.index), "trt_fp16_enable": "False"}
     return [(TENSORRT, tensorrt), (CUDA, cuda), *cpu]
 
 
@@ -96,14 +96,15 @@ class OnnxRuntime:
             options.add_session_config_entry("session.use_env_allocators", "1")
         with Load(path, "ONNX Runtime", place, half=half) as load:
             source: Any = _in_half(path) if half else str(path)
-            session = onnxruntime.InferenceSession(source, options, providers=wanted)
+            # Its own way out of any error is the CPU, unasked: memory that ran out would look like a missing library.
+            session = onnxruntime.InferenceSession(source, options, providers=wanted, enable_fallback=0)
         if place.kind == "cuda" and session.get_providers()[0] == CPU:
             # ONNX Runtime itself only logs that libraries of the provider are missing.
             log.warning(
                 "%s computes on the CPU: the CUDA provider does not start (libraries of CUDA missing?)", path.name
             )
             load.memory = {"host": load.memory["host"] + load.memory["device"]}
-            place = Place(threads=place.threads)
+            place, half = Place(threads=place.threads), False
         self.device = "cpu" if place.kind == "cpu" else f"{place.kind}:{place.index}"
         self.precision = "fp16" if half else "fp32"
         self.memory = load.memory

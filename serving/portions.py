@@ -34,14 +34,14 @@ def in_portions(
     """The answer to independent rows computed in portions within the limit, and the number of runs that it took.
 
     A portion that does not fit is halved after `ran_out` was told its rows; a single one is tried once more after that.
-    With fewer than two rows all of it is one portion, `tried` says that it has failed once.
+    With fewer than two rows all of it is one portion; `tried` says that all of it together has failed once.
     Empty where `gone` says that nobody waits for it any more.
     Raises OutOfMemoryError where a single row does not fit either, ValueError for a model that does not answer a row for
     every row, and whatever the model raises.
     """
     parts: list[dict[str, NDArray[Any]]] = []
     whole = max(rows, 1)
-    done, runs, again = 0, 0, tried
+    done, runs, again = 0, 0, tried and whole == 1
     while done < whole:
         if gone():
             return {}, runs

@@ -178,8 +178,12 @@ class Computing:
         trim = getattr(self.runtime, "trim", None)
         if trim is not None:
             trim()
-        if self._clean_up is not None:
+        if self._clean_up is None:
+            return
+        try:
             self._clean_up(f"{self.model} {self.version}")
+        except Exception:  # a device in trouble raises what it likes: no reason to end the worker
+            logger.exception("%r: the clean-up after memory ran out failed", self)
 
     def count_out_of_memory(self) -> None:
         """A run did not fit. Called on the worker thread."""

@@ -176,6 +176,8 @@ def test_equal_requests_at_once_ask_redis_once(server: RedisServer) -> None:
             levels = await asyncio.gather(*(by(other, 1, 2) for _ in range(20)))
             assert sorted(map(str, levels)) == ["l2", *["shared"] * 19]
             assert second.counts["hits"] == 1 and runtime.calls == []
+            took = one.serving.cache.counts.computed_seconds
+            assert other.serving.cache.counts.saved_seconds == pytest.approx(20 * took)
 
     asyncio.run(scenario())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import pytest
 from registry.errors import UnavailableError
 from registry.settings import load_settings
 from registry.signature import Signature, TensorSpec
-from serving.devices import CpuDevice, CudaDevice, Place, imported, open_device, place_of
+from serving.devices import CpuDevice, CudaDevice, Figures, Place, imported, open_device, place_of
 from serving.memory import MemoryOptimizer, beside_torch
 from serving.runtimes import load_runtime
 from serving.torch_runtime import OnCuda
@@ -91,6 +92,17 @@ def test_a_torch_that_has_not_begun_is_not_asked() -> None:
     assert device.figures().allocated == 0
     device.release()
     assert torch.calls == []
+
+
+def test_a_torch_that_another_thread_is_just_importing_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    device = CudaDevice(0, nvml=Driver(4000, 3900), handle=object())
+    assert device.figures().allocated == 0
+    device.release()
+
+
+def test_use_beyond_a_budget_is_more_than_all_of_it() -> None:
+    assert Figures(total=100, allocated=120, reserved=150, free=0).utilisation == pytest.approx(1.2)
 
 
 def test_a_clean_up_on_a_device_collects_empties_then_waits() -> None:

@@ -154,6 +154,13 @@ def test_several_pictures_are_a_batch_where_there_is_one() -> None:
         tensor(files * 30, how(1, 1, channels=1, layout="NHW"))
 
 
+def test_small_files_do_not_become_a_tensor_without_bounds() -> None:
+    files = [file_of(Image.new("L", (1, 1)))] * 5
+    with pytest.raises(InputError, match="5 images were sent, the limit at this size is 4") as refused:
+        tensor(files, how(4096, 4096, channels=1, layout="NHW", resize="stretch"))
+    assert refused.value.status == 413
+
+
 GRADIENT = Image.linear_gradient("L").resize((640, 480))
 
 

@@ -280,6 +280,24 @@ def test_a_device_that_does_not_answer_is_said_and_stops_nothing(caplog: pytest.
     assert sum("the memory is not known" in record.message for record in caplog.records) == 1
 
 
+def test_whatever_a_framework_raises_is_no_end_of_the_watch(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Pool):
+        def figures(self) -> Figures:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    optimizer, _ = optimizer_of(Broken(1), collect=int)
+
+    async def scenario() -> None:
+        looks: list[int] = []
+        watching = asyncio.create_task(optimizer.watch(0.001, then=lambda: looks.append(1)))
+        await until(lambda: len(looks) >= 3 or watching.done())
+        assert not watching.done()
+        watching.cancel()
+
+    asyncio.run(scenario())
+    assert sum("looking at the memory failed" in record.message for record in caplog.records) == 1
+
+
 def test_the_watch_looks_and_cleans_up_where_that_is_predicted() -> None:
     pool = Pool(100 * MEBIBYTE)
     optimizer = MemoryOptimizer(pool, budget_bytes=50 * MEBIBYTE, collect=int)

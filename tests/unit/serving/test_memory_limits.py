@@ -84,6 +84,17 @@ def test_each_time_it_runs_out_again_it_takes_twice_as_many_runs() -> None:
     assert waits == [32, 64, 128, 256]
 
 
+def test_one_shortage_counts_once_however_often_it_was_halved() -> None:
+    limit = BatchLimit(1024)
+    while limit.rows > 1:
+        limit.ran_out(limit.rows)
+    runs = 0
+    while limit.rows == 1:
+        limit.succeeded(1)
+        runs += 1
+    assert runs == 32
+
+
 def test_the_limit_is_one_row_at_least() -> None:
     limit = BatchLimit(8)
     for _ in range(10):

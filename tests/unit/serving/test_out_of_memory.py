@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from registry.signature import Signature, TensorSpec
 from serving.engine import LoadedVersion, ModelError
 from serving.memory import MemoryOptimizer
 from serving.memory_limits import BatchLimit
+from serving.portions import in_portions
 from serving.statuses import OutOfMemoryError, status_of
 from tests.unit.serving.helpers import ROWS, Arrays, close, double, load, row, until
 from tests.unit.serving.limited import Pool, PoolRuntime
@@ -187,6 +189,73 @@ def test_the_clean_up_makes_room_that_kept_blocks_had_taken() -> None:
         # Four kilobytes are kept for the next four rows; five rows fit only once they are given back.
         assert await outcome(version.submit(rows_of(5), None)) == (rows_of(5)["x"] * 2).tolist()
         assert (runtime.refused, pool.order) == ([5], ["collect", "release"])
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_a_clean_up_that_fails_ends_neither_the_requests_nor_the_worker(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(who: str) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    async def scenario() -> None:
+        runtime = PoolRuntime(Pool(5 * KILOBYTE), KILOBYTE)
+        version = load(runtime, max_batch=16, limit=BatchLimit(16), clean_up=broken)  # type: ignore[arg-type]
+        answers = await together(version, runtime, *(row(k, k) for k in range(8)))
+        # Blocks of other sizes stay in the way here, so some may fail: all of them are told.
+        assert len(answers) == 8 and all(isinstance(answer, list | OutOfMemoryError) for answer in answers)
+        assert version._thread.is_alive()
+        close(version)
+
+    asyncio.run(scenario())
+    assert "the clean-up after memory ran out failed" in caplog.text
+
+
+def test_a_single_row_is_tried_once_more_after_the_clean_up_also_where_it_was_a_part() -> None:
+    sizes: list[int] = []
+
+    def run(inputs: Arrays, outputs: Any) -> dict[str, Any]:
+        sizes.append(len(inputs["x"]))
+        if len(sizes) == 1:
+            raise OutOfMemoryError("not now", 1)
+        return double(inputs)
+
+    limit = BatchLimit(8)
+    limit.ran_out(2)
+    answer, runs = in_portions(
+        run, rows_of(2), None, 2, limit, ran_out=lambda rows, error: None, gone=lambda: False, tried=True
+    )
+    assert (sizes, runs) == ([1, 1, 1], 3) and np.array_equal(answer["y"], rows_of(2)["x"] * 2)
+
+
+def test_who_gave_up_before_its_half_was_computed_counts_for_nothing() -> None:
+    async def scenario() -> None:
+        entered, held = threading.Event(), threading.Event()
+
+        class Slow(PoolRuntime):
+            def run(self, inputs: Arrays, outputs: Any) -> dict[str, Any]:
+                if len(inputs["x"]) == 4:
+                    entered.set()
+                    held.wait(30)
+                return super().run(inputs, outputs)
+
+        pool = Pool(3 * KILOBYTE)
+        runtime = Slow(pool, KILOBYTE)
+        optimizer = MemoryOptimizer(pool, collect=int)
+        version = load(runtime, max_batch=4, limit=BatchLimit(4), clean_up=optimizer.ran_out)  # type: ignore[arg-type]
+        runtime.gate.clear()
+        first = version.submit(row(0, 0), None)
+        await until(runtime.entered.is_set)
+        works = [version.submit(row(k, k), None) for k in range(4)]
+        runtime.gate.set()
+        await first.future
+        await until(entered.is_set)
+        version.withdraw(works[3], ModelError("gone"), count_as_error=False)
+        held.set()
+        outcomes = [await outcome(work) for work in works]
+        assert outcomes[:3] == [[[2 * k, 2 * k]] for k in range(3)] and isinstance(outcomes[3], ModelError)
+        telemetry = version.telemetry
+        assert (telemetry.total.requests, telemetry.total.errors, telemetry.rows) == (4, 0, 4)
         close(version)
 
     asyncio.run(scenario())

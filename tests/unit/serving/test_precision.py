@@ -10,9 +10,11 @@ import pytest
 
 from registry.signature import Signature, TensorSpec
 from serving.devices import Place
+from serving.golden import Golden
 from serving.onnx_runtime import CPU, CUDA, TENSORRT, providers
+from serving.precision import agrees
 from serving.runtimes import load_runtime, memory_by_type
-from tests.unit.serving.helpers import affine_model
+from tests.unit.serving.helpers import ROWS, affine_model
 
 HALF = Place(fp16=True)
 
@@ -103,6 +105,8 @@ def test_the_providers_follow_the_place_and_the_package() -> None:
     assert [name for name, _ in providers(device, [CUDA, CPU])] == [CUDA, CPU]
     assert [name for name, _ in providers(device, [CPU])] == [CPU]
     assert [name for name, _ in providers(Place(), everything)] == [CPU]
+    # ONNX Runtime takes no numbers there.
+    assert dict(providers(device, everything))[TENSORRT]["trt_fp16_enable"] == "False"
     options = dict(providers(device, everything))[CUDA]
     assert (options["device_id"], options["gpu_mem_limit"]) == ("1", "1000")
     assert options["arena_extend_strategy"] == "kNextPowerOfTwo"
@@ -112,3 +116,22 @@ def test_the_providers_follow_the_place_and_the_package() -> None:
 def test_a_runtime_says_what_type_of_memory_it_took(tmp_path: Path) -> None:
     runtime: Any = load_runtime(affine_model(tmp_path / "m.onnx"), "onnx", signature=None)
     assert memory_by_type(runtime) == {"host": runtime.memory_bytes} and runtime.device == "cpu"
+
+
+class Answering:
+    """A runtime that answers one array."""
+
+    def __init__(self, answer: list[float], signature: Signature = ROWS) -> None:
+        self.answer, self.signature = answer, signature
+
+    def run(self, inputs: Any, outputs: Any) -> dict[str, Any]:
+        return {"y": np.array([self.answer], np.float32)}
+
+
+def test_other_infinities_or_other_types_are_no_agreement() -> None:
+    cases = Golden({"x": np.ones((1, 2), np.float32)}, None, {})
+    inf = float("inf")
+    assert agrees(Answering([inf, 1.0]), Answering([inf, 1.0]), cases) is None
+    assert "other infinities" in str(agrees(Answering([1.0, inf]), Answering([1.0, -inf]), cases))
+    other = Signature((TensorSpec("x", "FP16", (-1, 2)),), ROWS.outputs)
+    assert "other types" in str(agrees(Answering([1.0, 2.0]), Answering([1.0, 2.0], other), cases))
