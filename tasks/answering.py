@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 
 from registry import versions
-from registry.client_tls import verify
 from registry.database import Database
 from registry.errors import ModelkeepError
 from registry.signature import FROM_NUMPY
@@ -86,9 +85,7 @@ def first_answer(
     sleep: Callable[[float], None] = time.sleep,
 ) -> Answer:
     """Ask a server until it answers by `target`, or until the deadline (both on `monotonic`)."""
-    with httpx.Client(
-        base_url=address, headers=access.headers(address), timeout=_REQUEST_SECONDS, verify=verify(address)
-    ) as client:
+    with httpx.Client(base_url=address, timeout=_REQUEST_SECONDS, **access.reaching(address)) as client:
         while True:
             try:
                 why = _elsewhere(client, model, target)

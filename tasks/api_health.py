@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import httpx
 
-from registry.client_tls import verify
 from tasks.answering import zeros
 from tasks.servers import NOBODY, Access
 
@@ -19,10 +18,8 @@ PAGES: tuple[tuple[str, frozenset[int]], ...] = (
     ("/", frozenset({200})),
     ("/health", frozenset({200})),
     ("/docs", frozenset({200})),
-    (
-        "/v1/generate",
-        frozenset({405}),
-    ),  # it takes POST: a GET that is refused shows that it is there, and generates nothing
+    # It takes POST: a GET that is refused shows that it is there, and generates nothing.
+    ("/v1/generate", frozenset({405})),
 )
 """What is asked by GET, and the statuses that are well."""
 
@@ -129,9 +126,7 @@ def _text_models(client: httpx.Client) -> set[str]:
 
 
 def _client(address: str, access: Access, timeout_seconds: float) -> httpx.Client:
-    return httpx.Client(
-        base_url=address, headers=access.headers(address), timeout=timeout_seconds, verify=verify(address)
-    )
+    return httpx.Client(base_url=address, timeout=timeout_seconds, **access.reaching(address))
 
 
 def _look(

@@ -10,7 +10,6 @@ from urllib.parse import quote
 
 import httpx
 
-from registry.client_tls import verify
 from registry.rollbacks import Seen
 from tasks import answering, servers
 from tasks.answering import Answer
@@ -118,8 +117,8 @@ def release_at(
     for address in addresses:
         try:
             answer = httpx.delete(
-                f"{address}/api/v2/rollback/{quote(model, safe='')}", params={"reason": reason}, headers=access.headers(address),
-                timeout=_ASK_SECONDS, verify=verify(address),
+                f"{address}/api/v2/rollback/{quote(model, safe='')}", params={"reason": reason}, timeout=_ASK_SECONDS,
+                **access.reaching(address),
             )  # fmt: skip
             found[address] = "released" if answer.status_code == 200 else f"{answer.status_code}: {_text(answer)}"
         except httpx.HTTPError as error:
@@ -152,9 +151,8 @@ def _aim(address: str, model: str, access: servers.Access) -> dict[str, Any] | s
     try:
         answer = httpx.get(
             f"{address}/api/v2/rollback/{quote(model, safe='')}",
-            headers=access.headers(address),
             timeout=_ASK_SECONDS,
-            verify=verify(address),
+            **access.reaching(address),
         )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return f"does not answer: {error}"
@@ -166,9 +164,8 @@ def _ask(address: str, body: Mapping[str, Any], access: servers.Access) -> dict[
         answer = httpx.post(
             f"{address}/api/v2/rollback",
             json=body,
-            headers=access.headers(address),
             timeout=_ASK_SECONDS,
-            verify=verify(address),
+            **access.reaching(address),
         )
     except (httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError) as error:
         return _Lost(f"did not answer: {type(error).__name__} {error}".strip())
@@ -191,9 +188,8 @@ def _holds(address: str, model: str, access: servers.Access) -> bool:
     try:
         told = httpx.get(
             f"{address}/api/v2/model-info",
-            headers=access.headers(address),
             timeout=_ASK_SECONDS,
-            verify=verify(address),
+            **access.reaching(address),
         )
         return told.status_code == 200 and any(hold["model"] == model for hold in told.json()["holds"])
     except (httpx.HTTPError, ValueError, KeyError, TypeError):

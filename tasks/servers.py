@@ -59,6 +59,10 @@ class Access:
             return {}
         return {"Authorization": f"Bearer {keys.internal_text(self.secret, address)}"}
 
+    def reaching(self, address: str) -> dict[str, Any]:
+        """What every request of httpx to this address has: how we show ourselves, and by what we know the server."""
+        return {"headers": self.headers(address), "verify": verify(address)}
+
 
 NOBODY = Access()
 
@@ -139,12 +143,7 @@ def nudge(addresses: list[str], *, access: Access = NOBODY, timeout_seconds: flo
     """Tell servers to look at the registry now. Only a courtesy: a server that does not hear it polls soon."""
     for address in addresses:
         try:
-            httpx.post(
-                f"{address}/api/v2/update-models",
-                headers=access.headers(address),
-                timeout=timeout_seconds,
-                verify=verify(address),
-            )
+            httpx.post(f"{address}/api/v2/update-models", timeout=timeout_seconds, **access.reaching(address))
         except httpx.HTTPError:
             continue
 
