@@ -17,8 +17,6 @@ from tests.e2e.slopes import Slope, slope
 
 SAMPLE_SECONDS = 2.0
 WARM_UP_SHARE = 0.2
-TOLERATED_MB_PER_HOUR = 2.0
-"""Counts of versions that are gone, and what the allocator keeps: below that a year takes longer than any server's life between updates."""
 TABLE = "| date | commit | seconds | swaps |"
 
 
@@ -85,5 +83,4 @@ def test_two_hours_of_swaps_under_traffic_leave_memory_threads_and_descriptors_w
             print("resident MB, means of twelfths of the whole time:", means)
         record(TABLE, figures)
         assert (len(failed), checked.wrong) == (0, 0), failed[:5]
-        assert memory.is_flat or memory.low < TOLERATED_MB_PER_HOUR, memory
-        assert threads.is_flat and descriptors.is_flat, (threads, descriptors)
+        assert memory.is_flat and threads.is_flat and descriptors.is_flat, (memory, threads, descriptors)
