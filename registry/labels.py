@@ -13,9 +13,6 @@ MAX_BYTES = 4 << 20
 MAX_LISTED = 10_000
 """Of a list: longer ones belong into a file, for the list is read with every route."""
 
-Labels = dict[str, list[str] | str]
-"""By output: the labels, or the file's name from the artifact's root."""
-
 
 def check(labels: Mapping[str, Any], root: Path, files: Collection[str], signature: Signature | None) -> None:
     """Raises RefusedError where labels are of no output, too many, not text, or in a file that is not kept with the model."""
