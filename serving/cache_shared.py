@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from registry.redaction import redact
+from serving.breaker import FAILURES, Breaker
 from serving.cache_values import Answer, is_longer, pack, unpack
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ REFRESH_SECONDS = 1.0
 """How often the marks are read, which is how long an invalidation takes to reach other servers."""
 CONNECTIONS = 8
 """Most requests that ask Redis at a time; those beyond are computed."""
-FAILURES = 3
-"""After so many in a row requests no longer ask."""
 _CONNECT_SECONDS = 1.0
 _WRITES_WAITING = 64
 _WRITES_WAITING_BYTES = 8 << 20
@@ -58,10 +57,12 @@ class SharedStore:
     ) -> None:
         self.url = redact(url)
         self.counts = dict.fromkeys(_NAMES, 0)
-        self.usable = False
-        """Whether requests ask it now: not before the first answer, and not after FAILURES."""
         self._client: Redis | ClusterClient = connect(url, timeout_seconds) if client is None else client
         self._cluster: ClusterClient | None = _cluster_of(self._client)
+        self._breaker = Breaker(
+            self.url, self.counts, log, by_node=self._cluster is not None,
+            lost="%s is not used until it answers in time: %s", back="answers are shared by %s",
+        )  # fmt: skip
         from redis.exceptions import RedisError, ResponseError
 
         self._errors: tuple[type[Exception], ...] = (RedisError, OSError, TimeoutError)
@@ -79,12 +80,15 @@ class SharedStore:
         self._settled: set[str] = set()
         """... those for which it is being written."""
         self._settling = asyncio.Lock()
-        self._failures = 0
         self._asking = 0
         self._writes: set[asyncio.Task[None]] = set()
         self._writing_bytes = 0
         self._task: asyncio.Task[None] | None = None
-        self._logged: bool | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests ask it now."""
+        return self._breaker.usable
 
     def start(self) -> None:
         """Look after Redis from now on."""
@@ -101,7 +105,7 @@ class SharedStore:
 
     def ready(self, model: str, key: bytes | None = None) -> bool:
         """Whether a request for this model should ask, and for this key where the nodes of a cluster differ."""
-        if not self.usable or (mark := self._marks.get(model)) is None:
+        if not self._breaker.usable or (mark := self._marks.get(model)) is None:
             return False
         resting = self._cluster is not None and key is not None and not self._cluster.ready(self._name(mark, key))
         if resting or self._asking >= CONNECTIONS:
@@ -134,10 +138,10 @@ class SharedStore:
                     answer = _aged(answer, await _awaited(self._client.pttl(name)))
         except self._errors as error:
             if type(error) is not self._refused:  # its subclasses say what is wrong with Redis, it with the value
-                self._failed(error)
+                self._breaker.failed(error)
                 return None
             value, answer = b"?", None
-        self._failures = 0
+        self._breaker.answered()
         if value and answer is None:
             self.counts["poisoned"] += 1
         self.counts["hits" if answer is not None else "misses"] += 1
@@ -197,27 +201,9 @@ class SharedStore:
                 await _awaited(self._client.set(name, value, px=self._ttl_milliseconds))
         except self._errors as error:
             self.counts["not_written"] += 1
-            self._failed(error)
+            self._breaker.failed(error)
         else:
             self.counts["written"] += 1
-
-    def _failed(self, error: BaseException) -> None:
-        self.counts["failed"] += 1
-        if self._cluster is not None:
-            return  # which leaves the node alone that failed; the others answer
-        self._failures += 1
-        if self._failures >= FAILURES and self.usable:
-            self._unusable(error)
-
-    def _unusable(self, error: BaseException) -> None:
-        if self.usable:
-            self.counts["opened"] += 1
-        self.usable = False
-        if self._logged is not False:
-            self._logged = False
-            log.warning(
-                "%s is not used until it answers in time: %s", self.url, redact(str(error)) or type(error).__name__
-            )
 
     async def _look_after(self) -> None:
         while True:
@@ -225,7 +211,7 @@ class SharedStore:
                 await self._settle()
             except Exception as error:  # marks that nobody can read, or a client's own fault: not to end with it
                 log.exception("looking after %s failed", self.url)
-                self._unusable(error)
+                self._breaker.open(error)
             await asyncio.sleep(REFRESH_SECONDS)
 
     async def _settle(self) -> bool:
@@ -275,7 +261,7 @@ class SharedStore:
                 await _awaited(self._client.exists(self._prefix + "marks"))
                 taken = time.monotonic() - started
         except self._errors as error:
-            self._unusable(error)
+            self._breaker.open(error)
             return False
         for model, mark in found.items():
             if model not in self._pending and self._marks.get(model) != mark:
@@ -284,11 +270,7 @@ class SharedStore:
                 # Also for the first mark: while none was known here, others may have invalidated.
                 self._changed(model)
         if not self.usable and taken <= self._timeout_seconds:
-            self.usable = True
-            self._failures = 0
-            if self._logged is not True:
-                self._logged = True
-                log.info("answers are shared by %s", self.url)
+            self._breaker.close()
         return True
 
     async def _write_marks(self, models: Collection[str]) -> None:

@@ -88,7 +88,9 @@ class Buckets:
 class Shared(Protocol):
     """Buckets that servers share."""
 
-    usable: bool
+    @property
+    def usable(self) -> bool: ...
+
     """Whether they are asked now."""
 
     async def take(self, key: str, rate: Rate) -> Verdict | None:

@@ -17,7 +17,8 @@ from typing import Any
 
 from registry.rates import Rate
 from registry.redaction import redact
-from serving.cache_shared import FAILURES, connect
+from serving.breaker import Breaker
+from serving.cache_shared import connect
 from serving.rates import Verdict, verdict
 
 log = logging.getLogger("modelkeep.rates")
@@ -77,20 +78,26 @@ class SharedBuckets:
         from redis.exceptions import RedisError
 
         self.url = redact(url)
-        self.usable = False
-        """Whether requests ask it now."""
         self.counts = {"asked": 0, "failed": 0, "opened": 0}
         self._client: Any = connect(url, timeout_seconds) if client is None else client
         self._cluster = hasattr(self._client, "refresh")
         """Whether it is a cluster, which itself knows which of its nodes answer in time."""
+        self._breaker = Breaker(
+            self.url, self.counts, log, by_node=self._cluster,
+            lost="the rates of keys are counted by this server alone until %s answers in time: %s",
+            back="the rates of keys are counted in %s",
+        )  # fmt: skip
         self._errors: tuple[type[Exception], ...] = (RedisError, OSError, TimeoutError, ValueError)
         self._prefix = f"modelkeep:rate:{environment}:"
         self._timeout_seconds = timeout_seconds
         self._monotonic = monotonic
         self._leases: dict[str, _Lease] = {}
-        self._failures = 0
         self._task: asyncio.Task[None] | None = None
-        self._logged: bool | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests ask it now."""
+        return self._breaker.usable
 
     def start(self) -> None:
         """Look after Redis from now on."""
@@ -115,7 +122,7 @@ class SharedBuckets:
             lease = self._leases[key] = _Lease()
         lease.waiting += 1
         try:
-            while self.usable and (not self._cluster or self._client.ready(self._prefix + key)):
+            while self._breaker.usable and (not self._cluster or self._client.ready(self._prefix + key)):
                 now = self._monotonic()
                 if lease.tokens > 0 and now - lease.at < LEASE_SECONDS:
                     lease.tokens -= 1
@@ -138,14 +145,11 @@ class SharedBuckets:
             async with asyncio.timeout(self._timeout_seconds):
                 given, left = await self._script(key, rate, wanted)
         except self._errors as error:
-            self.counts["failed"] += 1
-            self._failures += 1
-            if self._failures >= FAILURES and not self._cluster:
-                self._unusable(error)
+            self._breaker.failed(error)
             return False
         finally:
             lease.asking = None
-        self._failures = 0
+        self._breaker.answered()
         now = self._monotonic()
         lease.tokens, lease.at, lease.left = given, now, left
         if given == 0:
@@ -160,18 +164,6 @@ class SharedBuckets:
                 return given, left
         raise ValueError(f"an answer that is none of the script's: {answer!s:.100}")
 
-    def _unusable(self, error: BaseException) -> None:
-        if self.usable:
-            self.counts["opened"] += 1
-        self.usable = False
-        if self._logged is not False:
-            self._logged = False
-            log.warning(
-                "the rates of keys are counted by this server alone until %s answers in time: %s",
-                self.url,
-                redact(str(error)) or type(error).__name__,
-            )
-
     async def _look_after(self) -> None:
         while True:
             if self._cluster or not self.usable:
@@ -185,18 +177,14 @@ class SharedBuckets:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 if self._cluster:
                     await self._client.refresh()
-                    self.usable = True
+                    self._breaker.close()
                     return
                 await self._script("-", probe, 0)
                 began = time.monotonic()
                 await self._script("-", probe, 0)
                 taken = time.monotonic() - began
         except self._errors as error:
-            self._unusable(error)
+            self._breaker.open(error)
             return
         if taken <= self._timeout_seconds:
-            self._failures = 0
-            self.usable = True
-            if self._logged is not True:
-                self._logged = True
-                log.info("the rates of keys are counted in %s", self.url)
+            self._breaker.close()

@@ -23,9 +23,10 @@ import pytest
 from redis.crc import key_slot
 
 from serving import cache_shared
+from serving.breaker import FAILURES
 from serving.cache import ResponseCache
 from serving.cache_cluster import ClusterClient
-from serving.cache_shared import FAILURES, SharedStore
+from serving.cache_shared import SharedStore
 from tests.e2e.records import record
 from tests.redis_server import RedisCluster, wait
 from tests.unit.serving.helpers import PythonRuntime, Server, close, load, serve, until

@@ -186,7 +186,7 @@ def test_a_server_without_its_redis_starts_and_answers(free_port: Callable[[], i
     async def scenario() -> None:
         async with inference(f"redis://127.0.0.1:{free_port()}/0") as (one, runtime, store):
             assert [await by(one, 1, 2), await by(one, 1, 2)] == [None, "l1"]
-            await until(lambda: store._logged is False)
+            await until(lambda: store._breaker._logged is False)
             assert len(runtime.calls) == 1 and not store.ready("m")
 
     asyncio.run(scenario())

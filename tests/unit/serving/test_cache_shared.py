@@ -11,7 +11,8 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from serving import cache_shared
-from serving.cache_shared import CONNECTIONS, FAILURES, SharedStore
+from serving.breaker import FAILURES
+from serving.cache_shared import CONNECTIONS, SharedStore
 from serving.cache_values import Answer
 from tests.unit.serving.helpers import until
 
