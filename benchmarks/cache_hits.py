@@ -35,13 +35,15 @@ def measure(
                 servers.triton(folder / "triton", {servers.KEPT: models[servers.KEPT]}, cores[0])
             ),
         }
+        alone = servers.Alone(running)
+        stack.callback(alone.end)
         for kind in KINDS:
             for connections in CONNECTIONS:
 
                 def one(name: str, kind: str = kind, connections: int = connections) -> Turn:
-                    server = running[name]
-                    target = server.target(servers.KEPT, kind)
-                    return driver.turn(target, connections, seconds, server.cpu_seconds)
+                    with alone.turn(name) as server:
+                        target = server.target(servers.KEPT, kind)
+                        return driver.turn(target, connections, seconds, server.cpu_seconds)
 
                 cases[f"cache hit, {kind}, {connections}"] = in_turns(tuple(running), rounds, one)
     return cases

@@ -2,8 +2,9 @@
 
 `python -m benchmarks.serving_compare [--quick] [--json FILE] [--markdown FILE] [--into PAGE]`, or `make bench-serving`: one JSON document on standard
 output (or in FILE),
-the tables in Markdown on standard error (or in FILE). Each server has the first core, wrk the last; a round is one short turn of every server, medians and
-ratios are taken over rounds. Everything a request meets is on in ours: metrics, routing, keys, the limit on a key's rate, validation.
+the tables in Markdown on standard error (or in FILE). Each server has the first core, wrk the last; a round is one short turn of every server, in which the
+others are stopped; medians and ratios are taken over rounds.
+Everything a request meets is on in ours: metrics, routing, keys, the limit on a key's rate, validation.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from benchmarks._report import (
     markdown,
     put_into,
 )
-from benchmarks._servers import Absent, Server
+from benchmarks._servers import Absent, Alone, Server
 from benchmarks._turns import Driver, Turn, in_turns
 
 CONNECTIONS = (1, 16, 64)
@@ -105,10 +106,12 @@ def measure(plan: Plan, folder: Path, cores: tuple[int | None, int | None]) -> F
         running = start_all(stack, folder, files, serving_core, found, plan.peers)
         time.sleep(1)
         found.others["memory_at_rest_bytes"] = {server.name: server.memory_bytes() for server in running.values()}
-        rates(plan, running, driver, found)
-        heavy(plan, running, driver, found, files[HEAVY], serving_core)
-        kept(plan, running, driver, found)
-        health(plan, running, driver, found)
+        alone = servers.Alone(running)
+        stack.callback(alone.end)
+        rates(plan, running, alone, driver, found)
+        heavy(plan, running, alone, driver, found, files[HEAVY], serving_core)
+        kept(plan, running, alone, driver, found)
+        health(plan, running, alone, driver, found)
     with _say("cost of features"):
         found.others["features"] = cost_of_features(
             folder / "features", files, driver, serving_core, plan.feature_rounds, plan.kinds
@@ -171,21 +174,22 @@ def take(
         found.cases[name] = in_turns(among, rounds or plan.rounds, one, fewer=few)
 
 
-def rates(plan: Plan, running: dict[str, Server], driver: Driver, found: Found) -> None:
+def rates(plan: Plan, running: dict[str, Server], alone: Alone, driver: Driver, found: Found) -> None:
     """The small model, by connections and encoding."""
     for kind in KINDS:
         among = [name for name, server in running.items() if kind in server.kinds]
         for connections in CONNECTIONS:
-            take(
-                found, case(SMALL, kind, connections), plan,
-                lambda name, kind=kind, connections=connections: driver.turn(  # type: ignore[misc]
-                    running[name].target(SMALL, kind), connections, plan.turn_seconds, running[name].cpu_seconds
-                ),
-                among,
-            )  # fmt: skip
+
+            def one(name: str, kind: str = kind, connections: int = connections) -> Turn:
+                with alone.turn(name) as server:
+                    return driver.turn(server.target(SMALL, kind), connections, plan.turn_seconds, server.cpu_seconds)
+
+            take(found, case(SMALL, kind, connections), plan, one, among)
 
 
-def heavy(plan: Plan, running: dict[str, Server], driver: Driver, found: Found, model: Path, core: int | None) -> None:
+def heavy(
+    plan: Plan, running: dict[str, Server], alone: Alone, driver: Driver, found: Found, model: Path, core: int | None
+) -> None:
     """The heavy model; at 16 connections beside what ONNX Runtime does alone on that core, in the same rounds."""
     for kind, connections in plan.heavy:
         among = [name for name, server in running.items() if kind in server.kinds]
@@ -194,9 +198,8 @@ def heavy(plan: Plan, running: dict[str, Server], driver: Driver, found: Found, 
             if name == ALONE:
                 rate = servers.onnxruntime_rate(model, 16, core, plan.turn_seconds)
                 return Turn(rate, 16 / rate, 16 / rate, 16 / rate)
-            return driver.turn(
-                running[name].target(HEAVY, kind), connections, plan.turn_seconds, running[name].cpu_seconds
-            )
+            with alone.turn(name) as server:
+                return driver.turn(server.target(HEAVY, kind), connections, plan.turn_seconds, server.cpu_seconds)
 
         take(
             found,
@@ -208,22 +211,22 @@ def heavy(plan: Plan, running: dict[str, Server], driver: Driver, found: Found, 
         )
 
 
-def kept(plan: Plan, running: dict[str, Server], driver: Driver, found: Found) -> None:
+def kept(plan: Plan, running: dict[str, Server], alone: Alone, driver: Driver, found: Found) -> None:
     """The model whose answers are kept: hits, and requests of which each is new."""
     among = [name for name, server in running.items() if KEPT in server.models]
     for fresh, word in ((False, "hit"), (True, "miss")):
         for kind in KINDS:
             for connections in (16,) if fresh else (16, 64):
-                take(
-                    found, f"cache {word}, {SHOWN[kind]}, {connections}", plan,
-                    lambda name, kind=kind, connections=connections, fresh=fresh: driver.turn(  # type: ignore[misc]
-                        running[name].target(KEPT, kind, fresh=fresh), connections, plan.turn_seconds, running[name].cpu_seconds
-                    ),
-                    among, plan.other_rounds,
-                )  # fmt: skip
+
+                def one(name: str, kind: str = kind, connections: int = connections, fresh: bool = fresh) -> Turn:
+                    with alone.turn(name) as server:
+                        target = server.target(KEPT, kind, fresh=fresh)
+                        return driver.turn(target, connections, plan.turn_seconds, server.cpu_seconds)
+
+                take(found, f"cache {word}, {SHOWN[kind]}, {connections}", plan, one, among, plan.other_rounds)
 
 
-def health(plan: Plan, running: dict[str, Server], driver: Driver, found: Found) -> None:
+def health(plan: Plan, running: dict[str, Server], alone: Alone, driver: Driver, found: Found) -> None:
     """Checks, each on its own connection, while 64 connections infer as fast as they can."""
     results = found.others["health_under_load"] = {}
     for model in (SMALL, HEAVY):
@@ -231,8 +234,11 @@ def health(plan: Plan, running: dict[str, Server], driver: Driver, found: Found)
             for name in (OURS, TRITON) if path == CHECKED[0] else (OURS,):
                 if name not in running:
                     continue
-                server = running[name]
-                with _say(f"health: {name} {path} while {model}"), ThreadPoolExecutor(1) as pool:
+                with (
+                    _say(f"health: {name} {path} while {model}"),
+                    alone.turn(name) as server,
+                    ThreadPoolExecutor(1) as pool,
+                ):
                     load = pool.submit(driver.turn, server.target(model, "json"), 64, 2 * plan.turn_seconds)
                     time.sleep(0.2)
                     latencies = servers.health_latencies(server, path, PROBES, load.done)
