@@ -185,6 +185,8 @@ class Manifest:
     encryption: dict[str, Any] | None = None
     """{"method": "aes-256-gcm", "key_id": ...}; None: objects are readable by whoever has them."""
     reason: str = ""
+    sequence: int = 0
+    """One more than the highest of the manifests and states in the location when it began: the order of backups, whatever clocks say."""
     signature: dict[str, str] | None = None
     """{"method": "hmac-sha256", "key_id", "value"} over `signed_text`."""
 
