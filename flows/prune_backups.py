@@ -1,0 +1,59 @@
+"""prune-backups: delete what the retention policy lets go, and collect what no backup needs any more."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.common import artifact_key, logger, settings_alone
+from registry import clock
+from tasks.backup import ledger
+from tasks.backup import prune as pruning
+from tasks.backup.repository import open_repository
+
+
+class PruneBackups(BaseModel):
+    """Whether to delete, or to show only."""
+
+    model_config = ConfigDict(extra="forbid", title="Retention")
+
+    apply: bool = Field(
+        default=True, description="Delete what the policy lets go; without it only the preview is made."
+    )
+
+
+look = task(name="preview", persist_result=False, cache_policy=NO_CACHE)(pruning.preview)
+delete = task(name="prune", persist_result=False, cache_policy=NO_CACHE)(pruning.apply)
+
+
+@flow(
+    name="prune-backups",
+    description="Show which backups stay and which go, each with its rule; delete those, and the objects that nobody needs.",
+    persist_result=False,
+)
+def prune_backups(request: PruneBackups | None = None) -> State[Any]:
+    """Ends Completed, or Failed where a place kept a backup that was to go or a manifest cannot be read."""
+    request = request or PruneBackups()
+    settings = settings_alone()
+    repository, policy, now = open_repository(settings), pruning.policy_of(settings), clock.now()
+    if request.apply:
+        grace = dt.timedelta(hours=settings.backup.gc_grace_hours)
+        found = delete(repository, policy, now=now, grace=grace, say=logger().info)
+        ledger.note_removed(settings.home, found.removed)
+    else:
+        found = look(repository, policy, now)
+    create_markdown_artifact(found.as_markdown(), key=artifact_key("retention"), description="Retention of backups")
+    words = (
+        f"{len(found.removed)} of {len(found.decisions)} backups removed"
+        if found.applied
+        else f"{len(found.goes)} of {len(found.decisions)} backups would go"
+    )
+    troubles = [f"{one}: {why}" for one, why in {**found.unreadable, **found.kept_by_place}.items()]
+    return Failed(message="; ".join([words, *troubles])) if troubles else Completed(message=words)

@@ -1,0 +1,73 @@
+"""`backups prune`: what the policy lets go, with its rule for each; deleted only with --apply."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from modelkeep import output
+from modelkeep.commands.common import Json
+from registry import clock
+from registry.settings import load_settings
+
+if TYPE_CHECKING:
+    from tasks.backup.prune import Pruned
+
+
+def prune(
+    apply: Annotated[bool, typer.Option("--apply", help="Delete what the preview lets go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show which backups stay and which go, each with its rule; delete them with --apply."""
+    from tasks.backup import ledger
+    from tasks.backup import prune as pruning
+    from tasks.backup.repository import open_repository
+
+    settings = load_settings()
+    repository, policy, now = open_repository(settings), pruning.policy_of(settings), clock.now()
+    if apply:
+        from registry import actor
+
+        actor.current()  # a key that may only look is refused before anything is touched
+        grace = dt.timedelta(hours=settings.backup.gc_grace_hours)
+        found = pruning.apply(repository, policy, now=now, grace=grace)
+        ledger.note_removed(settings.home, found.removed)
+    else:
+        found = pruning.preview(repository, policy, now)
+    if as_json:
+        output.document(found.as_dict())
+    else:
+        _show(found)
+    raise typer.Exit(3 if found.kept_by_place or found.unreadable else 0)
+
+
+def _show(found: Pruned) -> None:
+    output.table(
+        ["backup", "state", "", "rule"],
+        [
+            [
+                one.backup_id,
+                found.backups[one.backup_id]["state"],
+                "stays" if one.keep else "goes",
+                "; ".join(one.rules),
+            ]
+            for one in found.decisions
+        ],
+        empty="there is no backup",
+    )
+    for backup_id, why in found.unreadable.items():
+        output.problem(f"{backup_id} stays, and no object is deleted, while its manifest cannot be read: {why}")
+    for backup_id, why in found.kept_by_place.items():
+        output.problem(f"{backup_id} could not be removed: {why}")
+    if not found.applied:
+        goes = len(found.goes)
+        output.say(f"{goes} of {len(found.decisions)} go with --apply" if goes else "nothing is to go")
+        return
+    output.say(f"{len(found.removed)} removed")
+    for one in found.garbage:
+        output.say(
+            f"{one.place}: {one.deleted} objects deleted ({output.size(one.deleted_bytes)}), {one.marked} marked for the next time"
+            + (f"; nothing else is deleted: {one.waits}" if one.waits else "")
+        )

@@ -1,0 +1,167 @@
+"""Backups that the policy lets go: shown first, each with its rule, and deleted only where that is asked for."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from registry.errors import StorageError
+from registry.settings import Settings
+from tasks.backup import garbage, states
+from tasks.backup.manifest import COMPLETE, FAILED, SUFFIX, Manifest
+from tasks.backup.retention import Decision, Kept, Policy, decide
+from tasks.backup.states import Note
+
+if TYPE_CHECKING:
+    from tasks.backup.repository import Repository
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """The decisions, and, where they were carried out, what became of them."""
+
+    decisions: tuple[Decision, ...]
+    backups: dict[str, dict[str, Any]]
+    """Of each: state, ended_at, components, for people."""
+    applied: bool = False
+    removed: tuple[str, ...] = ()
+    kept_by_place: dict[str, str] = field(default_factory=dict)
+    """Backups that should have gone and that a place did not let go, with its words."""
+    garbage: tuple[garbage.Collected, ...] = ()
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Manifests that cannot be believed: they stay, and so does all that may be theirs."""
+
+    @property
+    def goes(self) -> list[str]:
+        return [one.backup_id for one in self.decisions if not one.keep]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "applied": self.applied,
+            "decisions": [{**one.as_dict(), **self.backups[one.backup_id]} for one in self.decisions],
+            "removed": list(self.removed),
+            "kept_by_place": self.kept_by_place,
+            "unreadable": self.unreadable,
+            "garbage": [one.as_dict() for one in self.garbage],
+        }
+
+    def as_markdown(self) -> str:
+        lines = ["| backup | state | | rule |", "|---|---|---|---|"]
+        for one in self.decisions:
+            row = (
+                one.backup_id,
+                self.backups[one.backup_id]["state"],
+                "stays" if one.keep else "goes",
+                "; ".join(one.rules),
+            )
+            lines.append("| " + " | ".join(row) + " |")
+        for collected in self.garbage:
+            lines += ["", f"{collected.place}: {collected.deleted} objects deleted, {collected.marked} marked"]
+            lines[-1] += f"; the rest waits: {collected.waits}" if collected.waits else ""
+        return "\n".join(lines)
+
+
+def policy_of(settings: Settings) -> Policy:
+    section = settings.backup
+    return Policy(
+        section.keep_daily,
+        section.keep_weekly,
+        section.keep_monthly,
+        section.minimum_redundancy,
+        section.unverified_days,
+    )
+
+
+def preview(repository: Repository, policy: Policy, now: dt.datetime) -> Pruned:
+    """What would go, and why the others stay. Changes nothing. Raises StorageError where a place does not answer."""
+    scan = repository.scan()
+    if scan.unread:
+        raise StorageError(
+            "nothing is decided while a place does not answer, because what it holds is unknown: "
+            + "; ".join(f"{place}: {why}" for place, why in scan.unread.items())
+        )
+    notes = repository.all_states()
+    manifests = {one.backup_id: one for one in scan.manifests}
+    known = {
+        backup_id: kept
+        for backup_id in sorted({*manifests, *notes})
+        if backup_id not in scan.broken
+        and (kept := _kept(backup_id, manifests.get(backup_id), notes.get(backup_id, []))) is not None
+    }
+    return Pruned(
+        tuple(decide(known.values(), policy, now)),
+        {
+            one.backup_id: {"state": one.state, "ended_at": one.at.isoformat(), "components": sorted(one.components)}
+            for one in known.values()
+        },
+        unreadable=dict(scan.broken),
+    )
+
+
+def apply(
+    repository: Repository,
+    policy: Policy,
+    *,
+    now: dt.datetime,
+    grace: dt.timedelta,
+    say: Callable[[str], None] = lambda _: None,
+) -> Pruned:
+    """Delete what `preview` would let go, decided anew, then collect garbage. Killed at any moment, another call goes on.
+
+    A backup is noted as pruned first, and is none as soon as its manifest is gone; its objects go when nobody needs them.
+    """
+    decided = preview(repository, policy, now)
+    removed: list[str] = []
+    refused: dict[str, str] = {}
+    for decision in decided.decisions:
+        if decision.keep:
+            continue
+        why = _remove(repository, decision)
+        if why is None:
+            removed.append(decision.backup_id)
+            say(f"{decision.backup_id} is removed: {decision.rules[0]}")
+        else:
+            refused[decision.backup_id] = why
+            say(f"{decision.backup_id} stays: {why}")
+    collected = tuple(garbage.collect(repository, now=now, grace=grace))
+    return Pruned(
+        decided.decisions, decided.backups, True, tuple(removed), refused, collected, unreadable=decided.unreadable
+    )
+
+
+def _kept(backup_id: str, manifest: Manifest | None, notes: list[Note]) -> Kept | None:
+    """None for what is no backup any more: pruned, and only its record is left."""
+    standing = states.derive(manifest, notes)
+    if manifest is None:
+        if standing.pruned or not notes:
+            return None
+        first = notes[0]
+        requested = frozenset(str(name) for name in first.facts.get("requested", ()))
+        sequence, at = int(first.facts.get("sequence", 0)), dt.datetime.fromisoformat(notes[-1].at)
+        return Kept(backup_id, sequence, at, standing.state, requested, pinned=standing.pinned)
+    held = frozenset(one.name for one in manifest.components if one.state == COMPLETE)
+    return Kept(
+        backup_id,
+        manifest.sequence,
+        dt.datetime.fromisoformat(manifest.ended_at),
+        FAILED if standing.damaged else standing.state,
+        held,
+        standing.verified & held,
+        pinned=standing.pinned,
+        keep_until=None if standing.keep_until is None else dt.datetime.fromisoformat(standing.keep_until),
+    )
+
+
+def _remove(repository: Repository, decision: Decision) -> str | None:
+    """Why a place did not let it go; None where it is gone everywhere."""
+    backup_id = decision.backup_id
+    repository.note_state(backup_id, states.PRUNED, {"rules": list(decision.rules)})
+    problems = []
+    for place in repository.all_places():
+        try:
+            place.delete(f"{backup_id}{SUFFIX}")
+        except StorageError as error:
+            problems.append(str(error))
+    return "; ".join(problems) or None

@@ -1,0 +1,166 @@
+"""A recovery as it is asked for: which backup, by which settings, and what must be saved before. The work is tasks.backup.recover's."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.errors import NotFoundError, RefusedError, UsageError
+from registry.layers import FILE_NAME
+from registry.settings import Settings, build_settings
+from tasks.backup import recover, run, states, verify
+from tasks.backup.manifest import SUFFIX, Manifest
+from tasks.backup.recover import Outcome, Plan
+from tasks.backup.repository import Repository, open_repository
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """`source`: a manifest (path, URL or id) or a whole location, whose newest backup is meant; None: the locations of the
+    settings. `at`: the newest verified backup before that moment. `into`: a folder or URL beside what is live.
+    """
+
+    source: str | None = None
+    at: dt.datetime | None = None
+    components: tuple[str, ...] = ()
+    into: str | None = None
+    force: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    repository: Repository
+    settings: Settings
+    """Those of this machine; where it has no modelkeep.toml, with the one of the backup."""
+    plan: Plan
+
+
+def prepare(settings: Settings, request: Request, *, environ: Mapping[str, str] | None = None) -> Prepared:
+    """Find the backup and plan its way back. Changes nothing.
+
+    Raises UsageError, NotFoundError, ManifestError, BackupKeyError, SettingsError, StorageError.
+    """
+    if request.source is not None and request.at is not None:
+        raise UsageError("--from and --at are both given: the first names a backup, the second looks for one")
+    if request.into is not None and request.force:
+        raise UsageError("--into with --force: a place beside what is live must be empty")
+    repository, manifest = _backup(settings, request)
+    if settings.config_file is None:
+        settings = _settings_of(repository, manifest, settings, os.environ if environ is None else environ)
+    plan = recover.make_plan(
+        repository, manifest, settings, components=request.components, into=request.into, force=request.force
+    )
+    return Prepared(repository, settings, plan)
+
+
+def carry_out(
+    prepared: Prepared,
+    request: Request,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[str, int, int | None], None] = lambda name, done, total: None,
+) -> Outcome:
+    """Raises what `recover.carry_out` does."""
+
+    def save(names: Sequence[str]) -> str:
+        return safety_copy(prepared.settings, names, say=say)
+
+    return recover.carry_out(
+        prepared.plan,
+        prepared.repository,
+        prepared.settings,
+        safety_copy=save,
+        say=say,
+        on_progress=on_progress,
+        monotonic=time.monotonic,
+    )
+
+
+def safety_copy(settings: Settings, names: Sequence[str], *, say: Callable[[str], None]) -> str:
+    """Back up and verify what a recovery is about to replace. Raises RefusedError where that cannot be done: nothing is changed then."""
+    found = run.back_up(settings, run.Request(tuple(names), reason="before a recovery"), tell=say)
+    bad = [f"{one.name}: {one.error}" for one in found.components if one.error is not None]
+    if bad:
+        raise RefusedError(
+            f"what is there could not be backed up, so nothing was replaced ({'; '.join(bad)}): move it away yourself, then repeat "
+            "the recovery, which finds an empty place"
+        )
+    report = verify.verify(settings, found.backup_id, tell=say)
+    wrong = [f"{name}: {report.components[name].why}" for name in report.of(states.FAILED_VERIFICATION)]
+    wrong += [f"{name}: {report.components[name].why}" for name in report.of(states.NOT_VERIFIED)]
+    if wrong:
+        raise RefusedError(
+            f"the safety copy {found.backup_id} does not verify, so nothing was replaced ({'; '.join(wrong)}): move what is there away "
+            "yourself, then repeat the recovery"
+        )
+    return found.backup_id
+
+
+def _backup(settings: Settings, request: Request) -> tuple[Repository, Manifest]:
+    source = request.source
+    if source is None:
+        repository = open_repository(settings)
+        return repository, recover.newest_before(repository, request.at)
+    if source.endswith(SUFFIX):
+        location, _, name = source.rpartition("/")
+        repository = open_repository(settings, location=location or str(Path.cwd()))
+        return repository, repository.manifest(name.removesuffix(SUFFIX))
+    if "/" in source or Path(source).is_dir():
+        if "://" not in source and not Path(source).is_dir():
+            raise NotFoundError(f"--from {source}: there is no such folder, and it is no manifest (*{SUFFIX})")
+        repository = open_repository(settings, location=source.rstrip("/"))
+        return repository, recover.newest_before(repository, None)
+    repository = open_repository(settings)
+    return repository, repository.manifest(source)
+
+
+def _settings_of(
+    repository: Repository, manifest: Manifest, settings: Settings, environ: Mapping[str, str]
+) -> Settings:
+    """The settings of the backup, under those of the environment: what an empty machine goes by."""
+    if manifest.component("config") is None:
+        return settings
+    source = repository.source(manifest, "config")
+    for entry in source.entries():
+        if entry.name == FILE_NAME and entry.stream is not None:
+            text = b"".join(source.open(entry.stream)).decode()
+            return build_settings(
+                settings.home / FILE_NAME,
+                text,
+                environ={"MODELKEEP_HOME": str(settings.home), **environ},
+                cwd=Path.cwd(),
+            )
+    return settings
+
+
+def shown_plan(plan: Plan) -> str:
+    """For Prefect: what would come back, and what is in the way."""
+    lines = [
+        f"Backup {plan.manifest.backup_id}, {plan.standing.state}; what was written after {plan.lost_since} is not in it.",
+        "",
+        "| component | to | bytes | what is there |",
+        "|---|---|---|---|",
+    ]
+    for step in plan.steps:
+        there = "done before" if step.done else step.occupied or "nothing"
+        lines.append(f"| {step.chosen.text} | {step.shown} | {step.component.size_bytes:,} | {there} |")
+    lines += [f"- missing: {name} failed when the backup was taken" for name in plan.missing]
+    lines += [f"- warning: {text}" for text in plan.warnings]
+    lines += [f"- **in the way**: {text}" for text in plan.problems]
+    return "\n".join(lines)
+
+
+def shown(outcome: Outcome) -> str:
+    """For Prefect and logs: what came back, in a table."""
+    lines = ["| component | to | state |", "|---|---|---|"]
+    for step in outcome.plan.steps:
+        name = step.component.name
+        state = outcome.failed.get(name) or f"restored and compared: {json.dumps(outcome.restored.get(name, {}))}"
+        lines.append(f"| {step.chosen.text} | {step.shown} | {state.replace('|', '¦')} |")
+    return "\n".join(lines)

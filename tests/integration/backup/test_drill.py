@@ -1,0 +1,101 @@
+"""The drill: everything back in a private place, served, compared; and each known damage found out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from registry import ledger
+from registry.errors import NotFoundError
+from tasks.backup import damage, drill, drill_page, drill_server
+from tasks.backup.repository import open_repository
+from tests.integration.backup.machine import Machine
+
+
+def test_a_drill_restores_serves_and_measures_everything_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    backup_id = machine.back_up()
+    live = machine.head()
+    found = drill.run(machine.settings)
+    assert found.failed == () and found.backup_id == backup_id
+    assert [one.component for one in found.components] == ["models", "database:app", "files:uploads", "registry"]
+    assert all(one.rto_seconds is not None and one.rpo_seconds > 0 for one in found.components)
+    assert found.served.seconds is not None
+    assert [(one.model, one.version, one.outcome) for one in found.served.models] == [
+        ("digits", "2", drill_server.ALONE)
+    ]
+    assert found.negative.told and found.negative.way == next(iter(damage.WAYS))
+    assert machine.head() == live, "what is live was not touched"
+    assert not list((machine.home / "drills").iterdir())
+    history = drill.history(machine.home)
+    assert [one["drill_id"] for one in history] == [found.drill_id]
+    known = ledger.read(machine.home)
+    assert known is not None and known["drill"]["state"] == "passed"
+    page = drill_page.render(history)
+    assert "Everything came back" in page and "database:app" in page
+
+
+def test_a_drill_against_a_damaged_location_fails_loudly(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.back_up()
+    repository = open_repository(machine.settings)
+    manifest = repository.manifests()[0]
+    one = damage._two(repository, manifest)[0]
+    path = tmp_path / "backups" / damage._object(one)
+    path.chmod(0o644)
+    path.write_bytes(damage._flipped(path.read_bytes()))
+    found = drill.run(machine.settings)
+    assert not found.passed
+    assert any(one.object in why for why in found.failed)
+    assert drill.history(machine.home)[0]["state"] == "failed"
+    assert "The drill failed" in drill_page.render(drill.history(machine.home))
+
+
+def test_without_a_backup_a_drill_says_that_there_is_nothing_to_come_back_from(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no backup to hold a drill with"):
+        drill.run(Machine(tmp_path).settings)
+
+
+def test_every_known_damage_is_told_and_the_backup_itself_is_untouched(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.back_up()
+    repository = open_repository(machine.settings)
+    manifest = repository.manifests()[0]
+    before = {path: path.read_bytes() for path in (tmp_path / "backups").rglob("*") if path.is_file()}
+    for way in damage.WAYS:
+        told = damage.look(repository.reading()[0], repository, manifest, way)
+        assert told.told, told
+    assert {path: path.read_bytes() for path in (tmp_path / "backups").rglob("*") if path.is_file()} == before
+    assert repository.check(manifest).good
+
+
+def test_a_damage_that_nobody_notices_fails_the_drill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(tmp_path)
+    machine.back_up()
+    monkeypatch.setattr(damage, "_flipped", lambda data: data)
+    found = drill.run(machine.settings)
+    assert any("nobody noticed" in why for why in found.failed)
+
+
+def test_the_page_of_many_drills_has_a_dot_for_each_and_escapes_what_comes_from_outside(tmp_path: Path) -> None:
+    def one(number: int, state: str) -> dict[str, object]:
+        return {
+            "drill_id": str(number), "backup_id": "b", "began_at": f"2026-11-{number:02}T05:00:00.000000Z", "state": state,
+            "failed": ["<script>alert(1)</script>"] if state == "failed" else [], "rto_seconds": 40.0 + number, "rpo_seconds": 9e4,
+            "components": [
+                {"component": "models", "kind": "models", "size_bytes": 5, "rpo_seconds": 1.0, "rto_seconds": None,
+                 "failed": None, "unverifiable": "no binaries"},
+            ],
+            "served": {"seconds": None, "models": [], "why": None},
+            "negative": {"way": "flipped-bit", "what": "one bit", "told": True, "words": "it is damaged"}, "seconds": 50.0,
+        }  # fmt: skip
+
+    drills = [one(number, "failed" if number == 3 else "passed") for number in range(1, 4)]
+    page = drill_page.render(drills)
+    assert page.count("<circle") == 6 and page.count("dot failed") == 2 + 0
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert "Nothing is known" in drill_page.render([])
+    drill_page.write(tmp_path / "drill.html", json.loads(json.dumps(drills)))
+    assert (tmp_path / "drill.html").read_text() == page
