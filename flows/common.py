@@ -35,11 +35,17 @@ class Connections:
     cache: Path
 
 
-def connect() -> Connections:
-    """Resolve the blocks that the settings describe. Raises SettingsError, UnavailableError."""
+def settings_alone() -> Settings:
+    """For what must work without the registry. Raises SettingsError."""
     outlive_readers()
     settings = load_settings()
     client_tls.publish(settings.client)
+    return settings
+
+
+def connect() -> Connections:
+    """Resolve the blocks that the settings describe. Raises SettingsError, UnavailableError."""
+    settings = settings_alone()
     artifacts = Artifacts.from_settings(settings)
     database = RegistryDatabase.from_settings(settings).connect()
     database.facts = facts_of(settings)

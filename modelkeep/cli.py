@@ -13,10 +13,13 @@ import typer
 from modelkeep import output
 from modelkeep.commands.approve import approve, reject
 from modelkeep.commands.audit import audit_app
+from modelkeep.commands.backups import backup, backups_app
 from modelkeep.commands.database import database_app
+from modelkeep.commands.drill import drill
 from modelkeep.commands.keys import keys_app
 from modelkeep.commands.models import models_app, register
 from modelkeep.commands.promotions import promote, promotions_app
+from modelkeep.commands.recover import recover
 from modelkeep.commands.rollback import rollback
 from modelkeep.commands.running import demo, deploy, doctor, serve, status, up
 from modelkeep.config_command import config_app
@@ -29,7 +32,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (register, promote, approve, reject, rollback, status, serve, up, deploy, demo, doctor):
+for command in (
+    register,
+    promote,
+    approve,
+    reject,
+    rollback,
+    backup,
+    recover,
+    drill,
+    status,
+    serve,
+    up,
+    deploy,
+    demo,
+    doctor,
+):
     app.command()(command)
 app.add_typer(config_app, name="config", help="Settings: show, set, validate.")
 app.add_typer(audit_app, name="audit")
@@ -37,6 +55,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(promotions_app, name="promotions")
 app.add_typer(database_app, name="db")
 app.add_typer(keys_app, name="keys")
+app.add_typer(backups_app, name="backups")
 
 
 def main(arguments: list[str] | None = None) -> int:

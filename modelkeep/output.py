@@ -162,6 +162,34 @@ def status(found: dict[str, Any]) -> None:
             f"\npromotion {running['id']}: {running['model']} {running['version']}, step {running['step']}, by {running['actor']}"
         )
 
+    say("")
+    backups(found["backups"])
+
+
+def backups(found: dict[str, Any] | None) -> None:
+    """What `status` says of them: by component the age of the newest one, and of the newest that was verified."""
+    from tasks.backup.progress import duration
+
+    if found is None:
+        say("no backup was ever taken from here; take one: modelkeep backup")
+        return
+
+    def age(seconds: float | None) -> str:
+        return "never" if seconds is None else f"{duration(seconds)} ago"
+
+    table(
+        ["backup of", "taken", "verified one of", "size"],
+        [
+            [name, age(row["age_seconds"]), age(row["verified_age_seconds"]), size(row["size_bytes"] or 0)]
+            for name, row in found["components"].items()
+        ],
+        empty="no component was ever backed up",
+    )
+    last = found["last"]
+    say(f"the last backup, {last['backup_id']}, is {last['state']}")
+    for name, why in {**(last["errors"] or {}), **found["damaged"]}.items():
+        say(f"  {name or 'backup'}: {why}")
+
 
 def findings(rows: Sequence[Any]) -> None:
     table(["", "what", "finding"], [[row.level, row.what, row.text] for row in rows], empty="nothing to report")

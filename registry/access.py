@@ -22,6 +22,12 @@ class ServerSection(Section):
     drain_seconds: float = Field(30.0, ge=0, description="Time that requests in flight get when the server stops.")
     request_timeout_seconds: float = Field(30.0, gt=0, description="Longest that a request may take.")
     max_body_bytes: int = Field(10_000_000, gt=0, description="Largest request body.")
+    max_receiving_mb: int = Field(
+        64,
+        ge=0,
+        description="Memory for bodies that are on their way and whose requests have no place yet; beyond it a request takes its place "
+        "while it is still sending.",
+    )
     threads: int = Field(1, ge=1, description="Threads inside one run of a model.")
     max_connections: int = Field(
         2000,

@@ -114,10 +114,26 @@ def read_anchors(path: Path, until: int | None = None) -> Iterator[Head]:
             read += len(raw)
             if until is not None and read > until:
                 return
-            line = raw.decode("utf-8", errors="replace")
-            parts = line.split()
-            if line.endswith("\n") and len(parts) == 3 and parts[0].isdecimal() and len(parts[1]) == 64:
-                yield Head(int(parts[0]), parts[1])
+            if (mark := read_anchor(raw)) is not None:
+                yield mark
+
+
+def read_anchor(raw: bytes) -> Head | None:
+    """A line of the anchors; None for one that a kill tore."""
+    line = raw.decode("utf-8", errors="replace")
+    parts = line.split()
+    if line.endswith("\n") and len(parts) == 3 and parts[0].isdecimal() and len(parts[1]) == 64:
+        return Head(int(parts[0]), parts[1])
+    return None
+
+
+def read_text(text: str) -> dict[str, Any]:
+    """The fields of an event, from the text that is hashed. Empty where it was changed into something else."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 class _Marks:

@@ -16,7 +16,7 @@ from registry.migrate import COPYING
 from registry.schema import REVISION, AuditHead, Base, Environment, Lease
 
 BATCH = 1000
-_VERSION_TABLE = "alembic_version"
+VERSION_TABLE = "alembic_version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,12 @@ def copy(source: Database, target: Database, *, on_table: Callable[[str, int], N
     if target.revision() != COPYING:
         migrate.upgrade(target)
         with target.write() as marking:
-            marking.session.execute(text(f"UPDATE {_VERSION_TABLE} SET version_num = '{COPYING}'"))
+            marking.session.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '{COPYING}'"))
     with source.read() as session, target.write() as transaction:
         head = session.execute(select(AuditHead.seq, AuditHead.hash)).one()
-        rows = _fill(session, transaction.session, on_table)
-        faults = _checked(session, transaction.session, rows, audit.Head(*head))
-        epochs = _new_epochs(transaction.session)
+        rows = fill(session, transaction.session, on_table)
+        faults = checked(session, transaction.session, rows, audit.Head(*head))
+        epochs = new_epochs(transaction.session)
         transaction.record(
             "registry.copied",
             "registry",
@@ -75,7 +75,7 @@ def copy(source: Database, target: Database, *, on_table: Callable[[str, int], N
             after={"to": target.shown, "rows": rows, "epochs": epochs},
             reason="; ".join(faults[:20]),
         )
-        transaction.session.execute(text(f"UPDATE {_VERSION_TABLE} SET version_num = '{REVISION}'"))
+        transaction.session.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '{REVISION}'"))
     with source.read() as session:
         behind = session.execute(select(AuditHead.seq)).scalar_one() - head.seq
     return Copied(source.shown, target.shown, rows, int(head.seq), epochs, behind, faults)
@@ -92,28 +92,33 @@ def _check_idle(session: Session) -> None:
 
 def _check_empty(target: Database) -> None:
     """Nothing there, a schema without rows, or what an interrupted copy left. Raises ConflictError, which says what there is."""
-    with target.translated(), target.engine.connect() as connection:
-        there = set(inspect(connection).get_table_names())
-        held = []
-        if _VERSION_TABLE in there:
-            version = connection.execute(text(f"SELECT version_num FROM {_VERSION_TABLE}")).scalar()
-            if version == COPYING:
-                return
-        for name in sorted(there - {_VERSION_TABLE}):
-            table = Base.metadata.tables.get(name)
-            if table is None:
-                held.append(f"table {name}, which is not of a registry")
-            elif name == AuditHead.__tablename__:
-                continue  # the migration makes its row
-            elif count := connection.execute(select(func.count()).select_from(table)).scalar():
-                held.append(f"{count} row{'' if count == 1 else 's'} in {name}")
-    if held:
+    if found := held(target):
         raise ConflictError(
-            f"{target.shown} is not empty, so nothing was copied: it holds {', '.join(held)}; name an empty database"
+            f"{target.shown} is not empty, so nothing was copied: it holds {', '.join(found)}; name an empty database"
         )
 
 
-def _fill(source: Session, target: Session, on_table: Callable[[str, int], None] | None) -> dict[str, int]:
+def held(target: Database) -> list[str]:
+    """What a database holds, in words. Nothing where it is empty, has a schema without rows, or what an interrupted copy left."""
+    with target.translated(), target.engine.connect() as connection:
+        there = set(inspect(connection).get_table_names())
+        found = []
+        if VERSION_TABLE in there:
+            version = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
+            if version == COPYING:
+                return []
+        for name in sorted(there - {VERSION_TABLE}):
+            table = Base.metadata.tables.get(name)
+            if table is None:
+                found.append(f"table {name}, which is not of a registry")
+            elif name == AuditHead.__tablename__:
+                continue  # the migration makes its row
+            elif count := connection.execute(select(func.count()).select_from(table)).scalar():
+                found.append(f"{count} row{'' if count == 1 else 's'} in {name}")
+    return found
+
+
+def fill(source: Session, target: Session, on_table: Callable[[str, int], None] | None) -> dict[str, int]:
     """Every row of every table, in batches. What an interrupted copy left goes first."""
     rows: dict[str, int] = {}
     for table in Base.metadata.sorted_tables:
@@ -143,7 +148,7 @@ def _is_null(column: Column[Any]) -> Any:
     return cast(column, Text).is_(null()).label(f"{column.name} is null")
 
 
-def _checked(source: Session, target: Session, rows: dict[str, int], head: audit.Head) -> list[str]:
+def checked(source: Session, target: Session, rows: dict[str, int], head: audit.Head) -> list[str]:
     """Count what arrived, and walk its audit chain. Raises AuditError; returns the faults that the source has too."""
     for table in Base.metadata.sorted_tables:
         arrived = target.scalar(select(func.count()).select_from(table))
@@ -162,7 +167,7 @@ def _checked(source: Session, target: Session, rows: dict[str, int], head: audit
     return verdict.faults
 
 
-def _new_epochs(session: Session) -> dict[str, str]:
+def new_epochs(session: Session) -> dict[str, str]:
     """The servers see by it that this is another registry; every fencing token of the source is dead here."""
     epochs = {}
     for name in session.scalars(select(Environment.name).order_by(Environment.name)).all():

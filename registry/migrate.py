@@ -37,7 +37,8 @@ def upgrade(database: Database, revision: str = "head") -> None:
     revisions = known()
     if found == COPYING:
         raise UsageError(
-            f"the registry {database.shown} is an unfinished copy: repeat modelkeep db copy-to from where it was copied"
+            f"the registry {database.shown} is an unfinished copy: repeat modelkeep db copy-to from where it was copied, or the "
+            "modelkeep recover that was interrupted"
         )
     if found is not None and found not in revisions:
         raise UsageError(

@@ -119,13 +119,14 @@ def stack(steps: Iterable[Step]) -> list[str]:
 
 def needed(session: Session, environment: str) -> dict[str, list[Step]]:
     """The living points of an environment by model, oldest first, without what a server does not need to find its way back."""
+    # Sorted here: to have them in order, SQLite would go through all that are gone as well, which every server asks again and again.
     rows = session.execute(
-        select(RollbackPoint.model, RollbackPoint.version, RollbackPoint.route)
-        .where(RollbackPoint.environment == environment, RollbackPoint.gone_at.is_(None))
-        .order_by(RollbackPoint.model, RollbackPoint.created_at, RollbackPoint.generation)
-    )
+        select(
+            RollbackPoint.model, RollbackPoint.created_at, RollbackPoint.generation, RollbackPoint.version, RollbackPoint.route
+        ).where(RollbackPoint.environment == environment, RollbackPoint.gone_at.is_(None))
+    ).all()  # fmt: skip
     found: dict[str, list[Step]] = {}
-    for model, version, route in rows:
+    for model, _, _, version, route in sorted(rows, key=lambda row: (row.model, row.created_at, row.generation)):
         found.setdefault(model, []).append(Step(version, str(route.get("kind", "")), _first(route)))
     return found
 

@@ -173,6 +173,14 @@ def _ended(session: Session, row: Replica) -> None:
     )
 
 
+def forget_all(session: Session) -> None:
+    """For a registry that was restored: what servers said then says nothing of now. Each that lives reports anew."""
+    for row in session.scalars(select(Replica)).all():
+        _ended(session, row)
+    session.execute(delete(ReplicaCount))
+    session.execute(delete(Replica))
+
+
 def counts(session: Session, model: str, epoch: str, generation: int) -> dict[str, list[dict[str, Any]]]:
     """What all boots of all replicas counted under one generation of a route, by version."""
     found: dict[str, list[dict[str, Any]]] = {}

@@ -9,7 +9,7 @@ from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Float, Index, Intege
 from sqlalchemy.dialects.mysql import DOUBLE, LONGTEXT
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-REVISION = "0003"
+REVISION = "0004"
 """The Alembic revision that this code works with."""
 
 NAME = 128
@@ -296,7 +296,7 @@ class RollbackPoint(Base):
     created_at: Mapped[dt.datetime]
     gone_at: Mapped[dt.datetime | None]
 
-    __table_args__ = (Index(None, "environment", "model", "created_at"),)
+    __table_args__ = (Index(None, "environment", "model", "created_at"), Index(None, "environment", "gone_at"))
 
 
 class Reach(Base):

@@ -262,6 +262,11 @@ class HealthSection(Section):
         description="A version hangs whose worker is at one computation for longer; not below `server.request_timeout_seconds`, twice "
         "that where nothing is given.",
     )
+    load_hang_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="A version hangs whose loading takes longer; 600 s and a second for each 20 MB of its files where nothing is given.",
+    )
     act: bool = Field(
         True,
         description="Load an unhealthy version again once, then take it out of its route where another version can serve.",
@@ -286,7 +291,9 @@ class TextSection(Section):
         64, ge=0, description="Texts that may wait for one of these places; the next are told to come again."
     )
     max_cache_mb: int = Field(
-        512, ge=1, description="Most that their key/value caches may take together; a text alone always may run."
+        512,
+        ge=1,
+        description="Most that their key/value caches may take together, if the memory for models has it; a text alone may take what is free.",
     )
     max_tokens: int = Field(4096, ge=1, description="Most tokens that one request may ask for.")
     timeout_seconds: float = Field(300.0, gt=0, description="Longest that one text may take.")
@@ -301,6 +308,45 @@ class CaptureSection(Section):
     requests: int = Field(1000, ge=1, description="The newest so many of a model are kept.")
     max_mb: int = Field(64, ge=1, description="Most that those of one model may take on the disk.")
     days: float = Field(7.0, gt=0, description="Older ones are removed.")
+
+
+class BackupSection(Section):
+    """How backups are taken, checked and kept. Where they go is the setting `backups`, their key `backup_key_file`."""
+
+    keep_daily: int = Field(7, ge=0, description="Days of which the newest verified backup is kept.")
+    keep_weekly: int = Field(5, ge=0, description="Weeks of which the newest verified backup is kept.")
+    keep_monthly: int = Field(12, ge=0, description="Months of which the newest verified backup is kept.")
+    minimum_redundancy: int = Field(
+        2, ge=1, description="So many verified backups of each component stay, whatever the other rules say."
+    )
+    unverified_days: float = Field(
+        7.0,
+        ge=0,
+        description="Days after which a failed, partial or unverified backup may go, once a newer one is verified.",
+    )
+    gc_grace_hours: float = Field(
+        24.0, gt=0, description="Hours between the mark of an object that no backup needs and its removal."
+    )
+    sample_share: float = Field(
+        0.05, gt=0, le=1, description="Share of a daily backup's content that `verify-backups` reads back."
+    )
+    object_lock: Literal["governance", "compliance"] | None = Field(
+        None, description="Lock what a bucket is given, where it has object lock: nobody can delete it before its time."
+    )
+    object_lock_days: float = Field(30.0, gt=0, description="Days for which it is locked.")
+    logs: list[str] = Field(
+        default=[], description="Names of [[databases]] whose logs are shipped, for recovery to a point in time."
+    )
+    notify_url: str | None = Field(
+        default=None,
+        repr=False,
+        description="A URL that is sent a JSON document when a drill fails: a chat's webhook, a pager.",
+    )
+
+    @field_validator("notify_url")
+    @classmethod
+    def _notify_url(cls, value: str | None) -> str | None:
+        return value if value is None else check_url(value, ("http", "https"), "https://chat.example.com/hooks/backups")
 
 
 def _entry_name(value: str) -> str:
@@ -366,7 +412,10 @@ class QueuesSection(Section):
     """The application's queues; without `url` the setting `redis_url`."""
 
     url: str | None = Field(default=None, repr=False)
-    names: list[str] = Field(default=[], description="Keys of the queues to keep; none named: none.")
+    names: list[str] = Field(default=[], description="Keys of the queues to keep, or patterns; none named: none.")
+    critical: list[str] = Field(
+        default=[], description="Keys of cache entries, or patterns, that must not be lost: kept as the queues are."
+    )
 
     @field_validator("url")
     @classmethod

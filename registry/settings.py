@@ -8,15 +8,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    Field,
-    PrivateAttr,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, Field, PrivateAttr, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -31,6 +23,7 @@ from registry.profiles import Profile
 from registry.redaction import HIDDEN, redact
 from registry.sections import (
     AlertsSection,
+    BackupSection,
     CacheSection,
     CaptureSection,
     Database,
@@ -122,6 +115,7 @@ class Settings(BaseSettings):
     capture: CaptureSection = CaptureSection()
     cache: CacheSection = CacheSection()
     text: TextSection = TextSection()
+    backup: BackupSection = BackupSection()
     databases: list[Database] = []
     vectors: VectorsSection = VectorsSection()
     queues: QueuesSection = QueuesSection()
@@ -253,6 +247,11 @@ class Settings(BaseSettings):
         """`health.hang_seconds`, or what it is where nothing is given."""
         given = self.health.hang_seconds
         return 2 * self.server.request_timeout_seconds if given is None else given
+
+    def load_hang_seconds(self, size_bytes: int) -> float:
+        """How long a version with files of so many bytes may load: `health.load_hang_seconds`, or what it is where nothing is given."""
+        given = self.health.load_hang_seconds
+        return 600.0 + size_bytes / 20e6 if given is None else given
 
     @property
     def hardware(self) -> Profile:

@@ -80,6 +80,26 @@ class DirectoryStore:
         self.folder = folder
 
     def put(self, path: Path) -> StoredFile:
+        try:
+            with path.open("rb") as source:
+                digest, size = self._write(iter(lambda: source.read(_CHUNK), b""), None)
+        except OSError as error:
+            raise _storage_error(error, path, self.folder) from error
+        return StoredFile(path.name, digest, size)
+
+    def receive(self, digest: str, pieces: Iterable[bytes]) -> int:
+        """Store bytes whose digest is known already. Returns their size.
+
+        Raises ArtifactError where they hash to another one, StorageError; an exception of `pieces` passes through. Nothing is
+        left half written.
+        """
+        self.place(digest)
+        try:
+            return self._write(pieces, digest)[1]
+        except OSError as error:
+            raise _storage_error(error, Path(digest), self.folder) from error
+
+    def _write(self, pieces: Iterable[bytes], due: str | None) -> tuple[str, int]:
         digest, size = hashlib.sha256(), 0
         temporary: Path | None = None
         try:
@@ -87,29 +107,31 @@ class DirectoryStore:
             incoming.mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(dir=incoming)
             temporary = Path(name)
-            with os.fdopen(descriptor, "wb") as target, path.open("rb") as source:
-                while chunk := source.read(_CHUNK):
+            with os.fdopen(descriptor, "wb") as target:
+                for chunk in pieces:
                     digest.update(chunk)
                     size += len(chunk)
                     target.write(chunk)
+                if due is not None and digest.hexdigest() != due:
+                    raise ArtifactError(
+                        f"what should be artifact {due} hashes to {digest.hexdigest()}: it was not stored"
+                    )
                 target.flush()
                 os.fsync(target.fileno())
-            final = self._place(digest.hexdigest())
+            final = self.place(digest.hexdigest())
             if not self._intact(final, digest.hexdigest()):
                 final.parent.mkdir(exist_ok=True)
                 temporary.chmod(0o444)
                 temporary.replace(final)
                 _fsync_folder(final.parent)
                 _fsync_folder(self.folder)
-        except OSError as error:
-            raise _storage_error(error, path, self.folder) from error
         finally:
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
-        return StoredFile(path.name, digest.hexdigest(), size)
+        return digest.hexdigest(), size
 
     def path(self, digest: str) -> Path:
-        place = self._place(digest)
+        place = self.place(digest)
         try:
             found, _ = file_digest(place)
         except FileNotFoundError as error:
@@ -128,10 +150,10 @@ class DirectoryStore:
         return place
 
     def has(self, digest: str) -> bool:
-        return self._place(digest).exists()
+        return self.place(digest).exists()
 
     def remove(self, digest: str) -> int | None:
-        place = self._place(digest)
+        place = self.place(digest)
         try:
             size = place.stat().st_size
             place.unlink()
@@ -174,7 +196,8 @@ class DirectoryStore:
         except OSError:
             return False
 
-    def _place(self, digest: str) -> Path:
+    def place(self, digest: str) -> Path:
+        """Where the bytes are or would be. They are not looked at: for who hashes them while he reads."""
         if len(digest) != 64 or any(c not in "0123456789abcdef" for c in digest):
             raise ArtifactError(f"{digest!r} is no artifact digest: 64 hexadecimal digits are")
         return self.folder / digest[:2] / digest

@@ -67,12 +67,27 @@ def taken(
     sleep: Callable[[float], None] = time.sleep,
     monotonic: Callable[[], float] = time.monotonic,
 ) -> T:
-    """Begin an operation that takes the lease of a model; where another holds it, see first whether that one lives.
+    """As `taken_of` does, for the lease of a model."""
+    return taken_of(
+        database, environment, leases.subject_of(environment, model), begin, sleep=sleep, monotonic=monotonic
+    )
+
+
+def taken_of(
+    database: Database,
+    environment: str,
+    subject: str,
+    begin: Callable[[], T],
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    monotonic: Callable[[], float] = time.monotonic,
+) -> T:
+    """Begin an operation that takes the lease of a subject; where another holds it, see first whether that one lives.
 
     Servers end what a dead process left, but there may be none: a lease that stands still for its time to live is ended here, in the
     same way. Raises LockedError as soon as it moves, or where it waits for an approval.
     """
-    observer, subject, first = leases.Observer(monotonic), leases.subject_of(environment, model), None
+    observer, first = leases.Observer(monotonic), None
     freed = 0
     while True:
         try:

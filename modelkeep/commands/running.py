@@ -19,6 +19,7 @@ def status(as_json: Json = False) -> None:
     """What is served, by which version, and what is under way."""
     from registry import promotions, replicas
     from tasks import servers
+    from tasks.backup import ledger
 
     with opened() as context:
         environment = context.settings.environment
@@ -52,6 +53,7 @@ def status(as_json: Json = False) -> None:
             if row["id"] in living or row["reported_at"] > yesterday
         ],
         "promotions_running": running,
+        "backups": ledger.summary(context.settings.home),
     }  # fmt: skip
     if as_json:
         output.document(document)

@@ -63,9 +63,12 @@ class Compared:
 class Part(Protocol):
     """A part of this installation that is backed up: made from the settings by the module of its kind."""
 
-    name: str
-    """As in `--components`: "registry", "database:app", "models", "vectors", "queues", "files:uploads", "config"."""
-    kind: str
+    @property
+    def name(self) -> str:
+        """As in `--components`: "registry", "database:app", "models", "vectors", "queues", "files:uploads", "config"."""
+
+    @property
+    def kind(self) -> str: ...
 
     def capture(self, sink: Sink) -> Captured:
         """Raises any ModelkeepError: the backup is then partial, and its message stands in the manifest."""

@@ -188,7 +188,8 @@ class Manifest:
     sequence: int = 0
     """One more than the highest of the manifests and states in the location when it began: the order of backups, whatever clocks say."""
     signature: dict[str, str] | None = None
-    """{"method": "hmac-sha256", "key_id", "value"} over `signed_text`."""
+    """{"method": "hmac-sha256", "key_id", "value"} over `signed_text`; without a key {"method": "sha256", "key_id": "", "value"},
+    which tells damage, not malice."""
 
     def as_dict(self) -> dict[str, Any]:
         value: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
@@ -203,6 +204,11 @@ class Manifest:
     def signed(self, key: bytes, key_id: str) -> Manifest:
         value = hmac.new(key, signed_text(self.as_dict()), hashlib.sha256).hexdigest()
         return replace(self, signature={"method": "hmac-sha256", "key_id": key_id, "value": value})
+
+    def sealed(self) -> Manifest:
+        """What stands in for a signature where there is no key."""
+        value = hashlib.sha256(signed_text(self.as_dict())).hexdigest()
+        return replace(self, signature={"method": "sha256", "key_id": "", "value": value})
 
     def text(self) -> bytes:
         return (json.dumps(self.as_dict(), sort_keys=True, indent=1) + "\n").encode()
@@ -255,3 +261,18 @@ def check_signature(value: Mapping[str, Any], key: bytes, name: str) -> None:
         raise ManifestError(
             f"the signature of {name} (key {signature.get('key_id')}) does not fit: it was edited, or the key is another one"
         )
+
+
+def check_digest(value: Mapping[str, Any], name: str) -> None:
+    """Raises ManifestError where a document that was written without a key is not what was written."""
+    signature = value.get("signature")
+    if not isinstance(signature, dict):
+        raise ManifestError(f"{name} has neither signature nor digest: it is damaged or was edited")
+    if signature.get("method") == "hmac-sha256":
+        raise ManifestError(
+            f"{name} is encrypted and signed, and no key is set: name the file with the key (backup_key_file); where it is named, "
+            "the location has lost its folder keys/: copy that from another location of the same backups"
+        )
+    due = hashlib.sha256(signed_text(value)).hexdigest()
+    if signature.get("method") != "sha256" or not hmac.compare_digest(due, str(signature.get("value"))):
+        raise ManifestError(f"the digest of {name} does not fit: it is damaged or was edited")

@@ -33,7 +33,8 @@ def live(chosen: Chosen, settings: Settings, *, force: bool, backup_id: str) -> 
         case "registry":
             return Target(settings.database_url, settings.home, chosen.only, force, options)
         case "models":
-            return Target(None, _folder(settings.artifacts, "artifacts"), chosen.only, force, options)
+            told = {**options, "registry_url": settings.database_url, "home": settings.home}
+            return Target(None, _folder(settings.artifacts, "artifacts"), chosen.only, force, told)
         case "config":
             return Target(None, settings.home, chosen.only, force, options)
         case "vectors":

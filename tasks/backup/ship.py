@@ -1,0 +1,174 @@
+"""Shipping of logs: for each database that [backup] logs names, what its server wrote since the last time. Every five minutes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from registry.errors import LockedError, ModelkeepError, RefusedError, SettingsError, StorageError
+from registry.redaction import redact
+from registry.settings import Settings
+from tasks.backup import point, ship_mariadb
+from tasks.backup.hiding import hider
+from tasks.backup.logs import Head, Shelf
+from tasks.backup.manifest import FAILED
+from tasks.backup.mariadb_access import access
+from tasks.backup.repository import Repository, open_repository
+
+LOCK = "ship-logs.lock"
+WORK = "ship-logs-work"
+
+
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """What came of one database. `gap`: since when, and why, it cannot be brought back to a point in time."""
+
+    database: str
+    logs: tuple[str, ...] = ()
+    size_bytes: int = 0
+    transactions: int = 0
+    covers_until: str | None = None
+    gap: str | None = None
+    warnings: tuple[str, ...] = ()
+    failed: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def exit_code(found: list[Shipment]) -> int:
+    """1 where a database's logs could not be shipped, 3 where they were, and no backup can use them yet."""
+    if any(one.failed for one in found):
+        return 1
+    return 3 if any(one.gap for one in found) else 0
+
+
+def ship(settings: Settings, *, tell: Callable[[str], None] = lambda _: None) -> list[Shipment]:
+    """Ship the logs of all of them; one that fails keeps no other from it.
+
+    Raises SettingsError where a name is none of [[databases]], LockedError where another run is at it, StorageError.
+    """
+    urls = {one.name: one for one in settings.databases}
+    if missing := sorted(set(settings.backup.logs) - set(urls)):
+        raise SettingsError(f"[backup] logs = {missing}: there is no [[databases]] of that name; there are {', '.join(urls) or 'none'}")
+    hide, found = hider(settings), []
+    with _alone(settings.home) as scratch:
+        repository = open_repository(settings, create=True)
+        for name in settings.backup.logs:
+            try:
+                one = _ship_one(repository, name, urls[name].connection_url(), scratch)
+            except ModelkeepError as error:
+                one = Shipment(name, failed=hide(redact(str(error))))
+            found.append(one)
+            tell(summary(one))
+            for text in one.warnings:
+                tell(f"{name}: {text}")
+    return found
+
+
+def summary(one: Shipment) -> str:
+    if one.failed:
+        return f"{one.database}: NOT SHIPPED: {one.failed}"
+    what = f"{len(one.logs)} logs with {one.transactions} transactions shipped" if one.logs else "nothing new"
+    return f"{one.database}: {what}, whole until {one.covers_until}" + (f"; {one.gap}" if one.gap else "")
+
+
+def _ship_one(repository: Repository, name: str, url: str, scratch: Path) -> Shipment:
+    if not url.startswith(("mysql", "mariadb")):
+        raise RefusedError(
+            f"{name} is at {url.partition(':')[0]}://…: this release ships the logs of MariaDB only; take it out of [backup] logs"
+        )
+    shelf = Shelf(repository, name)
+    copied = shelf.copy_missing()
+    before = shelf.head()
+    starts = backed_up(repository, name) if before is None or before.gap or not shelf.names() else []
+    found = ship_mariadb.ship(access(url), shelf, scratch, starts)
+    if found.broke:
+        starts = backed_up(repository, name)
+    gap = _gap(shelf, before, found, starts)
+    shelf.put_head(replace(found.head, gap=gap))
+    warnings = list(found.warnings)
+    if copied:
+        warnings.append(f"{copied} logs are now in places that lacked them")
+    warnings += [f"{repository.all_places()[number].shown} did not take them: {why}" for number, why in repository.down.items()]
+    return Shipment(
+        name,
+        tuple(one.log for one in found.shipped),
+        sum(one.size_bytes for one in found.shipped),
+        sum(one.transactions for one in found.shipped),
+        found.head.covers_until,
+        None if gap is None else words(name, gap),
+        tuple(warnings),
+    )
+
+
+def words(database: str, gap: dict[str, Any]) -> str:
+    since = f"since {gap['since']} " if gap.get("since") else ""
+    return (
+        f"{since}it cannot be brought back to a point in time, because {gap['why']}: take a backup "
+        f"(modelkeep backup --components database:{database})"
+    )
+
+
+def backed_up(repository: Repository, database: str) -> list[dict[str, Any]]:
+    """Where in the server's logs the backups of the database stand."""
+    positions = []
+    for manifest in repository.manifests():
+        component = manifest.component(f"database:{database}")
+        if component is not None and component.state != FAILED and component.snapshot.get("binlog"):
+            positions.append(dict(component.snapshot["binlog"]))
+    return positions
+
+
+def _gap(
+    shelf: Shelf, before: Head | None, found: ship_mariadb.Found, starts: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """There is one until a backup stands in the logs that were shipped since."""
+    if before is not None and before.gap is None and found.broke is None:
+        return None
+    if any(_reached(shelf, found.head, one) for one in starts):
+        return None
+    if found.broke:
+        return {"why": found.broke, "since": None if before is None else before.covers_until}
+    if before is not None and before.gap is not None:
+        return before.gap
+    return {"why": "no backup was taken since its logs are shipped", "since": None}
+
+
+def _reached(shelf: Shelf, head: Head, start: dict[str, Any]) -> bool:
+    """Whether a backup stands in the logs of now: in one that is shipped, or in the one that is being written."""
+    if start.get("server") != head.server:
+        return False
+    log = point.holding(shelf, start)
+    if log is not None:
+        return log.series == head.series
+    return start.get("file") == head.position.get("file")
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[Path]:
+    """A folder for what is on its way, ours alone. Raises LockedError, StorageError."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        file = (home / LOCK).open("a")
+    except OSError as error:
+        raise StorageError(f"{home / LOCK} cannot be opened: {error.strerror or error}; make {home} writable") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LockedError(f"logs are being shipped from {home} already: wait for it to end") from error
+        folder = home / WORK
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            folder.mkdir(mode=0o700)
+            yield folder
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

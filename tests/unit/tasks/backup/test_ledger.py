@@ -1,0 +1,97 @@
+"""backups.json: what is known of the backups without asking where they are."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry import ledger as document
+from registry.errors import StorageError
+from tasks.backup import ledger
+from tasks.backup.manifest import Component, Manifest
+
+
+def _manifest(backup_id: str = "20261121T020000Z-000000", state: str = "complete", **sizes: int) -> Manifest:
+    made = tuple(
+        Component(name, "fake", "complete", f"2026-11-{backup_id[6:8]}T00:00:00.000000Z", "t", size_bytes=size)
+        for name, size in (sizes or {"models": 5}).items()
+    )
+    return Manifest(backup_id, "i", state, "2026-11-21T00:00:00.000000Z", "t", ("all",), made)
+
+
+def _row(home: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = (document.read(home) or {})["components"][name]
+    return found
+
+
+def test_there_is_nothing_before_the_first_backup(tmp_path: Path) -> None:
+    assert document.read(tmp_path) is None
+    assert ledger.summary(tmp_path) is None
+    assert ledger.expected(tmp_path) == {}
+
+
+def test_a_backup_of_some_components_leaves_the_rows_of_the_others(tmp_path: Path) -> None:
+    ledger.note_backup(tmp_path, _manifest("20261101T000000Z-000000", models=5, registry=7), places={"/b": "stored"})
+    ledger.note_backup(tmp_path, _manifest("20261102T000000Z-000000", models=6), places={"/b": "stored"})
+    assert ledger.expected(tmp_path) == {"models": 6, "registry": 7}
+    assert _row(tmp_path, "registry")["backup_id"] == "20261101T000000Z-000000"
+
+
+def test_an_older_backup_that_is_verified_later_does_not_hide_a_newer_verified_one(tmp_path: Path) -> None:
+    older, newer = _manifest("20261101T000000Z-000000"), _manifest("20261102T000000Z-000000")
+    for manifest in (newer, older):
+        ledger.note_check(tmp_path, manifest, {"models": {"outcome": "verified"}}, whole=True)
+    assert _row(tmp_path, "models")["verified_backup_id"] == newer.backup_id
+
+
+@pytest.mark.parametrize("how", ["damaged", "pruned"])
+def test_a_verified_one_that_is_damaged_or_gone_counts_no_more(tmp_path: Path, how: str) -> None:
+    manifest = _manifest()
+    ledger.note_check(tmp_path, manifest, {"models": {"outcome": "verified"}}, whole=True)
+    if how == "damaged":
+        outcome = {"outcome": "failed-verification", "why": "rows"}
+        ledger.note_check(tmp_path, manifest, {"models": outcome}, whole=False)
+    else:
+        ledger.note_removed(tmp_path, [manifest.backup_id])
+    assert "verified_as_of" not in _row(tmp_path, "models")
+
+
+def test_a_sample_verifies_nothing(tmp_path: Path) -> None:
+    ledger.note_check(tmp_path, _manifest(), {"models": {"outcome": "verified"}}, whole=False)
+    assert "verified_as_of" not in _row(tmp_path, "models")
+
+
+def test_a_killed_backup_that_is_found_later_does_not_hide_a_newer_one(tmp_path: Path) -> None:
+    ledger.note_backup(tmp_path, _manifest("20261102T000000Z-000000"), places={})
+    ledger.note_failed(tmp_path, "20261101T000000Z-000000", began_at=None, requested=(), why="killed")
+    assert (document.read(tmp_path) or {})["last"]["state"] == "complete"
+    ledger.note_failed(tmp_path, "20261103T000000Z-000000", began_at=None, requested=(), why="killed")
+    assert (document.read(tmp_path) or {})["last"]["state"] == "failed"
+
+
+def test_several_writers_lose_nothing_of_each_other(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        def alter(found: dict[str, Any]) -> None:
+            found.setdefault("drill", {})[str(number)] = True
+
+        document.change(tmp_path, alter)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len((document.read(tmp_path) or {})["drill"]) == 20
+
+
+def test_a_damaged_file_is_written_anew_and_a_folder_in_its_place_is_told(tmp_path: Path) -> None:
+    document.path_of(tmp_path).write_text("{torn")
+    ledger.note_backup(tmp_path, _manifest(), places={})
+    assert ledger.expected(tmp_path) == {"models": 5}
+    document.path_of(tmp_path).unlink()
+    document.path_of(tmp_path).mkdir()
+    with pytest.raises(StorageError, match=r"backups\.json"):
+        ledger.note_backup(tmp_path, _manifest(), places={})
