@@ -45,18 +45,20 @@ async def serve(folder: Path, descriptor: int) -> None:
     from serving.runtimes import load_runtime
     from serving.state import Serving
     from serving.text import api
+    from serving.text.caches import Caches
     from serving.text.loading import engine_of
 
     runtime = load_runtime(folder / "model.onnx", "onnx", signature=None)
     text = TextSection()
-    version = engine_of(folder / "model.onnx", runtime, text)(
+    version = engine_of(folder / "model.onnx", runtime, text, Caches(None))(
         "m", "1", "0" * 64, runtime, rows_independent=True, max_batch=32, queue_size=64
     )
     serving = Serving(environment="bench", replica_id="bench", boot_id="0" * 16)
     serving.install({"m": Route("m", 1, "1")}, {("m", "1"): version}, "epoch", 1)
     serving.ready = True
     settings: Any = SimpleNamespace(
-        server=SimpleNamespace(request_timeout_seconds=30.0, max_body_bytes=1_000_000),
+        home=folder,
+        server=SimpleNamespace(request_timeout_seconds=30.0, max_body_bytes=1_000_000, max_receiving_mb=64),
         performance=SimpleNamespace(max_concurrent_requests=256),
         text=text,
     )

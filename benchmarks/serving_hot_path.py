@@ -114,8 +114,9 @@ async def serve(descriptor: int, path: Path, *, guarded: bool) -> None:
         return {}
 
     settings = SimpleNamespace(
-        server=SimpleNamespace(request_timeout_seconds=30.0, max_body_bytes=10_000_000),
+        server=SimpleNamespace(request_timeout_seconds=30.0, max_body_bytes=10_000_000, max_receiving_mb=64),
         performance=SimpleNamespace(max_concurrent_requests=256),
+        home=path.parent,
     )
     app: Any = create_app(serving, settings=settings, nudge=nudge, info=dict)
     if guarded:

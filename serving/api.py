@@ -9,30 +9,34 @@ is the version's error.
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 import orjson
 from fastapi import APIRouter, FastAPI
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from registry.aliases import Alias
 from registry.errors import ModelkeepError
 from serving import request_ids, shadow
 from serving.admission import admitted
 from serving.aliases import Aliases, Translator
-from serving.bodies import BoundedBodies
+from serving.backup_metrics import BackupMetrics
+from serving.bodies import BoundedBodies, too_long
 from serving.classification import INLINE_ELEMENTS
 from serving.compression import WORTH_BYTES, inflate, packed
 from serving.descriptions import describe
 from serving.engine import LoadedVersion
+from serving.heads import WHOLE, by_name
 from serving.pages import create_pages
-from serving.places import key_of
+from serving.places import Place, key_of
 from serving.protocol import LINGER_SECONDS
 from serving.routing import Route
 from serving.state import Serving
@@ -48,6 +52,8 @@ _JSON = (b"content-type", b"application/json")
 _OCTETS = (b"content-type", b"application/octet-stream")
 _RETRY_AFTER = (b"retry-after", b"1")
 _VARY = (b"vary", b"accept-encoding")
+_YOUNG_OBJECTS = 5000
+"""Containers made and still there, before the garbage collector looks for those that only hold each other."""
 
 
 class _ServerLimits(Protocol):
@@ -55,6 +61,8 @@ class _ServerLimits(Protocol):
     def request_timeout_seconds(self) -> float: ...
     @property
     def max_body_bytes(self) -> int: ...
+    @property
+    def max_receiving_mb(self) -> int: ...
 
 
 class _PerformanceLimits(Protocol):
@@ -79,10 +87,11 @@ def create_app(
     info: Callable[[], dict[str, Any]],
     routers: Sequence[APIRouter] = (),
     aliases: Sequence[Alias] = (),
+    backups: BackupMetrics | None = None,
 ) -> Application:
     """The ASGI application. `nudge` makes the server follow the registry now; `info` says what it serves."""
     own_paths = Aliases(aliases)
-    pages = create_pages(serving, nudge=nudge, info=info, routers=routers, aliases=own_paths)
+    pages = create_pages(serving, nudge=nudge, info=info, routers=routers, aliases=own_paths, backups=backups)
     limit = settings.server.max_body_bytes
     return Application(V2(serving, settings), pages, max_body_bytes=limit, aliases=own_paths.by_path)
 
@@ -91,10 +100,13 @@ def freeze_startup_objects() -> None:
     """Take everything that exists now out of the garbage collector's sight. Call once, when the server is built.
 
     A full collection walks all that the imported packages have made (60,000 containers) while every request waits: it
-    was the p99 of 50 ms at 64 connections, which is 8 ms without. What is created later is collected as ever.
+    was the p99 of 50 ms at 64 connections, which is 8 ms without. What is created later is collected as ever, but only when
+    there is more of it than many requests at once have: 64 of them made the collector look at each of them several times, and
+    a request leaves nothing behind that it would find.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
 
 class Application:
@@ -109,6 +121,10 @@ class Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             path: str = scope["path"]
+            # Inference first: everything else can afford to be looked for.
+            if scope["method"] == "POST" and (named := inference_of(path)) is not None:
+                await self.v2.infer(scope, receive, send, *named)
+                return
             if path.startswith("/v2") and path[3:4] in ("", "/"):
                 await self.v2(scope, receive, send)
                 return
@@ -153,25 +169,17 @@ class V2:
         self._max_body_bytes = settings.server.max_body_bytes
         most = settings.performance.max_concurrent_requests
         serving.places.resize(most)
+        serving.uploads.most_bytes = settings.server.max_receiving_mb << 20
         serving.gate.most_waiting = max(1, most // 2)
         self._id_prefix = request_ids.prefix(serving.replica_id, serving.boot_id)
         self._ids = itertools.count(1)
         self._waits = Waits(self._timeout_seconds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        parts = scope["path"].rstrip("/").split("/")
-        method = scope["method"]
-        # Inference first: everything else can afford to be looked for.
-        if method == "POST" and parts[-1] == "infer" and len(parts) in (5, 7) and parts[2] == "models":
-            if len(parts) == 5:
-                await self._infer(scope, receive, send, parts[3], None)
-                return
-            if parts[4] == "versions":
-                await self._infer(scope, receive, send, parts[3], parts[5])
-                return
+        """All but inference."""
         try:
-            asked = await self._body(dict(scope["headers"]), receive) if method == "POST" else b""
-            answer = await self._describe(scope, parts, asked)
+            asked = await self._body(dict(scope["headers"]), receive) if scope["method"] == "POST" else b""
+            answer = await self._describe(scope, scope["path"].rstrip("/").split("/"), asked)
         except ClientGoneError:
             return
         except ModelkeepError as error:
@@ -202,9 +210,9 @@ class V2:
             wrong = MethodError(alias.path, scope["method"], "POST")
             await self._send_error(send, wrong.status, wrong, [])
             return
-        await self._infer(scope, receive, send, alias.model, None, alias)
+        await self.infer(scope, receive, send, alias.model, None, alias)
 
-    async def _infer(
+    async def infer(
         self,
         scope: Scope,
         receive: Receive,
@@ -214,25 +222,29 @@ class V2:
         alias: Translator | None = None,
     ) -> None:
         serving = self._serving
-        headers: dict[bytes, bytes] = dict(scope["headers"])
+        headers = by_name(scope)
         given = headers.get(b"x-request-id")
         if given is not None and not request_ids.is_plain(given):
             given = None
         number = next(self._ids)
         named = [(b"x-request-id", given or self._id_prefix + b"0.-.%d" % number)]
         places, key = serving.places, key_of(scope)
-        place = places.enter(key, model)
-        if place is None:
-            # Those who connected while no server was there wait for their turn, whatever they hold.
-            place = await places.turn(key, model, self._timeout_seconds, patient=serving.catching_up)
-            if place is None:
-                serving.unrouted(429)
-                await self._send_error(send, 429, BusyError(places.words(key, model)), named)
-                return
+        place: Place | None = None
         loaded: LoadedVersion | None = None
         spent = 0.0
         try:
-            body = await self._body(headers, receive)
+            message = await self._first(headers, receive)
+            if message.get("more_body"):
+                # Who sends slowly holds no place meanwhile.
+                enter = partial(self._turn, key, model)
+                body, place = await serving.uploads.receive(message, receive, self._max_body_bytes, enter)
+            else:
+                body = message.get("body", b"")
+                place = places.enter(key, model)
+                if place is None:
+                    place = await self._turn(key, model, receive)
+            if len(body) > self._max_body_bytes or b"content-encoding" in headers:
+                body = self._unpacked(body, headers)
             if serving.gate.closed and model in serving.gate.closed:
                 began, sticky = time.perf_counter(), headers.get(b"x-route-key")
                 loaded, route, mark = await admitted(serving, model, version, sticky, self._timeout_seconds, receive)
@@ -284,13 +296,18 @@ class V2:
             await self._send_error(send, 500, ModelkeepError("internal error of the server; see its log"), named)
             return
         finally:
-            places.leave(place)
+            if place is not None:
+                places.leave(place)
         loaded.telemetry.answered(200)
         if header_length is None:
             named.append(_JSON)
         else:
             named += (_OCTETS, (b"inference-header-content-length", b"%d" % header_length))
-        await _send(send, 200, answer, named)
+        if "memo" in scope:
+            named.append((b"content-length", b"%d" % len(answer)))
+            await send({"type": "http.response.start", "status": 200, "headers": named, WHOLE: answer})
+        else:
+            await _send(send, 200, answer, named)
         if route is None or loaded.version != route.stable:
             return
         if serving.capture is not None and serving.capture.wants():
@@ -350,35 +367,49 @@ class V2:
             loaded.id_part = (route.generation, named)
         return self._id_prefix + named + b"%d" % number
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """The body, unpacked. Raises InputError as soon as it is too long, whatever the client still sends."""
+    async def _turn(self, key: str, model: str, receive: Receive) -> Place:
+        """A place, once there is one. Raises BusyError, ClientGoneError."""
+        places, patient = self._serving.places, self._serving.catching_up
+        place = places.enter(key, model)
+        if place is None:
+            # Those who connected while no server was there wait for their turn, whatever they hold.
+            place = await places.turn(key, model, self._timeout_seconds, patient=patient, receive=receive)
+        if place is None:
+            raise BusyError(places.words(key, model))
+        return place
+
+    async def _first(self, headers: dict[bytes, bytes], receive: Receive) -> Message:
+        """The first piece of the body. Raises InputError where it says that it is too long, ClientGoneError."""
         limit = self._max_body_bytes
         declared = headers.get(b"content-length")
         if declared is not None and int(declared) > limit:
             raise InputError(f"the body has {int(declared)} bytes, the limit is {limit}", status=413, unread=True)
         message = await receive()
-        body: bytes = message.get("body", b"")
         if message["type"] == "http.disconnect":
             raise ClientGoneError("the client went while it was sending")
-        if message.get("more_body"):
-            chunks = [body]
-            size = len(body)
-            while message.get("more_body"):
-                if size > limit:
-                    break
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGoneError("the client went while it was sending")
-                chunks.append(message.get("body", b""))
-                size += len(chunks[-1])
-            body = b"".join(chunks)
-        if len(body) > limit:
-            more = bool(message.get("more_body"))
-            raise InputError(f"the body is longer than the limit of {limit} bytes", status=413, unread=more)
+        return message
+
+    def _unpacked(self, body: bytes, headers: dict[bytes, bytes]) -> bytes:
+        """Raises InputError for a body that is too long, also once unpacked."""
+        if len(body) > self._max_body_bytes:
+            raise too_long(self._max_body_bytes, unread=False)
         encoding = headers.get(b"content-encoding")
         if encoding is not None and encoding != b"identity":
-            return inflate(body, encoding.decode("latin-1").strip().lower(), limit)
+            return inflate(body, encoding.decode("latin-1").strip().lower(), self._max_body_bytes)
         return body
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        """The body of what is no inference. Raises InputError as soon as it is too long, whatever the client still sends."""
+        message = await self._first(headers, receive)
+        body = bytearray(message.get("body", b""))
+        while message.get("more_body"):
+            if len(body) > self._max_body_bytes:
+                raise too_long(self._max_body_bytes, unread=True)
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError("the client went while it was sending")
+            body += message.get("body", b"")
+        return self._unpacked(bytes(body), headers)
 
     def _count(self, loaded: LoadedVersion | None, status: int) -> None:
         if loaded is None:
@@ -413,6 +444,17 @@ class V2:
                 while (await unread()).get("more_body"):
                     pass
         await send({"type": "http.response.body", "body": b""})
+
+
+@functools.lru_cache(maxsize=256)
+def inference_of(path: str) -> tuple[str, str | None] | None:
+    """(model, version or None) of a path of inference; None of any other."""
+    parts = path.rstrip("/").split("/")
+    if parts[:1] + parts[2:3] + parts[-1:] != ["", "models", "infer"] or parts[1] != "v2":
+        return None
+    if len(parts) == 5:
+        return parts[3], None
+    return (parts[3], parts[5]) if len(parts) == 7 and parts[4] == "versions" else None
 
 
 def _unread(error: ModelkeepError) -> bool:

@@ -20,7 +20,7 @@ from registry import keys
 from registry.actor import Who
 from registry.keys import INTERNAL, PREFIX, Failure, Principal, Role
 from registry.redaction import redact
-from serving.keyring import Keyring
+from serving.keyring import Keyring, mark_of
 from serving.rates import Limiter
 from serving.statuses import error_body
 
@@ -206,7 +206,15 @@ class Guard:
             scope.setdefault("state", {})["role"] = None
             return None
         try:
-            text, by_browser, host, origin, forwarded = self._read(scope["headers"])
+            memo = scope.get("memo")
+            known = None if memo is None else memo.get("guard")
+            if known is None:
+                read, mark = self._read(scope["headers"]), None
+                if memo is not None:
+                    memo["guard"] = read, None if read[0] is None else mark_of(read[0])
+            else:
+                read, mark = known
+            text, by_browser, host, origin, forwarded = read
         except _Malformed as error:
             return _Refusal(400, "malformed", str(error))
         principal: Principal | None = None
@@ -215,7 +223,7 @@ class Guard:
                 return _Refusal(
                     503, "unknown", "no key can be checked yet: the registry has not answered this server; try again"
                 )
-            found = self.keyring.check(text)
+            found = self.keyring.check(text, mark)
             if not isinstance(found, Principal):
                 return _Refusal(401, found, f"{_FAILURES[found]}; {_how(needed or 'view', self.keyring.empty)}")
             principal = found

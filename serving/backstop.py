@@ -194,9 +194,6 @@ class Backstop:
         log.warning("the hold of %s on version %s was released by %s: %s", hold.model, hold.to, who.actor, reason)
         return hold
 
-    async def urgent(self, work: Callable[[], T]) -> T:
-        return await self._in(self._urgent, work)
-
     def look(self, state: LastState, loaded: Callable[[], set[str]]) -> None:
         """See in the background that what the points need is here, and that nothing else is. For after the routes are served.
 

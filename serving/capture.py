@@ -2,7 +2,7 @@
 
 Off unless `capture.share` is set: the files hold what clients sent. A file is the body of one V2 request; its name is the time (Unix
 nanoseconds) and, for binary tensors, the length of the JSON header: `1763726400000000000-412.v2`. `serving.replay` decodes them with the
-codec that decoded them live.
+codec that decoded them live. A text that was asked for is a file of its own form (serving.text.asked.keep): `1763726400000000000-.text`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from registry.names import check_model_name
 
 log = logging.getLogger("modelkeep.capture")
 
-SUFFIX = ".v2"
+SUFFIX, TEXT_SUFFIX = ".v2", ".text"
 QUEUE_BYTES = 32 << 20
 """Of bodies that wait for the disk. What comes on top is not kept."""
 REMOVE_SECONDS = 10.0
@@ -60,6 +60,7 @@ class _Offered(NamedTuple):
     at: int
     header_length: int | None
     body: bytes
+    text: bool
 
 
 class _Removal(NamedTuple):
@@ -83,16 +84,17 @@ class Held:
     newest: float
 
 
-def name_of(at: int, header_length: int | None) -> str:
-    return f"{at:019d}-{'' if header_length is None else header_length}{SUFFIX}"
+def name_of(at: int, header_length: int | None, *, text: bool = False) -> str:
+    return f"{at:019d}-{'' if header_length is None else header_length}{TEXT_SUFFIX if text else SUFFIX}"
 
 
 def parse_name(name: str) -> tuple[int, int | None] | None:
     """(Unix nanoseconds, length of the JSON header or None), or None where it is not the name of a captured request."""
-    stem, suffix = name[: -len(SUFFIX)], name[-len(SUFFIX) :]
+    stem, dot, kind = name.rpartition(".")
+    suffix = dot + kind
     at, mark, header = stem.partition("-")
     plain = at.isascii() and at.isdigit() and (not header or (header.isascii() and header.isdigit()))
-    if suffix != SUFFIX or not mark or not plain or len(stem) > 60:
+    if suffix not in (SUFFIX, TEXT_SUFFIX) or not mark or not plain or len(stem) > 60:
         return None
     return int(at), int(header) if header else None
 
@@ -141,7 +143,7 @@ class Capture:
     def wants(self) -> bool:
         return self.share > 0 and (self.share >= 1 or self._random() < self.share)
 
-    def offer(self, model: str, body: bytes, header_length: int | None) -> bool:
+    def offer(self, model: str, body: bytes, header_length: int | None, *, text: bool = False) -> bool:
         """Take a request that was answered. False where too much waits for the disk already, or where it is larger than all may be."""
         if self._waiting_bytes + len(body) > QUEUE_BYTES or len(body) > self._most_bytes:
             self.counts["dropped"] += 1
@@ -152,7 +154,7 @@ class Capture:
         self._last_ns = at
         with self._lock:
             self._waiting_bytes += len(body)
-        self._queue.put(_Offered(model, at, header_length, body))
+        self._queue.put(_Offered(model, at, header_length, body, text))
         return True
 
     # For anybody
@@ -269,7 +271,7 @@ class Capture:
         place = self.folder / offered.model
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         at = offered.at
-        while (place / (name := name_of(at, offered.header_length))).exists():
+        while (place / (name := name_of(at, offered.header_length, text=offered.text))).exists():
             at += 1  # the clock went back to a time that it had shown before
         fresh = place / f"{name}.new"
         try:

@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import APIRouter
@@ -25,18 +26,22 @@ from registry.store import open_store
 from serving import cache_page, captured_page, entry, feedback_page, memory_page, operations, rollback_page
 from serving.api import create_app, freeze_startup_objects
 from serving.auth import Rules, is_local
+from serving.backup_metrics import BackupMetrics
 from serving.cache import ResponseCache
 from serving.cache_shared import SharedStore
 from serving.capture import Capture
 from serving.emergency import REGISTRY_SECONDS, Emergency
+from serving.handshakes import Handshakes
 from serving.keyring import Keyring
 from serving.orders import Orders
 from serving.performance import Performance
+from serving.protocol import BoundedHttpProtocol
+from serving.pulse import Pulse
 from serving.reconcile import Reconciler
 from serving.state import Serving
 from serving.text import api as text_api
 from serving.text.exchange import end_texts
-from serving.tls import HANDSHAKE_SECONDS, certificates
+from serving.tls import certificates
 
 log = logging.getLogger("modelkeep.serve")
 
@@ -54,7 +59,7 @@ class Server(uvicorn.Server):
         self._serving = serving
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's own, but who does not come to terms on TLS is not waited for as long as the system likes."""
+        """uvicorn's own, but who has not come to terms on TLS counts as a connection, and is not waited for as long as he likes."""
         if self.config.ssl is None or sockets is None:
             await super().startup(sockets)
             return
@@ -66,16 +71,12 @@ class Server(uvicorn.Server):
         def protocol() -> asyncio.Protocol:
             return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
-        self.servers = [
-            await loop.create_server(
-                protocol,
-                sock=listener,
-                ssl=self.config.ssl,
-                backlog=self.config.backlog,
-                ssl_handshake_timeout=HANDSHAKE_SECONDS,
-            )
-            for listener in sockets
+        most = getattr(make, "max_connections", BoundedHttpProtocol.max_connections)
+        made = [
+            Handshakes(protocol, self.config.ssl, listener, self.server_state.connections, most) for listener in sockets
         ]
+        self.servers: list[Any] = list(made)  # what uvicorn does with them is close and wait_closed
+        self._serving.handshakes = made[0]
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -177,7 +178,10 @@ def open_cache(settings: Settings) -> ResponseCache | None:
     return cache
 
 
-async def serve(settings: Settings, listener: socket.socket, address: str, folder: Path) -> None:
+async def serve(
+    settings: Settings, listener: socket.socket, address: str, folder: Path, pulse: Pulse | None = None
+) -> None:
+    beating = None if pulse is None else asyncio.create_task(pulse.beat())
     serving = Serving(
         replica_id=replica_identity(folder), boot_id=secrets.token_hex(8), environment=settings.environment
     )
@@ -211,6 +215,7 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
             info=reconciler.info,
             routers=routers(reconciler, performance),
             aliases=settings.aliases,
+            backups=BackupMetrics(settings.home),
         ),
         serving,
         settings,
@@ -245,7 +250,9 @@ async def serve(settings: Settings, listener: socket.socket, address: str, folde
             await serving.cache.shared.stop()
         reconciler.caretaker.end()
         await reconciler.stop()
-        reconciler.watchdog.leave(serving.loaded.values())
+        if beating is not None:
+            beating.cancel()
+        reconciler.watchdog.leave(serving.loaded.values(), loading=reconciler.loader.at_work())
 
 
 def _end_early(reconciler: Reconciler) -> None:
@@ -262,6 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, required=True, help="process id of the parent")
     parser.add_argument("--address", required=True, help="the address that the registry shall know")
     parser.add_argument("--folder", type=Path, required=True, help="where this replica keeps its state")
+    parser.add_argument("--pulse", type=int, help="where the parent sees that this process does not stand still")
     options = parser.parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -276,7 +284,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_settings()
         logging.getLogger().setLevel(settings.log_level)
         listener = socket.socket(fileno=options.fd)
-        uvloop.run(serve(settings, listener, options.address, options.folder))
+        pulse = None if options.pulse is None else Pulse(options.pulse)
+        uvloop.run(serve(settings, listener, options.address, options.folder, pulse))
     except ModelkeepError as error:
         log.error("%s", error)
         return error.exit_code

@@ -23,6 +23,8 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from serving.heads import WHOLE, Head, head_of, raw_of
+
 if TYPE_CHECKING:
     from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
 
@@ -35,7 +37,8 @@ _LONGEST_KNOWN = 256
 _MOST_BEHIND = 16
 """Requests that wait behind the one that is answered, before no more are read. What came with the last of them waits too."""
 _names: set[bytes] = set()
-"""Names of headers that were found to be good, in small letters."""
+"""Names of headers that were found to be good, in small letters; of those that mean nothing here."""
+_MEANT = frozenset({b"content-length", b"transfer-encoding", b"connection"})
 
 
 def _split(url: bytes) -> tuple[str, bytes, bytes]:
@@ -128,6 +131,9 @@ class Cycle(RequestResponseCycle):
             head = self._head_of(message["status"], [*self.default_headers, *message.get("headers", ())])
             if self.chunked_encoding is False:
                 self._head = head  # the body comes at once
+                whole: Any = message.get(WHOLE)
+                if whole is not None:
+                    self._send_body(whole, False)
             else:
                 self.transport.write(head)
         elif self.response_complete:
@@ -143,18 +149,19 @@ class Cycle(RequestResponseCycle):
         closes = False
         for name, value in headers:
             if name not in _names:
-                name = _checked(name)
-            if name == b"content-length":
-                if self.chunked_encoding is None:
-                    self.expected_content_length = int(value)
-                    self.chunked_encoding = False
-            elif name == b"transfer-encoding":
-                if value.lower() == b"chunked":
-                    self.expected_content_length = 0
-                    self.chunked_encoding = True
-            elif name == b"connection" and b"close" in [token.lower().strip() for token in value.split(b",")]:
-                self.keep_alive = False
-                closes = True
+                if name not in _MEANT:
+                    name = _checked(name)
+                if name == b"content-length":
+                    if self.chunked_encoding is None:
+                        self.expected_content_length = int(value)
+                        self.chunked_encoding = False
+                elif name == b"transfer-encoding":
+                    if value.lower() == b"chunked":
+                        self.expected_content_length = 0
+                        self.chunked_encoding = True
+                elif name == b"connection" and b"close" in [token.lower().strip() for token in value.split(b",")]:
+                    self.keep_alive = False
+                    closes = True
             parts += (name, b": ", value, b"\r\n")
         values = b"".join(parts[3::4])
         if len(values) != len(values.translate(None, _CONTROLS)):
@@ -222,7 +229,7 @@ def _checked(name: bytes) -> bytes:
     if HEADER_RE.search(name):
         raise RuntimeError(f"{name!r} is no name of a header")
     small = name.lower()
-    if len(_names) < _MOST_NAMES:
+    if len(_names) < _MOST_NAMES and small not in _MEANT:
         _names.add(small)
     return small
 
@@ -234,6 +241,10 @@ class LeanHttpToolsProtocol(HttpToolsProtocol):
 
     _wishes = False
     """Whether the head that was read asks for another protocol."""
+    _seen: bytes | None = None
+    """The head that came last, ..."""
+    _head: Head | None = None
+    """... and what is known of it once it came twice."""
     _idle_since: float | None = None
     """Since when the connection waits for a request; None: one is under way, or bytes came that may become one."""
 
@@ -263,6 +274,35 @@ class LeanHttpToolsProtocol(HttpToolsProtocol):
                 self._wishes = False
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def _learn(self, data: bytes) -> None:
+        """This was one whole request: with the same head the next one need not be parsed."""
+        raw = raw_of(data)
+        if raw is None or raw != self._seen:
+            self._seen, self._head = raw, None
+        elif self._head is None and self.limit_concurrency is None:
+            self._head = head_of(raw, data, self.url, self.cycle, self._app_for(self.headers))
+
+    def _take_again(self, head: Head, data: bytes) -> bool:
+        """Begin a request whose head is known; whether that could be done. Called between two requests."""
+        if len(data) != head.size or not data.startswith(head.raw) or not self.cycle.response_complete:
+            return False
+        self._idle_since = None
+        self.expect_100_continue = False
+        self.url, self.scope = head.url, {**head.scope, "state": self.app_state.copy()}  # type: ignore[typeddict-item]
+        self.headers = self.scope["headers"]  # type: ignore[assignment]
+        self.cycle = cycle = Cycle(self, True)
+        cycle.body = data[len(head.raw) :]  # type: ignore[assignment]
+        cycle.more_body = False
+        cycle.message_event.set()
+        self._start_asgi_task(cycle, head.app)
+        return True
+
+    def _app_for(self, headers: list[tuple[bytes, bytes]]) -> Any:
+        app: Any = self.app
+        if type(app) is ProxyHeadersMiddleware and not any(name.startswith(_FORWARDED) for name, _ in headers):
+            return app.app  # it would do nothing
+        return app
 
     def _plain_head(self) -> bytes:
         """The head that was just read, without Upgrade."""
@@ -328,9 +368,7 @@ class LeanHttpToolsProtocol(HttpToolsProtocol):
         if self.root_path:
             path, raw_path = self.root_path + path, self.root_path.encode("ascii") + raw_path
         scope["path"], scope["raw_path"] = path, raw_path
-        app: Any = self.app
-        if type(app) is ProxyHeadersMiddleware and not any(name.startswith(_FORWARDED) for name, _ in self.headers):
-            app = app.app  # it would do nothing
+        app = self._app_for(self.headers)
         if self.limit_concurrency is not None and (
             len(self.connections) >= self.limit_concurrency or len(self.tasks) >= self.limit_concurrency
         ):

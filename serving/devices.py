@@ -95,9 +95,7 @@ class CpuDevice:
         return Figures(self.budget_bytes, allocated, reserved, max(self.budget_bytes - reserved, 0))
 
     def release(self) -> None:
-        trim = getattr(_c_library(), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        give_back()
 
     def temperature_celsius(self) -> float | None:
         return None
@@ -257,6 +255,13 @@ def _c_library() -> Any:
     if (mallinfo := getattr(library, "mallinfo2", None)) is not None:
         mallinfo.restype = _MallInfo
     return library
+
+
+def give_back() -> None:
+    """Give back to the system what the C library holds without using it. Takes milliseconds; for a thread that may wait."""
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _in_use_bytes() -> int | None:

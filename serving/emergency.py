@@ -17,7 +17,7 @@ from registry.errors import ConflictError, ModelkeepError, RefusedError, Storage
 from registry.rollbacks import Aim, Seen
 from serving.engine import LoadedVersion
 from serving.holds import held
-from serving.laststate import LastState
+from serving.laststate import LastState, Wanted
 from serving.lifecycle import ModelState
 from serving.reconcile import Reconciler
 from serving.routing import Route
@@ -181,8 +181,8 @@ class Emergency:
                 self._let_go(spare)
                 spare = None
                 # Room is made where others can go, but an emergency does not wait until they have gone.
-                reconciler.make_room_at_once(wanted)
-                spare = await backstop.urgent(partial(reconciler.load, wanted))
+                make_room_at_once(reconciler, wanted)
+                spare = await reconciler.loader.load(wanted, urgent=True)
                 # The registry may have come back while this was loading, with another route: so from the beginning.
             before, version = reconciler.serving.routes.get(model), chosen
 
@@ -236,6 +236,15 @@ class Emergency:
         done, _ = await asyncio.wait({task}, timeout=_FOLLOW_SECONDS)
         if not done:
             log.error("the rollback is on record, but the registry does not say so yet; following when it does")
+
+
+def make_room_at_once(reconciler: Reconciler, version: Wanted) -> None:
+    """The least recently used models go for this version, as far as they have to, and nobody waits until they have gone."""
+    going = reconciler.residency.evict_for(version)
+    if going:
+        models = ", ".join(sorted({v.model for v in going}))
+        log.warning("%s go at once for %s %s", models, version.model, version.version)
+        reconciler.let_go(going, reconciler.serving.loaded)
 
 
 def _done_since(state: LastState, route: Route, seen: Seen, to: str) -> bool:

@@ -13,10 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from registry.errors import ModelkeepError, UnavailableError, UsageError
+from serving.handover import Bell, Deliveries, deliveries_of
 from serving.memory_limits import BatchLimit
 from serving.routing import Route
 from serving.runtimes import Runtime
@@ -100,7 +100,8 @@ class LoadedVersion(Computing):
         self._live: deque[Work] = deque()
         self._turns = Turns()
         self._copies: deque[Copy] = deque()
-        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._bell = Bell()
+        self._back: Deliveries | None = None
         self._closing = False
         self._idle: list[asyncio.Future[None]] = []
         self.hung: str | None = None
@@ -123,6 +124,20 @@ class LoadedVersion(Computing):
     @property
     def queue_length(self) -> int:
         return len(self._live)
+
+    @property
+    def claim_bytes(self) -> int:
+        """What it takes of the memory for models, whatever it is asked: its weights, and more where it generates text."""
+        return self.runtime.memory_bytes
+
+    @property
+    def ended(self) -> bool:
+        """Whether its worker has ended, and the runtime is closed."""
+        return not self._thread.is_alive()
+
+    def cache_figures(self) -> dict[str, int] | None:
+        """Of its key/value caches; None where it has none."""
+        return None
 
     @property
     def shadow_queue_length(self) -> int:
@@ -173,7 +188,7 @@ class LoadedVersion(Computing):
         work = Work(inputs, outputs, rows, key, self._loop.create_future(), self._clock(), counts, slow_threshold, mark)
         work.asker = asker
         self._turns.put(self._live, work)
-        self._wake.put(None)
+        self._bell.pull(self._loop)
         return work
 
     def park(self, inputs: Arrays, outputs: tuple[str, ...] | None, mark: int | None = None) -> ParkedWork:
@@ -190,7 +205,8 @@ class LoadedVersion(Computing):
         if self._batching:
             work.rows, work.key = self._batch_key(work.inputs, work.outputs)
         self._turns.put(self._live, work)
-        self._wake.put(None)
+        assert self._loop is not None  # `park` has set it
+        self._bell.pull(self._loop)
 
     def _check_room(self) -> None:
         if len(self._live) >= self.queue_size:
@@ -259,7 +275,7 @@ class LoadedVersion(Computing):
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         self._copies.append(copy)
-        self._wake.put(None)
+        self._bell.pull(self._loop)
         return True
 
     def count_dropped(self, copy: Copy) -> None:
@@ -290,7 +306,7 @@ class LoadedVersion(Computing):
         with suppress(IndexError):
             while True:
                 self.count_dropped(self._copies.popleft())
-        self._wake.put(None)
+        self._bell.ring()
 
     def join(self, timeout_seconds: float) -> bool:
         """Wait for the worker to end; blocks, so not on the event loop."""
@@ -361,7 +377,7 @@ class LoadedVersion(Computing):
     # What the worker thread runs
 
     def _serve(self) -> None:
-        live, copies, wake = self._live, self._copies, self._wake
+        live, copies, bell = self._live, self._copies, self._bell
         try:
             while True:
                 if live:
@@ -377,10 +393,9 @@ class LoadedVersion(Computing):
                 elif self._closing:
                     return
                 else:
-                    # One token for every append: a token too many makes one more round, and none is ever lost.
-                    wake.get()
+                    bell.wait()
         finally:
-            self.runtime.close()
+            self._end_worker()
 
     def _take(self) -> list[Work]:
         """The next request, and those behind it that can be computed with it."""
@@ -435,12 +450,25 @@ class LoadedVersion(Computing):
     def _note_out_of_memory(self) -> None:
         self.telemetry.out_of_memory += 1
 
+    def _end_worker(self) -> None:
+        """The last that it does."""
+        try:
+            self.runtime.close()
+        finally:
+            if self._loop is None:
+                self._bell.close()
+            else:
+                self._report(self._bell.close)
+
     def _report(self, callback: Callable[..., None], *values: Any) -> None:
         loop = self._loop
         assert loop is not None  # set by whoever queued
         try:
-            loop.call_soon_threadsafe(callback, *values)
+            if self._back is None:
+                self._back = deliveries_of(loop)
         except RuntimeError:
             if not loop.is_closed():
                 raise
             logger.debug("%r finished after the event loop had ended", self)
+            return
+        self._back.put(callback, values)

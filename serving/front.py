@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.accesslog import AccessLog, Line
 from serving.endpoints import OTHER, method_label
+from serving.heads import WHOLE
 from serving.request_ids import is_plain
 
 logger = logging.getLogger("modelkeep.serve")
@@ -133,6 +134,8 @@ class Front:
             nonlocal status, size, identity
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if log is not None:
+                    size += len(message.get(WHOLE, b""))
                 headers = message.get("headers")
                 if type(headers) is not list:
                     headers = message["headers"] = list(headers or ())

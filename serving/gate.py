@@ -66,7 +66,7 @@ class Gate:
         began = time.perf_counter()
         self.waiting += 1
         self.waited += 1
-        gone = None if receive is None else asyncio.create_task(_gone(receive))
+        gone = None if receive is None else asyncio.create_task(client_gone(receive))
         try:
             async with asyncio.timeout(timeout_seconds):
                 while (event := self.closed.get(model)) is not None:
@@ -109,7 +109,7 @@ class Gate:
         }
 
 
-async def _gone(receive: Receive) -> None:
+async def client_gone(receive: Receive) -> None:
     """Returns when the client has gone. His body has been read, so nothing else can come."""
     if (await receive()).get("type") != "http.disconnect":
         await asyncio.Event().wait()

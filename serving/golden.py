@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from registry.errors import UsageError
 from registry.policy import METRICS
 from registry.signature import DATATYPES, Signature, TensorSpec
-from serving.runtimes import first_line
+from serving.loads import first_line
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -89,9 +89,10 @@ class Keyring:
             await in_thread(partial(keys.ensure_internal, database, actor=f"replica:{replica}"))
             await self.follow(database, self.seen[0], None, in_thread)
 
-    def check(self, text: str) -> Principal | Failure:
-        """Whose key it is, or why it is none."""
-        mark = hashlib.sha256(text.encode()).digest()
+    def check(self, text: str, mark: bytes | None = None) -> Principal | Failure:
+        """Whose key it is, or why it is none. `mark`: `mark_of(text)`, where it is known already."""
+        if mark is None:
+            mark = mark_of(text)
         known = self._right.get(mark)
         if known is not None and (known[1] is None or self._now() < known[1]):
             return known[0]
@@ -141,6 +142,10 @@ class Keyring:
             ],
         }
         laststate.replace(self.path, document)
+
+
+def mark_of(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _read(database: Database) -> tuple[list[StoredKey], int]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable
 
 from serving.caretaker import Caretaker
+from serving.devices import give_back
 from serving.engine import LoadedVersion
 
 log = logging.getLogger("modelkeep.reconcile")
@@ -43,6 +44,8 @@ class Leaving:
             self.left_behind(version)
         self.versions.discard(version)
         self._caretaker.gone(version)
+        # What its allocations leave between others is held by the C library, on every thread that ever had any: more with each version.
+        await asyncio.to_thread(give_back)
 
     async def wait(self, timeout_seconds: float | None = None) -> None:
         """Until all that is on its way out now is gone."""

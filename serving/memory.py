@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from registry.profiles import MEBIBYTE
 from registry.settings import Settings
 from serving.devices import Device, Figures, open_device
 from serving.memory_limits import BatchLimits, Pressure, pressure_of
+from serving.rings import Ring
 from serving.runtimes import Runtime, memory_by_type
 from serving.state import Serving
 
@@ -67,6 +68,17 @@ class MemoryProfile:
             pressure_level=pressure_of(used),
             utilisation=used,
         )
+
+    @classmethod
+    def of_row(cls, row: Sequence[float | None]) -> MemoryProfile:
+        total, allocated, reserved, free, ratio, timestamp, utilisation = (value or 0.0 for value in row)
+        return cls(total, allocated, reserved, free, ratio, timestamp, pressure_of(utilisation), utilisation)
+
+    def row(self) -> tuple[float, ...]:
+        return (
+            self.total_mb, self.allocated_mb, self.reserved_mb, self.free_mb, self.fragmentation_ratio, self.timestamp,
+            self.utilisation,
+        )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -132,7 +144,7 @@ class MemoryOptimizer:
         self.budget_bytes = budget_bytes
         self.warning_threshold = warning_threshold
         self.limits = BatchLimits()
-        self.history: deque[MemoryProfile] = deque(maxlen=history)
+        self.history = Ring(history, 7, MemoryProfile.of_row)
         self.clean_ups: deque[CleanUp] = deque(maxlen=CLEAN_UPS_KEPT)
         self.clean_up_count = 0
         self.freed_mb_total = 0.0
@@ -156,13 +168,13 @@ class MemoryOptimizer:
     @property
     def newest(self) -> MemoryProfile | None:
         with self._recording:
-            return self.history[-1] if self.history else None
+            return next(iter(self.history.last(1)), None)
 
     def profile(self) -> MemoryProfile:
         """Look at the memory now, and remember it. Raises UnavailableError where the device does not answer."""
         found = MemoryProfile.of(self.device.figures(), self._clock(), self.budget_bytes)
         with self._recording:
-            self.history.append(found)
+            self.history.append(found.row())
             self.looks += 1
             self._fragmentation_sum += found.fragmentation_ratio
             self.fragmentation_max = max(self.fragmentation_max, found.fragmentation_ratio)
@@ -182,7 +194,7 @@ class MemoryOptimizer:
         if self._monotonic() < self._not_before:
             return False
         with self._recording:
-            last = tuple(self.history)[-LOOKS_FOR_PREDICTION:]
+            last = self.history.last(LOOKS_FOR_PREDICTION)
         if len(last) < LOOKS_FOR_PREDICTION:
             return False
         rising = all(a.allocated_mb <= b.allocated_mb for a, b in itertools.pairwise(last))
@@ -257,7 +269,7 @@ class MemoryOptimizer:
     def trend(self) -> dict[str, Any] | None:
         """Where the use goes, by the median of the slopes between the last looks; None before there are three."""
         with self._recording:
-            last = tuple(self.history)[-_LOOKS_FOR_TREND:]
+            last = self.history.last(_LOOKS_FOR_TREND)
         slopes = sorted(
             (b.allocated_mb - a.allocated_mb) / (b.timestamp - a.timestamp) * 60
             for number, a in enumerate(last)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
+from collections.abc import Collection
 from enum import StrEnum
 
 REMEMBERED = 256
@@ -109,21 +111,34 @@ class BatchLimit:
 
 
 class BatchLimits:
-    """The limits of this process by version: what was learnt is kept when a version goes and comes again."""
+    """The limits of this process by version: what was learnt is kept when a version goes and comes again. For any thread."""
 
     def __init__(self) -> None:
         self._limits: OrderedDict[str, BatchLimit] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._limits)
 
     def of(self, digest: str, most: int) -> BatchLimit:
         """The one of this version; a new one where the settings, or its metadata, now say another most."""
-        limit = self._limits.pop(digest, None)
-        if limit is None or limit.most != most:
-            limit = BatchLimit(most)
-        self._limits[digest] = limit
-        while len(self._limits) > REMEMBERED:
-            self._limits.popitem(last=False)
+        with self._lock:
+            limit = self._limits.pop(digest, None)
+            if limit is None or limit.most != most:
+                limit = BatchLimit(most)
+            self._limits[digest] = limit
+            while len(self._limits) > REMEMBERED:
+                self._limits.popitem(last=False)
         return limit
 
+    def forget_all_but(self, digests: Collection[str]) -> None:
+        """The others' too, where nothing was learnt."""
+        with self._lock:
+            for digest in [d for d, limit in self._limits.items() if limit.learnt is None and d not in digests]:
+                del self._limits[digest]
+
     def press(self, pressure: Pressure) -> None:
-        for limit in tuple(self._limits.values()):
+        with self._lock:
+            limits = tuple(self._limits.values())
+        for limit in limits:
             limit.press(pressure)

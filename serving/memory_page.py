@@ -79,12 +79,13 @@ def _where(memory: MemoryOptimizer, profile: MemoryProfile) -> dict[str, Any]:
 
 
 def _models(serving: Serving) -> list[dict[str, Any]]:
-    """What each loaded version takes, how it computes, and how many rows of it are computed together."""
+    """What each loaded version takes, its key/value caches apart, how it computes, and how many rows of it are computed together."""
     return [
         {
             "model": model,
             "version": version,
             "memory_bytes": dict(memory_by_type(loaded.runtime)),
+            "caches": loaded.cache_figures(),
             "computes_on": getattr(loaded.runtime, "device", "cpu"),
             "precision": getattr(loaded.runtime, "precision", "fp32"),
             "precision_reason": getattr(loaded.runtime, "precision_reason", None),

@@ -16,6 +16,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from serving import memory_metrics
+from serving.backup_metrics import BackupMetrics
 from serving.state import Serving
 from serving.telemetry import cumulative_buckets
 from serving.text import metrics as text_metrics
@@ -34,9 +35,9 @@ def software_version() -> str:
 class Metrics:
     """`render()` is the page."""
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, backups: BackupMetrics | None = None) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_ServingCollector(serving))
+        self._registry.register(_ServingCollector(serving, backups))
         ProcessCollector(namespace="modelkeep", registry=self._registry)
 
     def render(self) -> bytes:
@@ -44,8 +45,9 @@ class Metrics:
 
 
 class _ServingCollector(Collector):
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, backups: BackupMetrics | None) -> None:
         self._serving = serving
+        self._backups = backups
         self._software_version = software_version()
 
     def collect(self) -> Iterator[Metric]:
@@ -58,6 +60,8 @@ class _ServingCollector(Collector):
         yield from self._routes()
         yield from text_metrics.collect(self._serving)
         yield from memory_metrics.collect(self._serving)
+        if self._backups is not None:
+            yield from self._backups.collect()
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: the registry would collect to find the names out."""
@@ -100,6 +104,17 @@ class _ServingCollector(Collector):
             full.add_metric([reason], count)
         yield full
         yield GaugeMetricFamily("modelkeep_places_waiting", "Requests that wait for a place.", float(places.waiting))
+        yield CounterMetricFamily("modelkeep_places_left", "Clients that went while they waited.", float(places.left))
+        uploads = serving.uploads
+        yield GaugeMetricFamily("modelkeep_uploads", "Bodies on their way in several pieces.", float(uploads.count))
+        yield GaugeMetricFamily("modelkeep_uploads_bytes", "Memory of those that have no place.", float(uploads.bytes))
+        if (shaking := serving.handshakes) is not None:
+            now = float(len(shaking.under_way))
+            yield GaugeMetricFamily("modelkeep_tls_handshakes", "Connections that have not agreed on TLS yet.", now)
+            ended = CounterMetricFamily("modelkeep_tls_handshakes_ended", "Those without success.", labels=["why"])
+            ended.add_metric(["failed"], shaking.failed)
+            ended.add_metric(["too_many"], shaking.turned_away)
+            yield ended
         if serving.http is not None:
             yield from serving.http.collect()
         if serving.access is not None:
@@ -144,6 +159,19 @@ class _ServingCollector(Collector):
             for what, family in families.items():
                 family.add_metric([model], getattr(figures, what))
         yield from families.values()
+        loader = self._serving.loader
+        if loader is None:
+            return
+        hangs = float(loader.hangs)
+        yield CounterMetricFamily("modelkeep_load_hangs", "Versions that hung while they were loaded.", hangs)
+        under_way = GaugeMetricFamily(
+            "modelkeep_loading_seconds", "For how long a version is being loaded.", labels=[*_VERSION, "hangs"]
+        )
+        for told in loader.as_list():
+            if told["what"] == "loading":
+                hung = "0" if told["hangs"] is None else "1"
+                under_way.add_metric([told["model"], told["version"], hung], told["seconds"])
+        yield under_way
 
     def _requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(

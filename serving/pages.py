@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from registry.errors import ModelkeepError
 from serving.aliases import Aliases
 from serving.auth import role_of
+from serving.backup_metrics import BackupMetrics
 from serving.engine import LoadedVersion
 from serving.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from serving.metrics import Metrics, software_version
@@ -43,9 +44,10 @@ def create_pages(
     info: Callable[[], dict[str, Any]],
     routers: Sequence[APIRouter] = (),
     aliases: Aliases | None = None,
+    backups: BackupMetrics | None = None,
 ) -> FastAPI:
     """What is not inference. The page of /docs is our own: FastAPI's loads its scripts from the network."""
-    metrics = Metrics(serving)
+    metrics = Metrics(serving, backups)
     own_paths = Aliases() if aliases is None else aliases
     app = _Pages(
         own_paths,
@@ -97,7 +99,8 @@ def create_pages(
                     **await text_health.generation(loaded, now=generate),
                 }
                 for key, loaded in sorted(serving.loaded.items())
-            ],
+            ]
+            + _hanging(serving),
             "dormant": dict(sorted(serving.sleeping.items())),
             "unloaded": dict(sorted(serving.unloaded.items())),
         }
@@ -114,6 +117,16 @@ def create_pages(
         return HTMLResponse(_docs_page(app))
 
     return app
+
+
+def _hanging(serving: Serving) -> list[dict[str, Any]]:
+    """Versions that are not here because they hang while they load."""
+    found = {} if serving.loader is None else serving.loader.hanging()
+    return [
+        {"model": model, "version": version, "status": "unhealthy", "reasons": [why], "loaded": False}
+        for (model, version), why in sorted(found.items())
+        if (model, version) not in serving.loaded
+    ]
 
 
 def _health(loaded: LoadedVersion) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from registry.errors import UnavailableError
 from registry.profiles import MEBIBYTE
 from serving.devices import Device
 from serving.memory_limits import Pressure
+from serving.rings import Ring
 from serving.telemetry import LATENCY_BOUNDS_SECONDS, VersionTelemetry
 
 WINDOW_SECONDS = 60.0
@@ -73,6 +74,16 @@ class PerformanceSample:
     throughput_per_minute: float
     error_rate: float | None
     out_of_memory: int
+
+    @classmethod
+    def of_row(cls, row: Sequence[float | None]) -> PerformanceSample:
+        """The sample whose `astuple` this was, as numbers."""
+        counts = {"requests", "out_of_memory"}
+        names = (field.name for field in fields(cls))
+        values: dict[str, Any] = {
+            name: int(value or 0) if name in counts else value for name, value in zip(names, row, strict=True)
+        }
+        return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -137,7 +148,7 @@ class Performance:
         self._monotonic, self._clock = monotonic, clock
         self._counts: deque[_Counts] = deque([_Counts(monotonic())])
         self.baseline: PerformanceSample | None = None
-        self.history: deque[PerformanceSample] = deque(maxlen=history)
+        self.history = Ring(history, len(fields(PerformanceSample)), PerformanceSample.of_row)
         self._lock = threading.Lock()
         self._figures: tuple[float | None, float | None, float | None, float | None] = (None, None, None, None)
 
@@ -180,7 +191,7 @@ class Performance:
             errors / requests if requests else None,
             max(newest.out_of_memory - oldest.out_of_memory, 0),
         )
-        self.history.append(found)
+        self.history.append(astuple(found))
         if self.baseline is None and requests >= BASELINE_REQUESTS:
             self.baseline = found
         return found
@@ -189,7 +200,7 @@ class Performance:
         """The last sample, what is to be said about it, and the baseline. Absent before the first."""
         if not self.history:
             return {"sample": None, "baseline": None, "samples": 0}
-        newest = self.history[-1]
+        newest = self.history.last(1)[0]
         latencies = [one.response_seconds for one in self.history if one.response_seconds is not None]
         return {
             "sample": newest.as_dict(),

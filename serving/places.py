@@ -12,6 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from serving.gate import Receive, client_gone
+from serving.statuses import ClientGoneError
+
 ACTIVE_SECONDS = 10.0
 """Who has asked within that time has a share."""
 _FEWEST_WAITING = 16
@@ -89,6 +92,8 @@ class Places:
         """Requests that wait for a place."""
         self.refused = {"full": 0, "key": 0, "model": 0}
         """Refusals: nobody had less than his share to wait for; the key, or the model, held its share while others asked."""
+        self.left = 0
+        """Clients that went while they waited."""
         self._keys = _Shares(lambda key: True)
         self._models = _Shares(known)
         self._waiters: list[_Waiter] = []
@@ -118,9 +123,19 @@ class Places:
         of_model.held += 1
         return Place(share, of_model)
 
-    async def turn(self, key: str, model: str, timeout_seconds: float, *, patient: bool = False) -> Place | None:
+    async def turn(
+        self,
+        key: str,
+        model: str,
+        timeout_seconds: float,
+        *,
+        patient: bool = False,
+        receive: Receive | None = None,
+    ) -> Place | None:
         """Wait for the place of a request that ends, where `enter` had none. None at once where key and model hold their share already,
-        and after `timeout_seconds`. `patient`: wait whatever they hold.
+        and after `timeout_seconds`. `patient`: wait whatever they hold. `receive` is the client's: if he goes, waiting ends.
+
+        Raises ClientGoneError.
         """
         now = self._monotonic()
         share = self._keys.by_name.get(key) or self._keys.add(key, now)
@@ -135,21 +150,26 @@ class Places:
         self.waiting += 1
         share.waiting += 1
         of_model.waiting += 1
+        gone = None if receive is None else asyncio.create_task(client_gone(receive))
+        kept = False
         try:
-            async with asyncio.timeout(timeout_seconds):
-                return await turn
-        except TimeoutError:
-            if turn.done() and not turn.cancelled():  # it came in the same moment
+            waited: set[asyncio.Future[Any]] = {turn} if gone is None else {turn, gone}
+            await asyncio.wait(waited, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
+            if gone is not None and gone.done():
+                self.left += 1
+                raise ClientGoneError("the client went while it waited for a place")
+            if turn.done():
+                kept = True
                 return turn.result()
-            self._forget(waiter)
             self.refused["full"] += 1
             return None
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.leave(turn.result())
-            else:
+        finally:
+            if gone is not None:
+                gone.cancel()
+            if not turn.done() or turn.cancelled():
                 self._forget(waiter)
-            raise
+            elif not kept:  # it came in the same moment
+                self.leave(turn.result())
 
     def words(self, key: str, model: str) -> str:
         """Why a request has no place, for its client."""

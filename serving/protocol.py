@@ -96,10 +96,15 @@ class BoundedHttpProtocol(LeanHttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
+        between = self._receiving_since is None
+        if between and self._head is not None and not self._last and self._take_again(self._head, data):
+            return
         serial, self._chunk, self._body_seen = self._serial, len(data), False
         super().data_received(data)
         if self._receiving_since is not None:
             self._look_at_size(serial)
+        elif between and self._serial == serial + 1 and self.cycle is self._running:
+            self._learn(data)  # it is one whole request, and nothing else
         # Bytes that begin no request (blank lines) have stopped uvicorn's keep-alive time-out: put ours in its place.
         elif self._idle_since is None and self._answered():
             self._receiving_since = self.loop.time()

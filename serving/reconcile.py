@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,12 +23,13 @@ from serving.engine import LoadedVersion
 from serving.keyring import Keyring
 from serving.laststate import LastState, Wanted
 from serving.leaving import Leaving
+from serving.loader import Loader, StillLoadingError
 from serving.loading import Loading
 from serving.reporting import Reporter, Said
 from serving.residency import Residency
 from serving.routing import Route, servable
 from serving.state import Serving
-from serving.swap import Exchange, Plan, Room, going_for, plan_of
+from serving.swap import Exchange, Plan, Room, going_for, plan_of, serves
 from serving.unloads import Unloads
 from serving.waking import Waker
 from serving.watchdog import Watchdog
@@ -87,14 +87,19 @@ class Reconciler:
         # Two: a registry that does not answer holds its thread, and nothing shall wait for it that is on the disk.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
         self._upstream = Upstream(database, serving, self.caretaker, self._in_thread, monotonic=monotonic)
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self.loader = serving.loader = Loader(
+            lambda version: self.load(version), self.loading.fetch, limit_seconds=self.loading.limit_seconds
+        )
         self._leaving = Leaving(self.caretaker, drain_seconds=settings.server.drain_seconds)
         self.watchdog = Watchdog.of(settings, serving, self._leaving.versions, self.room.budget_bytes)
         self._leaving.left_behind = self.watchdog.left_behind
+        self.watchdog.abandoned = lambda: self.loader.abandoned(self._served(), self.room.need)
         # A registry that does not answer holds its round; who changes what is served meanwhile shall not wait for it.
         self._round = asyncio.Lock()
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
+        self.loader.found, self.loader.changed = self.loading.hangs, self._wake.set
         self._last: LastState | None = None
         self.applied: LastState | None = None  # as the registry wanted it, without the holds
         self._behind: list[str] = []
@@ -132,10 +137,13 @@ class Reconciler:
         """Poll until cancelled. A failure is logged, shown in model-info, and tried again."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self.settings.poll_seconds)
+                async with asyncio.timeout(self.settings.poll_seconds):  # wait_for can lose a cancellation
+                    await self._wake.wait()
             self._wake.clear()
             await self.once()
             try:
+                if self.loader.take_news():
+                    await self.again()
                 await self._care()
             except Exception:
                 log.exception("the versions could not be looked after; trying again at the next poll")
@@ -197,7 +205,8 @@ class Reconciler:
             self._tidying.cancel()
         await self.residency.use.keep(now=True)
         await self.backstop.stop()
-        for thread in (self._thread, self._loader):
+        self.loader.stop()
+        for thread in (self._thread, self._disk):
             thread.shutdown(wait=False, cancel_futures=True)
         await self._leaving.wait()
 
@@ -233,6 +242,7 @@ class Reconciler:
             "exchanges": self.serving.gate.as_dict(),
             "unloaded": self.unloads.as_list(),
             "watchdog": self.watchdog.as_dict(),
+            "loading": self.loader.as_list(),
             **self.backstop.info(),
             **self.caretaker.as_dict(),
         }
@@ -303,10 +313,12 @@ class Reconciler:
         going = going_for(plan, self.serving, self.room, anew)
         exchange = Exchange(
             self.serving, self.caretaker, going, self.room.owed,
-            self._known(), drain=self._leaving.drain, let_go=self.let_go, load=self._loaded,
+            self._known(), drain=self._leaving.drain, let_go=self.let_go, load=self.loader.load,
         )  # fmt: skip
         try:
             async with exchange:
+                # Where others went for it, or all shall be here first, there is nothing to go on with.
+                self.loader.patient = bool(going) or (self.settings.models.preload_models and not self.serving.ready)
                 errors = await self._load_and_flip(wanted, plan, exchange, remember=remember, anew=anew)
         except Exception:
             self._retry = self._retry or (self._monotonic() + _RETRY_FIRST_SECONDS, _RETRY_FIRST_SECONDS)
@@ -334,15 +346,16 @@ class Reconciler:
         remember: bool,
         anew: Key | None,
     ) -> dict[Key, str]:
-        """Returns what of the wanted versions does not load, with the reason."""
+        """Returns what of the wanted versions does not load, with the reason. What takes very long comes in a later round."""
         stayed, loaded = dict[Key, LoadedVersion](), dict[Key, LoadedVersion]()
+        pending: dict[Key, str] = {}
         errors: dict[Key, str] = {}
         took: dict[str, float] = {}
         for key, version in self.residency.ordered(plan.versions, plan.state.routes):
             current = self.serving.loaded.get(key)
             if current is not None and current.digest == version.digest:
                 stayed[key] = current
-                if key != anew:
+                if key != anew and not self.loader.loaded(version):
                     continue
             elif key in plan.held_back:
                 continue
@@ -353,8 +366,10 @@ class Reconciler:
                 continue
             began = self._monotonic()
             try:
-                loaded[key] = await self._loaded(version)
+                loaded[key] = await self.loader.load(version, patient=self.loader.patient)
                 took[key[0]] = took.get(key[0], 0.0) + self._monotonic() - began
+            except StillLoadingError as error:
+                pending |= {} if key in stayed else {key: str(error)}
             except ModelkeepError as error:
                 errors[key] = _plain(str(error))
             except Exception as error:
@@ -367,7 +382,7 @@ class Reconciler:
         self._note_errors(state, errors | {key: _plain(why) for key, why in brought.items()})
         routes = {
             route.model: servable(
-                route, errors | plan.held_back, self.serving.routes.get(route.model), self.serving.loaded
+                route, errors | plan.held_back | pending, self.serving.routes.get(route.model), self.serving.loaded
             )
             for route in state.routes
         }
@@ -384,7 +399,9 @@ class Reconciler:
         # What was here when this began may have been let go of since.
         loaded = {k: v for k, v in stayed.items() if self.serving.loaded.get(k) is v and k[0] not in away} | loaded
         unneeded = self.serving.install(routes, loaded, state.epoch, state.generation) + vain
-        self.residency.settle(exchange.closed)
+        coming = {model for model, _ in pending if not serves(self.serving, model)}
+        self.serving.gate.close(coming)
+        self.residency.settle(exchange.closed | coming)
         self._behind = sorted(
             route.model
             for route in wanted.routes
@@ -398,11 +415,12 @@ class Reconciler:
         self.reporter.reached(replicas.Reached(state.epoch, state.generation, clock.now(), tuple(self._behind)))
         self.applied = wanted
         self.caretaker.settled(state.routes, routes, loaded)
-        self.let_go(unneeded, loaded)
+        self.loading.forget_all_but([*self._known(), *self.room.owed.values()])
+        self.let_go(unneeded + self.loader.unclaimed(plan.versions.values()), loaded)
         if remember and not errors:
             self._last = wanted
             try:
-                await self._in_thread(lambda: laststate.write(self.state_file, wanted), self._loader)
+                await self._in_thread(lambda: laststate.write(self.state_file, wanted), self._disk)
             except OSError as error:
                 log.error("the last state could not be kept in %s: %s", self.state_file, error)
         return errors
@@ -412,13 +430,6 @@ class Reconciler:
         states = [state for state in (self.applied, self._last) if state is not None]
         return [*(v for state in states for v in state.versions), *self.backstop.kept.versions.values()]
 
-    async def fetch(self, version: Wanted) -> None:
-        """Have the files of a version here, checked. Raises ModelkeepError."""
-        await self._in_thread(partial(self.loading.fetch, version), self._loader)
-
-    async def _loaded(self, version: Wanted) -> LoadedVersion:
-        return await self._in_thread(partial(self.load, version), self._loader)
-
     def switch(self, route: Route, version: LoadedVersion) -> None:
         """Send a model's traffic elsewhere now, against its route. What that makes needless goes when the round under way is over."""
         self.residency.woke(version.model)
@@ -427,15 +438,6 @@ class Reconciler:
         self.let_go(self.serving.install(routes, loaded, self.serving.epoch, self.serving.generation), loaded)
         self._said_behind(route.model)
         self._tidy()
-
-    def make_room_at_once(self, version: Wanted) -> None:
-        """The least recently used models go for this version, as far as they have to, and nobody waits until they have gone."""
-        going = self.residency.evict_for(version)
-        if going:
-            log.warning(
-                "%s go at once for %s %s", ", ".join(sorted({v.model for v in going})), version.model, version.version
-            )
-            self.let_go(going, self.serving.loaded)
 
     def take_down(self, model: str) -> None:
         """A model was unloaded here: no request reaches it from now on; who is being answered is answered."""

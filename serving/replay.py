@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from registry.errors import ModelkeepError, UsageError
-from serving.capture import parse_name
+from serving.capture import TEXT_SUFFIX, parse_name
 from serving.golden import Arrays, Golden, chosen_metric, feed, read_golden
 from serving.runtimes import Runtime, first_line, load_runtime
-from serving.shadow import compare
+from serving.shadow import Comparison, compare
 from serving.text import trial
+from serving.text.agreement import TOKENS, compare_texts
 from serving.v2 import Codec
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class Requests(Protocol):
 
     kind: str
     count: int
+    texts: bool
+    """Whether a model that generates text is asked for texts, and not only for runs of its graph."""
 
     def call(self, runtime: Runtime, number: int) -> Callable[[], Arrays]:
         """What runs one of them; made beforehand, so that reading it from the disk is not in its time."""
@@ -85,6 +88,7 @@ class _Golden:
     """The inputs of golden cases, one case a request."""
 
     kind = "golden"
+    texts = True
 
     def __init__(self, golden: Golden) -> None:
         self.golden, self.count = golden, golden.cases
@@ -104,6 +108,7 @@ class _Captured:
     def __init__(self, folder: Path) -> None:
         found = [(parse_name(path.name), path) for path in sorted(folder.iterdir(), key=lambda path: path.name)]
         self._files = [(parsed[1], path) for parsed, path in found if parsed is not None]
+        self.texts = any(path.suffix == TEXT_SUFFIX for _, path in self._files)
         self.count = len(self._files)
         if not self.count:
             raise UsageError(f"no captured requests are in {folder.name}")
@@ -111,10 +116,20 @@ class _Captured:
     def call(self, runtime: Runtime, number: int) -> Callable[[], Arrays]:
         header_length, path = self._files[number]
         body = path.read_bytes()
+        # Beside texts that were asked for there may be raw runs of the same graph.
+        graph = runtime.graph if isinstance(runtime, trial.TextRuntime) else runtime
 
         def run() -> Arrays:
-            request = Codec(runtime.signature).decode(body, header_length)
-            return runtime.run(request.inputs, request.outputs)
+            request = Codec(graph.signature).decode(body, header_length)
+            return graph.run(request.inputs, request.outputs)
+
+        def text() -> Arrays:
+            if not isinstance(runtime, trial.TextRuntime):
+                raise UsageError("the request asks for a text, and this version generates none")
+            return runtime.kept(body)
+
+        if path.suffix == TEXT_SUFFIX:
+            return text
 
         return run
 
@@ -162,12 +177,18 @@ class _Compared:
             old = self._expected.popleft()
             if old is None or new is None:
                 continue  # counted as an error
-            found = compare(old, new)
+            found = _compared(old, new)
             self.count += 1
             self.disagreements["top"] += found.disagrees
             self.disagreements["tolerance"] += found.differs
             self.disagreements["exact"] += found.inexact
         self._waiting, self._waiting_bytes = [], 0
+
+
+def _compared(old: Arrays, new: Arrays) -> Comparison:
+    if TOKENS in old and TOKENS in new:
+        return compare_texts(old[TOKENS].tolist(), new[TOKENS].tolist())
+    return compare(old, new)
 
 
 class _Run:
@@ -200,8 +221,8 @@ def _run(
     """Run so many of the requests, until then (time.monotonic) at most, or until `take`, which gets every answer, wants no more."""
     found = _Run()
     try:
-        # Golden cases of a text model are prompts and texts; captured requests are raw ones.
-        load = trial.load if requests.kind == "golden" else load_runtime
+        # Golden cases of a text model are prompts and texts; captured requests may be texts or raw runs.
+        load = trial.load if requests.texts else load_runtime
         runtime = load(model.path, model.format, signature=model.signature, threads=job.threads)
     except Exception as error:  # whatever a loader throws at us is a figure: the model does not load
         log.warning("does not load", exc_info=True)

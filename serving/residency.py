@@ -97,6 +97,8 @@ class Residency:
         self.queue: dict[str, None] = {}
         """Models that are to wake, in the order in which they were asked for."""
         self.waking: str | None = None
+        self.fetching: set[str] = set()
+        """Models whose files take so long to come that others wake meanwhile."""
         self.later: list[str] = []
         """To be loaded in the background while there is room, in this order."""
         self.failed: dict[str, Failed] = {}
@@ -119,7 +121,7 @@ class Residency:
         """A request waits for this model. Raises UnavailableError where it would wait in vain."""
         if model in self.sleeping:  # else it is being exchanged
             self.check(model)
-            if model != self.waking:
+            if model != self.waking and model not in self.fetching:
                 self.ask(model)
 
     def wakes(self, model: str) -> bool:
@@ -311,7 +313,7 @@ class Residency:
         if not there:
             return True
         limit = self.limit_bytes()
-        bytes_ = sum(v.runtime.memory_bytes for v in there) + sum(map(self._room.need, coming))
+        bytes_ = sum(v.claim_bytes for v in there) + sum(map(self._room.need, coming))
         return len(there) + len(coming) <= self.settings.max_concurrent_models and (limit is None or bytes_ <= limit)
 
     def came(self, model: str, seconds: float) -> None:
@@ -347,7 +349,11 @@ class Residency:
         for model, seconds in took.items():
             self.came(model, seconds)
         for route in routes:
-            if route.model != self.waking or (why := errors.get((route.model, route.stable or ""))) is None:
+            # One that went on loading when its turn was over may have had others go, too.
+            if (
+                route.model not in (self.waking, *self._evicted)
+                or (why := errors.get((route.model, route.stable or ""))) is None
+            ):
                 continue
             if (now := self._serving.routes.get(route.model)) is None or (
                 route.model,
@@ -397,7 +403,7 @@ class Residency:
         serving, limit = self._serving, self.limit_bytes()
         if limit is None or not self.settings.enable_model_swapping:
             return []
-        over = sum(v.runtime.memory_bytes for v in serving.loaded.values()) + self._room.need(version) - limit
+        over = sum(v.claim_bytes for v in serving.loaded.values()) + self._room.need(version) - limit
         state = self.state()
         wanted = {} if state is None else {route.model: route.stable for route in state.routes}
         models = {
@@ -415,7 +421,7 @@ class Residency:
                 break
             found = [v for key, v in serving.loaded.items() if key[0] == model]
             going += found
-            over -= sum(v.runtime.memory_bytes for v in found)
+            over -= sum(v.claim_bytes for v in found)
             self.sleeping[model] = "an emergency needed its memory"
         if going:
             rest = {key: v for key, v in serving.loaded.items() if v not in going}
@@ -437,7 +443,7 @@ class Residency:
         self.use.look()
         limit = self.limit_bytes()
         return {
-            "memory_bytes": sum(v.runtime.memory_bytes for v in serving.loaded.values()),
+            "memory_bytes": sum(v.claim_bytes for v in serving.loaded.values()),
             "limit_bytes": limit,
             "versions": len(serving.loaded),
             "most_versions": self.settings.max_concurrent_models,

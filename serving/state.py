@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.errors import NotFoundError, UnavailableError
 from serving.accesslog import AccessLog
+from serving.bodies import Uploads
 from serving.cache import ResponseCache
 from serving.capture import Capture
 from serving.engine import LoadedVersion
@@ -20,6 +21,8 @@ from serving.routing import Route, choose, mark_of, position_of
 from serving.telemetry import VersionTelemetry, WatchCounts
 
 if TYPE_CHECKING:
+    from serving.handshakes import Handshakes
+    from serving.loader import Loader
     from serving.memory import MemoryOptimizer
     from serving.orders import Orders
     from serving.residency import Residency
@@ -48,6 +51,8 @@ class Serving:
         """Why versions that should be here did not load."""
         self.places = Places(known=self._has)
         """For inference requests between their first byte and the last of their answer."""
+        self.uploads = Uploads(self.places, 0)
+        """The bodies of inference requests that are on their way."""
         self.catching_up = False
         """Whether those who connected while no server was there are being worked off: they wait for their turn."""
         self.unrouted_codes: dict[int, int] = {}
@@ -68,6 +73,8 @@ class Serving:
         """Models that this server was told not to serve, with who said so and why; see serving.unloads."""
         self.residency: Residency | None = None
         """Who decides which models sleep; for the metrics."""
+        self.loader: Loader | None = None
+        """Who loads versions; for the metrics and the health page."""
         self.orders: Orders | None = None
         """Who loads and unloads models by the V2 protocol."""
         self.capture: Capture | None = None
@@ -80,6 +87,8 @@ class Serving:
         """The rates of keys; none where nobody asks for keys."""
         self.http: HttpCounts | None = None
         """What was asked of all endpoints; none where metrics are off."""
+        self.handshakes: Handshakes | None = None
+        """Connections that have not agreed on TLS yet; none where it is not spoken."""
         self.access: AccessLog | None = None
         """The access log; none where the settings want none."""
         self._telemetry: dict[tuple[str, str], VersionTelemetry] = {}
@@ -176,7 +185,7 @@ class Serving:
                 loaded = self.loaded.get((model, route.stable))
             if loaded is None:
                 self._check_served(model)
-                raise UnavailableError(f"model '{model}' version '{name}' is not loaded yet; try again later")
+                raise UnavailableError(self._not_there(model, name))
         else:
             loaded = self.loaded.get((model, version))
             if loaded is None:
@@ -198,6 +207,8 @@ class Serving:
             self._check_served(model)
             if model in self.gate.closed:
                 raise UnavailableError(f"model '{model}' is being exchanged for another version; try again in a moment")
+            if (route := self.routes.get(model)) is not None and route.stable is not None:
+                raise UnavailableError(self._not_there(model, route.stable))
             raise NotFoundError(self._unknown(model))
         return versions
 
@@ -240,6 +251,11 @@ class Serving:
             raise UnavailableError(f"model '{model}' is unloaded on this server: {why}")
         if (why := self.sleeping.get(model)) is not None:
             raise UnavailableError(f"model '{model}' is not in memory now ({why}); its next request loads it")
+
+    def _not_there(self, model: str, version: str) -> str:
+        if (why := self.load_errors.get((model, version))) is not None:
+            return f"model '{model}' version '{version}' is not loaded: {why}"
+        return f"model '{model}' version '{version}' is not loaded yet; try again later"
 
     def _unknown(self, model: str, version: str | None = None) -> str:
         versions = sorted(v for m, v in self.loaded if m == model)

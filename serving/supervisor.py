@@ -14,6 +14,7 @@ from types import FrameType
 
 from registry.errors import SettingsError, StorageError, UnavailableError
 from registry.settings import Settings
+from serving.pulse import SLACK_SECONDS, Pulse, Stillness
 from serving.tls import certificates
 
 log = logging.getLogger("modelkeep.supervisor")
@@ -100,6 +101,9 @@ class Supervisor:
         self.address = settings.server.address or f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
         self.folder = settings.home / "serving" / f"{settings.environment}-{self.port}"
         self.grace_seconds = settings.server.drain_seconds + 5
+        self.still_seconds = settings.load_hang_seconds(0) + SLACK_SECONDS
+        """A child whose event loop does not turn for so long is killed: something in it holds the interpreter and does not end."""
+        self._pulse = Pulse()
         self._child: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
@@ -134,10 +138,13 @@ class Supervisor:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         descriptor = self.listener.fileno()
+        self._pulse.close()
+        self._pulse = Pulse()
         command = [sys.executable, "-P", "-m", "serving.child", "--fd", str(descriptor), "--parent", str(os.getpid())]
+        command += ["--pulse", str(self._pulse.descriptor)]
         child = subprocess.Popen(
             [*command, "--address", self.address, "--folder", str(self.folder)],
-            pass_fds=[descriptor],
+            pass_fds=[descriptor, self._pulse.descriptor],
             stdin=subprocess.DEVNULL,
         )
         _note(self.folder / "child.pid", child.pid)
@@ -146,6 +153,7 @@ class Supervisor:
     def _wait(self, child: subprocess.Popen[bytes]) -> int:
         """Until the child has ended. Once told to stop it has its time to drain, counted from then on."""
         deadline: float | None = None
+        stillness = Stillness(self._pulse, child.pid)
         while True:
             if self._stopping and deadline is None:
                 deadline = time.monotonic() + self.grace_seconds
@@ -154,6 +162,10 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 if deadline is not None and time.monotonic() >= deadline:
                     log.error("the server did not end within %g s: killed", self.grace_seconds)
+                    child.kill()
+                    return child.wait()
+                if stillness.look() > self.still_seconds:
+                    log.error("the server has stood still for %.0f s: killed, to be started again", stillness.seconds)
                     child.kill()
                     return child.wait()
 

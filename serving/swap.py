@@ -45,7 +45,17 @@ class Room:
 
     def note(self, loaded: LoadedVersion) -> None:
         """Remember what a version took."""
-        self._measured[loaded.digest] = loaded.runtime.memory_bytes
+        self._measured[loaded.digest] = loaded.claim_bytes
+
+    def forget_all_but(self, versions: Iterable[Wanted]) -> None:
+        """Only these may come again: of the others nothing is kept, else every version there ever was would leave something."""
+        known = {(version.model, version.version): version.digest for version in versions}
+        digests = set(known.values())
+        for digest in list(self._measured):  # a load on its thread may add one meanwhile
+            if digest not in digests:
+                self._measured.pop(digest, None)
+        self._warned &= digests
+        self._failed = {key: why for key, why in self._failed.items() if key in known}
 
     def failed(self, version: Wanted, change: tuple[str, int], error: str) -> None:
         """Others had to go for it, and it did not load: they shall not have to go again for the same."""
@@ -67,7 +77,7 @@ class Room:
         """By how many bytes the missing versions and those that are there are more than the budget; 0 or less where they fit."""
         if self.budget_bytes is None or not missing:
             return 0
-        return sum(v.runtime.memory_bytes for v in there) + sum(map(self.need, missing)) - self.budget_bytes
+        return sum(v.claim_bytes for v in there) + sum(map(self.need, missing)) - self.budget_bytes
 
     def leaving(
         self,
@@ -96,7 +106,7 @@ class Room:
             if over <= 0:
                 break
             going.append(version)
-            over -= version.runtime.memory_bytes
+            over -= version.claim_bytes
         if over > 0:
             self._warn(missing, over)
         return going

@@ -8,6 +8,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from registry.errors import ModelkeepError
+from serving.laststate import Wanted
+from serving.loader import StillLoadingError
 from serving.swap import serves
 
 if TYPE_CHECKING:
@@ -24,14 +26,16 @@ class Waker:
     def __init__(self, reconciler: Reconciler) -> None:
         self._reconciler = reconciler
         self._task: asyncio.Task[None] | None = None
+        self._fetching: dict[str, asyncio.Task[None]] = {}
 
     def start(self) -> None:
         self._reconciler.residency.started()
         self._task = asyncio.create_task(self._run())
 
     def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
+        for task in (self._task, *self._fetching.values()):
+            if task is not None:
+                task.cancel()
 
     async def _run(self) -> None:
         """Until cancelled. A fault of our own shall not leave the others asleep for ever."""
@@ -53,7 +57,8 @@ class Waker:
             if model in residency.queue and (pause := residency.pause_before(model)) > 0:
                 # Not only slept: a place may come free meanwhile.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(residency.rung.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await residency.rung.wait()
                 continue
             await self._wake(model)
 
@@ -67,7 +72,11 @@ class Waker:
             for version in [] if state is None else state.versions:
                 # Before anybody goes for it: what is missing or rotten shall cost the others nothing.
                 if (version.model, version.version) in stable:
-                    await reconciler.fetch(version)
+                    try:
+                        await reconciler.loader.fetch(version, patient=False)
+                    except StillLoadingError:
+                        self._wait_for_files(model, version)
+                        return
             await reconciler.again()
             if model in residency.sleeping and model not in residency.failed:
                 residency.did_not_wake(model, "what is served changed meanwhile")
@@ -80,4 +89,24 @@ class Waker:
             residency.waking = None
             if serves(reconciler.serving, model):
                 residency.failed.pop(model, None)
-            reconciler.serving.gate.look_again([model])
+            if model not in residency.fetching:
+                reconciler.serving.gate.look_again([model])
+
+    def _wait_for_files(self, model: str, version: Wanted) -> None:
+        """Its files take long to come: others wake meanwhile, its requests wait on."""
+        residency = self._reconciler.residency
+
+        async def fetch() -> None:
+            try:
+                await self._reconciler.loader.fetch(version)
+            except Exception as error:
+                residency.did_not_wake(model, str(error))
+            else:
+                residency.ask(model)
+            finally:
+                residency.fetching.discard(model)
+                self._fetching.pop(model, None)
+            self._reconciler.serving.gate.look_again([model])
+
+        residency.fetching.add(model)
+        self._fetching[model] = asyncio.create_task(fetch())

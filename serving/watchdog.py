@@ -64,6 +64,8 @@ class Watchdog:
         """Versions that nobody needs any more, and whose worker still computes."""
         self.hangs = 0
         """Since the start."""
+        self.abandoned: Callable[[], Collection[tuple[str, int]]] = tuple
+        """(name, bytes) of what hangs while it loads, and nobody wants any more."""
         self.restarting = False
         self._drain_seconds = drain_seconds
         self._budget_bytes = budget_bytes
@@ -119,9 +121,10 @@ class Watchdog:
                 log.warning("%r has come to the end of its computation, and is asked again", version)
                 version.answers_again()
         self.stuck = [version for version in self.stuck if not version.join(0)]
-        if len(self.stuck) >= STUCK_MOST:
-            self.replace_process(f"{len(self.stuck)} workers hang that cannot be ended")
-        elif self.stuck and not self._fits(0):
+        left = len(self.stuck) + len(self.abandoned())
+        if left >= STUCK_MOST:
+            self.replace_process(f"{left} workers hang that cannot be ended")
+        elif left and not self._fits(0):
             self.replace_process("a worker that hangs and cannot be ended holds memory that the others need")
         return found
 
@@ -131,14 +134,14 @@ class Watchdog:
 
     def fits_again(self, version: LoadedVersion | None) -> bool:
         """Whether a version may be loaded once more beside itself; where it hangs and may not, the process is replaced, which frees all."""
-        if version is None or version.hung is None or self._fits(version.runtime.memory_bytes):
+        if version is None or version.hung is None or self._fits(version.claim_bytes):
             return True
         self.replace_process(f"{version!r} hangs, and the memory does not hold another copy of it beside that one")
         return False
 
     def _fits(self, more_bytes: int) -> bool:
         there = {id(version): version for version in (*self._there(), *self.stuck)}.values()
-        taken = sum(version.runtime.memory_bytes for version in there)
+        taken = sum(version.claim_bytes for version in there) + sum(size for _, size in self.abandoned())
         return self._budget_bytes is None or taken + more_bytes <= self._budget_bytes
 
     def replace_process(self, reason: str) -> None:
@@ -149,17 +152,20 @@ class Watchdog:
         log.error("this server ends, to be started again: %s", reason)
         self._restart(self._drain_seconds + _END_SECONDS)
 
-    def leave(self, loaded: Iterable[LoadedVersion]) -> None:
-        """The last step of a process: where a worker still hangs, end here and now, for a library's own clean-up would wait for it."""
-        if not any(version.computing and not version.join(0) for version in (*self.stuck, *loaded)):
+    def leave(self, loaded: Iterable[LoadedVersion], *, loading: bool = False) -> None:
+        """The last step of a process: where a worker still hangs, or something is being loaded, end here and now, for a library's own
+        clean-up would wait for it.
+        """
+        if not loading and not any(version.computing and not version.join(0) for version in (*self.stuck, *loaded)):
             return
-        log.warning("a worker still computes: the process ends without waiting for it")
+        log.warning("a worker still computes or loads: the process ends without waiting for it")
         logging.shutdown()
         os._exit(0)
 
     def as_dict(self) -> dict[str, Any]:
         """What model-info tells."""
-        return {"hangs": self.hangs, "stuck": [f"{version.model}/{version.version}" for version in self.stuck]}
+        stuck = [f"{version.model}/{version.version}" for version in self.stuck]
+        return {"hangs": self.hangs, "stuck": [*stuck, *(name for name, _ in self.abandoned())]}
 
     def _found(self, version: LoadedVersion, seconds: float) -> None:
         self.hangs += 1

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from registry.errors import UsageError
 from serving.text.sampling import Sampling
+from serving.text.sequences import Wanted
 
 STOPS, STOP_LENGTH, LOGPROBS = 16, 256, 20
 """Most stop strings, characters of one, and alternatives told of each token."""
@@ -58,6 +59,13 @@ class GenerateBody(_Body):
     version: _Name | None = None
     ignore_eos: bool = False
     timeout: Annotated[float, Field(gt=0), _Finite] | None = None
+
+
+class KeptBody(_Body):
+    """A text as it is kept for a replay: all that decides what it says, the seed too."""
+
+    prompt: str | _Tokens
+    ignore_eos: bool = False
 
 
 class StreamOptions(BaseModel):
@@ -117,6 +125,32 @@ def generate(body: bytes) -> Asked:
         said.timeout,
         or_fewer=said.max_tokens is None,
     )
+
+
+def keep(asked: Asked, wanted: Wanted) -> bytes:
+    """What `kept` reads: `wanted` is what became of it at a version, which is where a seed and a length were decided."""
+    how = wanted.sampling
+    document = {
+        "model": asked.model,
+        "prompt": asked.prompt,
+        "max_tokens": wanted.max_tokens,
+        "temperature": how.temperature,
+        "top_k": how.top_k,
+        "top_p": how.top_p,
+        "repetition_penalty": how.repetition_penalty,
+        "seed": how.seed,
+        "stop": list(wanted.stops) or None,
+        "ignore_eos": wanted.ignore_end,
+    }
+    return orjson.dumps(document)
+
+
+def kept(body: bytes) -> Asked:
+    """Raises UsageError that names the field."""
+    said = _parsed(KeptBody, body)
+    prompt = said.prompt if isinstance(said.prompt, str) else tuple(said.prompt)
+    most = said.max_tokens or DEFAULT_TOKENS
+    return Asked(said.model, None, prompt, most, _sampling(said), _stops(said), False, said.ignore_eos)
 
 
 def completion(body: bytes) -> Asked:

@@ -4,6 +4,10 @@ With a cache that takes a mask and positions, texts of all lengths share one bat
 mask hides, and each text keeps its own positions, so company changes nothing but the last bits of a float. Without a mask or positions
 only texts of one length share a batch. Without a cache the whole texts are computed at each step, padded on the right, where a decoder
 does not look. A prompt is read alone, in pieces of READ_TOKENS, so that it does not hold the others up for long.
+
+Texts come as long as what they have now fits the memory (serving.text.caches). Where they outgrow it, or an allocator refuses, the
+youngest gives way: its cache is dropped, and it is computed again, prompt and answer so far, when there is room; nobody sees more of that
+than a pause. A text that outgrows the memory alone ends there, as one does that has reached its max_tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,6 +26,8 @@ from registry.errors import ModelkeepError
 from registry.signature import DATATYPES, Signature
 from registry.textmodels import TextModel
 from serving.statuses import OutOfMemoryError
+from serving.text.caches import Share
+from serving.text.groups import Group, halves, kept
 from serving.text.sampling import Logits
 from serving.text.sequences import Piece, TextSequence
 
@@ -31,51 +38,19 @@ READ_TOKENS = 256
 LOGITS_BYTES = 256 << 20
 """A graph without a cache answers logits for every token of every text: so much in one run, at most."""
 REGROW_STEPS = 512
-"""After so many steps without running out of memory, one text more is tried in a batch."""
+"""After so many steps without running out of memory, one text more is tried in a batch, and caches as large as they may be."""
+AHEAD_TOKENS = 32
+"""A text comes where each of those under way has room for so many more tokens: else it would have to give way at once."""
 
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Mapping[str, NDArray[Any]], tuple[str, ...] | None], Mapping[str, NDArray[Any]]]
 Failure = Callable[[Exception], ModelkeepError]
 Gained = list[tuple[TextSequence, Piece]]
+Computed = tuple[Logits, list[NDArray[Any]]]
 
 
 class ShapeError(ModelkeepError):
     """The graph's answer is not of the shape that its signature promises. The version's error, answered 500."""
-
-
-class Group:
-    """Texts that are computed together. `cache` holds [texts, heads, width, size] each; text i has its tokens at the right end."""
-
-    __slots__ = ("cache", "rows", "width")
-
-    def __init__(self, rows: list[TextSequence], cache: list[NDArray[Any]], width: int) -> None:
-        self.rows, self.cache, self.width = rows, cache, width
-
-    def select(self, indices: Sequence[int]) -> Group:
-        """Some of its texts, without the padding that only the others needed."""
-        rows = [self.rows[i] for i in indices]
-        width = max((row.fed for row in rows), default=0)
-        begin = self.width - width
-        cache = [np.ascontiguousarray(part[list(indices), :, begin:, :]) for part in self.cache]
-        return Group(rows, cache, width)
-
-    @classmethod
-    def joined(cls, groups: Sequence[Group]) -> Group:
-        if len(groups) == 1:
-            return groups[0]
-        rows = [row for group in groups for row in group.rows]
-        width = max(group.width for group in groups)
-        cache = []
-        for number in range(len(groups[0].cache)):
-            parts = [group.cache[number] for group in groups]
-            _, heads, _, size = parts[0].shape
-            together = np.zeros((len(rows), heads, width, size), dtype=parts[0].dtype)
-            at = 0
-            for part in parts:
-                together[at : at + len(part), :, width - part.shape[2] :, :] = part
-                at += len(part)
-            cache.append(together)
-        return cls(rows, cache, width)
 
 
 class Batcher:
@@ -89,14 +64,15 @@ class Batcher:
         *,
         max_running: int,
         max_rows: int,
-        max_cache_bytes: int,
+        share: Share,
         failure: Failure,
         ran_out: Callable[[OutOfMemoryError], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`run` computes the graph; `failure` makes of what it raises the error that the client gets.
 
-        Of `max_running` texts under way at most `max_rows` share a batch. `ran_out` is told when memory did.
+        Of `max_running` texts under way at most `max_rows` share a batch. `share` says what their caches may take; `ran_out` is told when
+        memory did.
         """
         self.model = model
         self.max_running = max_running
@@ -106,7 +82,19 @@ class Batcher:
         self.steps = self.rows = 0
         self.running = self.cache_bytes = 0
         """Texts under way, and what their caches take, after the last step: for whoever asks from another thread."""
-        self._max_cache_bytes = max_cache_bytes
+        self.gave_way = self.cut = 0
+        """How often a text gave way to be computed again, and how many ended because the memory held no more of them."""
+        self.stalled = False
+        """Nothing runs, and who waits does not fit beside the texts of other versions: `share.wait`, then another step."""
+        self._share = share
+        self._learnt_bytes: int | None = None
+        """Caches so large at rest went with a run that found no memory, but for a byte."""
+        self._later: deque[TextSequence] = deque()
+        """Who gave way, the oldest first: before all that wait."""
+        self._under_way = 0
+        self._apart = False
+        """Memory has run out: caches are copied out of what the graph computes in."""
+        self._short = False
         self._run = run
         self._failure = failure
         self._ran_out = ran_out
@@ -122,15 +110,22 @@ class Batcher:
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self._reading or self._groups)
+        return bool(self.waiting or self._later or self._reading or self._groups)
+
+    @property
+    def queued(self) -> int:
+        """Texts that wait: for their turn, or to be computed again."""
+        return len(self.waiting) + len(self._later)
 
     def step(self) -> Gained:
         """One step of all: who left goes, who waits comes, prompts are read, and every text whose prompt is read gets a token."""
         gained: Gained = []
         self._let_go()
-        self._admit()
+        self._make_room(gained)
+        self._admit(gained)
         self._read(gained)
         self._gather()
+        self._under_way = self._count()
         groups, self._groups = self._groups, []
         advanced: list[Group] = []
         try:
@@ -140,15 +135,20 @@ class Batcher:
             self._groups = groups
             raise
         self._groups = advanced
+        if self._short:
+            self._learn()
+            self._short = False
         self._regrow()
         self.running = self._count()
         own = sum(part.nbytes for text in self._reading for part in text.cache)
         self.cache_bytes = own + sum(part.nbytes for group in self._groups for part in group.cache)
+        if not self.running:
+            self._share.take(0)
         return gained
 
     def drop(self) -> list[TextSequence]:
         """Forget all texts; they are returned, none of them at its end."""
-        dropped = [*self._reading, *(row for group in self._groups for row in group.rows)]
+        dropped = [*self._reading, *(row for group in self._groups for row in group.rows), *self._later]
         while self.waiting:
             try:
                 dropped.append(self.waiting.popleft())
@@ -156,7 +156,9 @@ class Batcher:
                 break
         self._reading.clear()
         self._groups.clear()
+        self._later.clear()
         self.running = self.cache_bytes = 0
+        self._share.take(0)
         return dropped
 
     # Who takes part
@@ -167,35 +169,116 @@ class Batcher:
     def _let_go(self) -> None:
         if any(text.cancelled for text in self._reading):
             self._reading = deque(text for text in self._reading if not text.cancelled)
+        if any(text.cancelled for text in self._later):
+            self._later = deque(text for text in self._later if not text.cancelled)
         self._groups = [
-            left for group in self._groups if (left := _kept(group, lambda text: not text.cancelled)) is not None
+            left for group in self._groups if (left := kept(group, lambda text: not text.cancelled)) is not None
         ]
 
-    def _admit(self) -> None:
-        while self.waiting and self._count() < self.max_running:
+    def _admit(self, gained: Gained) -> None:
+        self.stalled = False
+        while (self._later or self.waiting) and (count := self._count()) < self.max_running:
+            queue = self._later or self.waiting
             try:
-                text = self.waiting[0]
+                text = queue[0]
                 if not text.cancelled and not self._fits(text):
-                    return
-                text = self.waiting.popleft()
+                    if self._ever_fits(text):
+                        self.stalled = not count
+                        return
+                    text.cancelled = True  # whoever takes it from the queue: it is told here
+                    gained.append((text, self._too_large(text)))
+                text = queue.popleft()
             except IndexError:  # taken back in between
                 return
             if text.cancelled:
                 continue
-            text.started = self._clock()
+            if text.started is None:
+                text.started = self._clock()
             if self.model.cache:
                 text.cache = self._empty
                 self._reading.append(text)
             else:
                 self._groups.append(Group([text], [], 0))
 
+    # What their caches take
+
+    def _texts(self) -> list[TextSequence]:
+        return [*self._reading, *(row for group in self._groups for row in group.rows)]
+
+    def _at_rest(self, texts: Sequence[TextSequence], ahead: int) -> int:
+        """The caches of these texts after a step (so many tokens later, if a text may become that long). In a batch all are of one width."""
+        lengths = [min(len(text.ids) + ahead, text.most) for text in texts]
+        tokens = len(lengths) * max(lengths, default=0) if self.model.padded else sum(lengths)
+        return tokens * self.model.cache_bytes_per_token
+
     def _fits(self, text: TextSequence) -> bool:
-        """Whether the cache of all, each as long as it may become, stays within its limit. One alone always may run."""
-        per_token = self.model.cache_bytes_per_token
-        if not per_token or not self._count():
+        """Whether this one may come beside those under way."""
+        if not self.model.cache:
             return True
-        texts = [text, *self._reading, *(row for group in self._groups for row in group.rows)]
-        return len(texts) * max(one.most for one in texts) * per_token <= self._max_cache_bytes
+        texts = [*self._texts(), text]
+        return self._taken(self._at_rest(texts, AHEAD_TOKENS if len(texts) > 1 else 0), alone=len(texts) == 1)
+
+    def _ever_fits(self, text: TextSequence) -> bool:
+        return self._share.ever_fits(self._at_rest([text], 0))
+
+    def _taken(self, at_rest: int, *, alone: bool) -> bool:
+        """Whether caches of this size may be; they are taken, if so."""
+        if not alone and self._learnt_bytes is not None and at_rest > self._learnt_bytes:
+            return False
+        return self._share.fits(at_rest, alone=alone)
+
+    def _make_room(self, gained: Gained) -> None:
+        """Before a step: as long as it would not fit, the youngest gives way. One alone ends, where it would never fit."""
+        if not self.model.cache:
+            return
+        while texts := self._texts():
+            if self._taken(self._at_rest(texts, 0), alone=len(texts) == 1):
+                return
+            youngest = max(texts, key=lambda text: text.submitted)
+            self._take_out(youngest)
+            if len(texts) == 1 and not self._ever_fits(youngest):
+                gained.append((youngest, self._too_large(youngest)))
+            else:
+                self._later_again(youngest)
+        self._share.take(0)
+
+    def _take_out(self, text: TextSequence) -> None:
+        self._reading = deque(other for other in self._reading if other is not text)
+        self._groups = [
+            left for group in self._groups if (left := kept(group, lambda other: other is not text)) is not None
+        ]
+
+    def _later_again(self, text: TextSequence) -> None:
+        """Its cache is dropped; its tokens and its random numbers stay, so that it goes on as if nothing had been."""
+        text.fed, text.cache = 0, []
+        self.gave_way += 1
+        self._later = deque(sorted((*self._later, text), key=lambda one: one.submitted))
+
+    def _learn(self) -> None:
+        """Memory ran out with these caches: fewer, for a while."""
+        now = self._at_rest(self._texts(), 0) - 1
+        self._learnt_bytes = now if self._learnt_bytes is None else min(now, self._learnt_bytes)
+        self._steps_since_full = 0
+
+    def _too_large(self, text: TextSequence, error: OutOfMemoryError | None = None) -> Piece:
+        """The memory holds no more of a text, although it is alone: what there is of it is its end, if there is anything."""
+        if text.generated:
+            self.cut += 1
+            try:
+                return text.end_here(self._clock())
+            except Exception as failure:  # as in _choose
+                return Piece(error=self._failure(failure))
+        needed = self._at_rest([text], 0)
+        return Piece(
+            error=self._failure(
+                error
+                or OutOfMemoryError(
+                    f"the cache of a text with {len(text.ids)} tokens takes {needed >> 20} MB, and the memory for models has no room for it: "
+                    "send a shorter prompt",
+                    needed,
+                )
+            )
+        )
 
     def _gather(self) -> None:
         """Put groups together as far as they may share a batch."""
@@ -211,13 +294,22 @@ class Batcher:
                     break
             else:
                 shelves.append([group])
-        self._groups = [Group.joined(shelf) for shelves in places.values() for shelf in shelves]
+        self._groups = [group for shelves in places.values() for shelf in shelves for group in self._joined(shelf)]
+
+    def _joined(self, shelf: list[Group]) -> list[Group]:
+        try:
+            return [Group.joined(shelf)]
+        except MemoryError as error:  # apart they stand already
+            if self._ran_out is not None:
+                self._ran_out(OutOfMemoryError(f"no memory to put {len(shelf)} batches of texts together: {error}"))
+            return shelf
 
     def _regrow(self) -> None:
-        if self.most_rows < self._rows_allowed:
+        if self.most_rows < self._rows_allowed or self._learnt_bytes is not None or self._apart:
             self._steps_since_full += 1
             if self._steps_since_full >= REGROW_STEPS:
-                self.most_rows, self._steps_since_full = self.most_rows + 1, 0
+                self.most_rows = min(self.most_rows + 1, self._rows_allowed)
+                self._steps_since_full, self._learnt_bytes, self._apart = 0, None, False
 
     # What is computed
 
@@ -229,14 +321,18 @@ class Batcher:
             piece = text.ids[text.fed : text.fed + READ_TOKENS]
             room -= len(piece)
             end = text.fed + len(piece)
-            inputs = self._inputs([piece], np.ones((1, end)), np.arange(text.fed, end)[None, :], text.cache)
             try:
-                logits, cache = self._compute(inputs, 1, len(piece), end)
+                logits, cache = self._once_more(lambda: self._next_piece(text, piece), text)  # noqa: B023
             except Exception as error:  # whatever a graph raises is its failure on this text
-                if isinstance(error, OutOfMemoryError) and self._ran_out is not None:
-                    self._ran_out(error)
+                if isinstance(error, OutOfMemoryError):
+                    if self._count() > 1:
+                        self._learn()
+                        self._later_again(self._reading.popleft())
+                        return
+                    gained.append((text, self._too_large(text, error)))
+                else:
+                    gained.append((text, Piece(error=self._failure(error))))
                 self._reading.popleft()
-                gained.append((text, Piece(error=self._failure(error))))
                 continue
             text.fed, text.cache = end, cache
             if end < len(text.ids):
@@ -251,22 +347,31 @@ class Batcher:
         """One token for each text of a group; what is left of it. Where that fails it is split, so that one text fails alone."""
         count = len(group.rows)
         if count > self.most_rows:
-            return [left for half in _halves(group) for left in self._advance(half, gained)]
+            parts, group.cache = halves(group), []
+            return [left for half in parts for left in self._advance(half, gained)]
         try:
-            logits, cache = self._next(group)
+            logits, cache = self._once_more(lambda: self._next(group), group)
         except Exception as error:  # as above
-            if isinstance(error, OutOfMemoryError) and self._ran_out is not None:
-                self._ran_out(error)
+            if count == 1 and isinstance(error, OutOfMemoryError) and self.model.cache:
+                if (
+                    self._under_way > 1
+                ):  # this one keeps what it has; the youngest of all gives way before the next step
+                    self._short = True
+                    return [group]
+                gained.append((group.rows[0], self._too_large(group.rows[0], error)))
+                return []
             if count == 1:
                 gained.append((group.rows[0], Piece(error=self._failure(error))))
                 return []
             if isinstance(error, OutOfMemoryError):
                 self.most_rows, self._steps_since_full = max(1, count // 2), 0
                 logger.warning("no memory for %d texts together: %d from now on", count, self.most_rows)
-            wanted = _kept(group, lambda text: not text.cancelled)
+            wanted = kept(group, lambda text: not text.cancelled)
             if wanted is None or len(wanted.rows) == 1:
                 return self._advance(wanted, gained) if wanted is not None else []
-            return [left for half in _halves(wanted) for left in self._advance(half, gained)]
+            parts = halves(wanted)
+            group.cache, wanted.cache = [], []  # whoever called this still has the group
+            return [left for half in parts for left in self._advance(half, gained)]
         self.steps += 1
         self.rows += count
         if self.model.cache:
@@ -276,8 +381,32 @@ class Batcher:
         going_on = [self._choose(text, logits[number], gained) for number, text in enumerate(group.rows)]
         if all(going_on):
             return [group]
-        kept = [number for number, goes in enumerate(going_on) if goes]
-        return [group.select(kept)] if kept else []
+        left = [number for number, goes in enumerate(going_on) if goes]
+        return [group.select(left)] if left else []
+
+    def _once_more(self, compute: Callable[[], Computed], what: Group | TextSequence) -> Computed:
+        """Where memory runs out, an allocator that holds the caches of all steps, each larger than the last, has it in pieces that fit none.
+
+        So they are taken out of it from now on, and it gives back what it holds, before the run is tried again.
+        """
+        try:
+            return compute()
+        except OutOfMemoryError as error:
+            if self._ran_out is None:
+                raise
+            self._ran_out(error)
+        self._apart, self._steps_since_full = True, 0
+        for one in (what, *self._groups, *self._reading):
+            one.cache = [part.copy() for part in one.cache]
+        if self.model.cache:  # an arena gives back what it does not use at the end of a run that succeeds
+            with suppress(OutOfMemoryError):
+                self._compute(self._inputs([[0]], np.ones((1, 1)), np.zeros((1, 1)), self._empty), 1, 1, 1)
+        return compute()
+
+    def _next_piece(self, text: TextSequence, piece: list[int]) -> Computed:
+        end = text.fed + len(piece)
+        inputs = self._inputs([piece], np.ones((1, end)), np.arange(text.fed, end)[None, :], text.cache)
+        return self._compute(inputs, 1, len(piece), end)
 
     def _next(self, group: Group) -> tuple[Logits, list[NDArray[Any]]]:
         """The logits [texts, vocabulary] after the last token of each text, and the cache with it."""
@@ -332,7 +461,7 @@ class Batcher:
                     f"the cache comes out of '{tensor.present}' as {list(part.shape)}, not as {[texts, tensor.heads, width, tensor.size]}: "
                     "it must hold what went in and the new tokens behind it"
                 )
-            cache.append(part)
+            cache.append(part.copy() if self._apart else part)
         return logits[:, -1, : self.model.vocabulary], cache
 
     def _choose(self, text: TextSequence, logits: Logits, gained: Gained) -> bool:
@@ -343,18 +472,6 @@ class Batcher:
             piece = Piece(error=self._failure(error))
         gained.append((text, piece))
         return not piece.last
-
-
-def _kept(group: Group, stays: Callable[[TextSequence], bool]) -> Group | None:
-    kept = [number for number, text in enumerate(group.rows) if stays(text)]
-    if len(kept) == len(group.rows):
-        return group
-    return group.select(kept) if kept else None
-
-
-def _halves(group: Group) -> list[Group]:
-    count = len(group.rows)
-    return [group.select(range(count // 2)), group.select(range(count // 2, count))]
 
 
 def _checked(logits: Logits, shape: tuple[int, int]) -> Logits:

@@ -20,6 +20,8 @@ class TextCounts:
         "_seconds",
         "_tokens",
         "completion_tokens",
+        "computed_again",
+        "cut",
         "endings",
         "errors",
         "first_token",
@@ -43,6 +45,10 @@ class TextCounts:
         """Failed texts by kind: not_finite, memory, shape, model, deadline, closed."""
         self.first_token = [0] * (len(LATENCY_BOUNDS_SECONDS) + 1)
         self.first_token_seconds_total = 0.0
+        self.computed_again = 0
+        """How often a text gave its cache up for others, and was computed again later."""
+        self.cut = 0
+        """Texts that ended, as length, because the memory held no more of them."""
         self.streams_open = 0
         self.streams = 0
         self.stream_seconds_total = 0.0

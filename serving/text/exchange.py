@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 import orjson
@@ -20,7 +21,8 @@ from serving.places import key_of
 from serving.routing import Route
 from serving.state import Serving
 from serving.statuses import BusyError, ClientGoneError, DeadlineError, status_of
-from serving.text.asked import Asked
+from serving.text.agreement import said
+from serving.text.asked import Asked, keep
 from serving.text.sequences import Piece, Told, Wanted
 from serving.text.styles import About, Style
 from serving.text.version import Generation, TextVersion
@@ -78,7 +80,12 @@ class TextAnswer(Response):
         places, key, model = serving.places, key_of(scope), self._asked.model
         place = places.enter(key, model)
         if place is None:
-            place = await places.turn(key, model, self._patience(), patient=serving.catching_up)
+            patience = self._patience()
+            try:
+                place = await places.turn(key, model, patience, patient=serving.catching_up, receive=receive)
+            except ClientGoneError:
+                serving.unrouted(499)
+                return
         if place is None:
             serving.unrouted(429)
             await self._send_error(send, BusyError(places.words(key, model)), named)
@@ -151,6 +158,35 @@ class TextAnswer(Response):
             deadline.cancel()
             watcher.cancel()
             generation.cancel()  # whatever ended this: nobody waits for the text any more
+        if route is not None and version.version == route.stable and generation.reason is not None:
+            try:
+                await self._follow_up(version, route, generation)
+            except Exception:  # the client has his answer
+                logger.exception("what follows an answered text failed")
+
+    async def _follow_up(self, version: TextVersion, route: Route, generation: Generation) -> None:
+        """The client has his answer: keep the request for replays, and have the candidate of a shadow say the same."""
+        asked, serving, wanted = self._asked, self._desk.serving, generation.text.wanted
+        if serving.capture is not None and serving.capture.wants():
+            serving.capture.offer(version.model, keep(asked, wanted), None, text=True)
+        if not route.shadow or route.candidate is None:
+            return
+        candidate = serving.loaded.get((version.model, route.candidate))
+        if not isinstance(candidate, TextVersion) or not (
+            route.shadow_share >= 1 or serving.random() < route.shadow_share
+        ):
+            return
+        tokens = said(generation.text.ids[len(wanted.prompt) :], generation.reason)
+        prompt = wanted.prompt
+        if isinstance(asked.prompt, str):  # its tokenizer may be another one
+            try:
+                prompt = tuple(await asyncio.to_thread(candidate.words.encode, asked.prompt))
+            except (
+                ModelkeepError
+            ):  # it does not take what the stable version took: no prompt, which counts as its error
+                prompt = ()
+        wanted = replace(wanted, prompt=prompt, max_tokens=min(wanted.max_tokens, len(tokens)))
+        candidate.copies.offer(route, version, wanted, tokens, self._desk.limits.timeout_seconds)
 
     async def _wanted(self, version: TextVersion) -> Wanted:
         """Raises UsageError for a prompt that the model cannot take."""

@@ -10,10 +10,13 @@ from registry import textmodels
 from registry.sections import TextSection
 from serving.engine import LoadedVersion
 from serving.runtimes import Runtime, resident_bytes
+from serving.text.caches import Caches
 
 
-def engine_of(path: Path, runtime: Runtime, settings: TextSection) -> Callable[..., LoadedVersion]:
+def engine_of(path: Path, runtime: Runtime, settings: TextSection, caches: Caches) -> Callable[..., LoadedVersion]:
     """What makes the version object of a runtime that was loaded from `path`. A text model has generated some tokens by then.
+
+    `caches` is what all versions that generate text share.
 
     Raises RefusedError for a text model that cannot.
     """
@@ -35,4 +38,5 @@ def engine_of(path: Path, runtime: Runtime, settings: TextSection) -> Callable[.
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
         max_cache_bytes=settings.max_cache_mb << 20,
+        caches=caches,
     )

@@ -124,6 +124,10 @@ class TextSequence:
         piece.told = self._ready(self._length)
         return piece
 
+    def end_here(self, now: float) -> Piece:
+        """There is no room for more of it: what its client has not got yet, and the end, as at max_tokens."""
+        return self._ended(Piece(), "length", now)
+
     def _ended(self, piece: Piece, reason: Reason, now: float) -> Piece:
         self.finished = now
         if self._scanner.found is None:

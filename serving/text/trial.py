@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from registry.errors import ModelkeepError, RefusedError, UsageError
+from registry.sections import TextSection
 from registry.signature import Signature, TensorSpec
 from registry.textmodels import TextModel, beside
 from serving.runtimes import Runtime, first_line, load_runtime
+from serving.text import agreement, asked
 from serving.text.batching import Batcher
+from serving.text.caches import COPIES, claim_at_rest, unlimited
 from serving.text.sampling import Sampling
-from serving.text.sequences import TextSequence, Wanted
+from serving.text.sequences import Reason, TextSequence, Wanted
 from serving.text.words import Words
 
 PROMPT = "Test prompt"
@@ -29,6 +32,33 @@ SIGNATURE = Signature(
     (TensorSpec("text", "BYTES", (-1,)),),
 )
 """A text model as its golden cases see it: a prompt goes in, its greedy continuation comes out."""
+
+
+def generated(runtime: Runtime, model: TextModel, wanted: Wanted, words: Words) -> tuple[list[int], Reason | None]:
+    """The tokens of one text, and how it ended. Raises what the graph raises, UsageError where it is longer than the context."""
+    failures: list[Exception] = []
+
+    def failure(error: Exception) -> ModelkeepError:
+        failures.append(error)
+        return RefusedError(first_line(error))
+
+    if not wanted.prompt:
+        raise UsageError("a prompt is empty: the model needs a token at least to begin with")
+    if len(wanted.prompt) + wanted.max_tokens > model.context_length:
+        raise UsageError(
+            f"{len(wanted.prompt)} tokens and {wanted.max_tokens} to come are more than the model's {model.context_length}"
+        )
+    batcher = Batcher(
+        runtime.run, model, runtime.signature, max_running=1, max_rows=1, share=unlimited(model), failure=failure
+    )
+    text, reason = TextSequence(wanted, words, model.end_ids), None
+    batcher.waiting.append(text)
+    while batcher.busy:
+        for _, piece in batcher.step():
+            reason = piece.reason or reason
+    if failures:
+        raise failures[0]
+    return text.ids[len(wanted.prompt) :], reason
 
 
 def greedy(runtime: Runtime, model: TextModel, words: Words, prompts: Sequence[str], most: Sequence[int]) -> list[str]:
@@ -45,7 +75,7 @@ def greedy(runtime: Runtime, model: TextModel, words: Words, prompts: Sequence[s
         runtime.signature,
         max_running=_ROWS,
         max_rows=_ROWS,
-        max_cache_bytes=1 << 62,
+        share=unlimited(model),
         failure=failure,
     )
     texts = []
@@ -93,8 +123,11 @@ class TextRuntime:
     signature = SIGNATURE
 
     def __init__(self, runtime: Runtime, model: TextModel, words: Words) -> None:
-        self._runtime, self._model, self._words = runtime, model, words
-        self.memory_bytes = runtime.memory_bytes
+        self.graph, self._model, self.words = runtime, model, words
+        """`graph` is for raw requests."""
+        # As a server would reckon, by the usual setting.
+        most = TextSection.model_fields["max_cache_mb"].default << 20
+        self.memory_bytes = runtime.memory_bytes + COPIES * claim_at_rest(model, most)
 
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None) -> dict[str, NDArray[Any]]:
         """Raises UsageError for prompts that are no text or too long."""
@@ -107,11 +140,20 @@ class TextRuntime:
         most = [int(n) for n in inputs["max_tokens"].tolist()] if "max_tokens" in inputs else [TOKENS] * len(prompts)
         if len(most) != len(prompts) or any(n < 1 for n in most):
             raise UsageError("'max_tokens' needs a number above 0 for each prompt")
-        texts = greedy(self._runtime, self._model, self._words, prompts, most)
+        texts = greedy(self.graph, self._model, self.words, prompts, most)
         return {"text": np.array([*(text.encode() for text in texts), b""], dtype=object)[:-1]}
 
+    def kept(self, body: bytes) -> dict[str, NDArray[Any]]:
+        """Answer a captured request for a text (serving.text.asked.keep), as `agreement.answer`. Raises UsageError."""
+        said = asked.kept(body)
+        prompt = tuple(self.words.encode(said.prompt)) if isinstance(said.prompt, str) else said.prompt
+        if any(not 0 <= token < self._model.vocabulary for token in prompt):
+            raise UsageError(f"prompt: tokens are numbers from 0 to {self._model.vocabulary - 1}")
+        wanted = Wanted(prompt, said.max_tokens, said.sampling, said.stops, said.ignore_end)
+        return agreement.answer(*generated(self.graph, self._model, wanted, self.words))
+
     def close(self) -> None:
-        self._runtime.close()
+        self.graph.close()
 
 
 def load(path: Path, format: str, *, signature: Signature | None, threads: int = 1) -> Runtime:

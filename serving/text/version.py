@@ -17,14 +17,18 @@ from serving.runtimes import Runtime
 from serving.statuses import ClientGoneError, DeadlineError, OutOfMemoryError, QueueFullError
 from serving.telemetry import WatchCounts
 from serving.text.batching import Batcher, Gained, ShapeError
+from serving.text.caches import Caches
+from serving.text.copies import CopiedText, Copies
 from serving.text.counts import TextCounts
 from serving.text.sampling import NotFiniteError
-from serving.text.sequences import Piece, TextSequence, Wanted
+from serving.text.sequences import Piece, Reason, TextSequence, Wanted
 from serving.text.words import Words
 from serving.turns import Turns
 
 AMPLE_SECONDS = 1.0
 """Any model that is fit to serve gives a first token within it; see Generation.expire."""
+_STALLED_SECONDS = 0.05
+"""Between two looks whether the texts of other versions have left room; who gives something back is heard at once."""
 _KINDS: tuple[tuple[type[Exception], str], ...] = (
     (NotFiniteError, "not_finite"),
     (OutOfMemoryError, "memory"),
@@ -56,6 +60,7 @@ class Generation:
             self.slow_threshold_seconds = route.slow_threshold_seconds
         self.tokens = 0
         self.done = False
+        self.reason: Reason | None = None
         self._pieces: deque[Piece] = deque()
         self._news = asyncio.Event()
 
@@ -77,7 +82,7 @@ class Generation:
         if self.done:
             return
         self.tokens += piece.tokens
-        self.done = piece.last
+        self.done, self.reason = piece.last, piece.reason
         self._pieces.append(piece)
         self._news.set()
 
@@ -126,11 +131,13 @@ class TextVersion(LoadedVersion):
         max_running: int,
         max_waiting: int,
         max_cache_bytes: int,
+        caches: Caches | None = None,
         trial: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         """`max_running` texts are generated at a time, `max_waiting` more wait; `options` are LoadedVersion's.
 
+        Of the memory for `caches` of all versions (None: unlimited) several texts together take `max_cache_bytes` at most.
         Where the validation has not found that texts do not depend on each other (`rows_independent`), they take turns.
         """
         self.text, self.words, self.max_waiting = text, words, max_waiting
@@ -139,18 +146,51 @@ class TextVersion(LoadedVersion):
         self.loaded_at_unix_seconds = time.time()
         self._open: set[Generation] = set()
         self._text_turns = Turns()
+        self._told = (0, 0)
+        """Of the batcher's `gave_way` and `cut`, what is in the counts."""
+        self.copies = Copies(self)
+        """Of what the stable version was asked, where this one is the candidate in a shadow."""
         self._ended: ModelkeepError | None = None
         """What all texts were ended with: nobody would see the end of another one."""
+        self._share = (caches or Caches(None)).share(text, max_cache_bytes)
         self.batcher = Batcher(
             self.run, text, runtime.signature, max_running=max_running, max_rows=max_batch if rows_independent else 1,
-            max_cache_bytes=max_cache_bytes, failure=self._text_failure, ran_out=lambda error: self._ran_out(0, error),
+            share=self._share, failure=self._text_failure, ran_out=lambda error: self._ran_out(0, error),
         )  # fmt: skip
         # Raw runs are not what the validation looked at: each for itself.
         super().__init__(model, version, digest, runtime, rows_independent=False, max_batch=1, **options)
 
     @property
     def queue_length(self) -> int:
-        return super().queue_length + len(self.batcher.waiting)
+        return super().queue_length + self.batcher.queued
+
+    @property
+    def claim_bytes(self) -> int:
+        return super().claim_bytes + self._share.claim_bytes
+
+    def cache_figures(self) -> dict[str, int]:
+        share, batcher = self._share, self.batcher
+        return {
+            "bytes": batcher.cache_bytes,
+            "claim_bytes": share.claim_bytes,
+            "most_bytes": share.most_bytes,
+            "bytes_per_token": self.text.cache_bytes_per_token,
+            "computed_again": self.text_counts.computed_again,
+            "cut": self.text_counts.cut,
+        }
+
+    @property
+    def shadow_queue_length(self) -> int:
+        return super().shadow_queue_length + len(self.copies)
+
+    @property
+    def has_clients(self) -> bool:
+        """Whether a client waits for a text of this version."""
+        return bool(self._open)
+
+    @property
+    def takes_texts(self) -> bool:
+        return not self._closing and self._refusal is None and self._ended is None
 
     @property
     def text_counts(self) -> TextCounts:
@@ -186,27 +226,36 @@ class TextVersion(LoadedVersion):
                 f"model '{self.model}' version '{self.version}' has {self.max_waiting} texts waiting beside the {self.batcher.max_running} "
                 "that it generates at a time; try again later"
             )
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
         generation = Generation(self, wanted, route, mark)
         self._open.add(generation)
         self.text_counts.prompt_tokens += len(wanted.prompt)
         generation.text.asker = asker
-        self._text_turns.put(self.batcher.waiting, generation.text)
-        self._wake.put(None)
+        self.put_text(generation.text)
         return generation
+
+    def put_text(self, text: TextSequence) -> None:
+        """Into the queue of the worker."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        self._text_turns.put(self.batcher.waiting, text)
+        self._bell.pull(self._loop)
 
     def leave(self, generation: Generation) -> None:
         """It is not computed any further."""
-        generation.text.cancelled = True
         self._open.discard(generation)
+        self.leave_text(generation.text)
+
+    def leave_text(self, text: TextSequence) -> None:
+        text.cancelled = True
         with suppress(ValueError):  # it runs already
-            self.batcher.waiting.remove(generation.text)
-        self._wake.put(None)
+            self.batcher.waiting.remove(text)
+        if self._loop is not None:
+            self._bell.pull(self._loop)
 
     def end_texts(self, error: ModelkeepError) -> None:
         """End every open text with `error`, which is none of the version's, and take no more."""
         self._ended = error
+        self.copies.end()
         for generation in tuple(self._open):
             generation.fail(error, count_as_error=False)
 
@@ -216,6 +265,7 @@ class TextVersion(LoadedVersion):
 
     def declare_hung(self, reason: str, error: ModelkeepError) -> None:
         super().declare_hung(reason, error)
+        self.copies.end()
         for generation in tuple(self._open):
             generation.fail(error, count_as_error=True)
 
@@ -243,7 +293,16 @@ class TextVersion(LoadedVersion):
     def _deliver_texts(self, gained: Gained) -> None:
         """What a step gained, to those who wait for it."""
         counts, tokens = self.text_counts, 0
+        gave_way, cut = self.batcher.gave_way, self.batcher.cut
+        counts.computed_again += gave_way - self._told[0]
+        counts.cut += cut - self._told[1]
+        self._told = gave_way, cut
+        clients = 0
         for text, piece in gained:
+            if isinstance(text.owner, CopiedText):
+                self.copies.take(text.owner, piece)
+                continue
+            clients += 1
             generation: Generation = text.owner
             if generation.done:
                 continue
@@ -256,8 +315,9 @@ class TextVersion(LoadedVersion):
                     counts.ended(piece.reason)
             generation.take(piece)
         counts.generated(tokens)
-        self.telemetry.rows += len(gained)
-        self._deliver([], 1)  # a step is a run of the model: the next one has another number
+        self.telemetry.rows += clients
+        if clients:
+            self._deliver([], 1)  # a step is a run of the model: the next one has another number
 
     # What the worker thread runs
 
@@ -276,10 +336,11 @@ class TextVersion(LoadedVersion):
                 elif self._closing:
                     return
                 else:
-                    self._wake.get()
+                    self._bell.wait()
         finally:
             self.batcher.drop()
-            self.runtime.close()
+            self._share.end()
+            self._end_worker()
 
     def _step(self) -> None:
         if self._mark is not None:
@@ -287,6 +348,8 @@ class TextVersion(LoadedVersion):
         try:
             gained = self.batcher.step()
         except Exception as error:  # a fault of this server: nobody waits for an answer that cannot come
+            if isinstance(error, MemoryError):
+                error = OutOfMemoryError(f"no memory for the texts that are under way: {error}")
             failure = self._text_failure(error)
             gained = [(text, Piece(error=failure)) for text in self.batcher.drop()]
         finally:
@@ -294,6 +357,8 @@ class TextVersion(LoadedVersion):
                 self._mark(False)
         if gained:
             self._report(self._deliver_texts, gained)
+        if self.batcher.stalled:
+            self._share.wait(_STALLED_SECONDS)
 
     def _text_failure(self, error: Exception) -> ModelkeepError:
         found = self.failure(error)

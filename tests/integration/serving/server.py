@@ -62,7 +62,7 @@ async def main() -> None:
         return {"modules": [name for name in ("torch", "prefect", "scipy", "boto3") if name in sys.modules]}
 
     settings = SimpleNamespace(
-        server=SimpleNamespace(request_timeout_seconds=30.0, max_body_bytes=1_000_000),
+        server=SimpleNamespace(request_timeout_seconds=30.0, max_body_bytes=1_000_000, max_receiving_mb=64),
         performance=SimpleNamespace(max_concurrent_requests=256),
     )
     app = create_app(serving, settings=settings, nudge=nudge, info=info)

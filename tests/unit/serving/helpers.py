@@ -202,7 +202,9 @@ def serve(
     serving.install(routes, {(v.model, v.version): v for v in versions}, "epoch", 1)
     serving.ready = True
     limits = SimpleNamespace(
-        server=SimpleNamespace(request_timeout_seconds=timeout_seconds, max_body_bytes=max_body_bytes),
+        server=SimpleNamespace(
+            request_timeout_seconds=timeout_seconds, max_body_bytes=max_body_bytes, max_receiving_mb=64
+        ),
         performance=SimpleNamespace(max_concurrent_requests=max_concurrent),
     )
     return Server(serving, create_app(serving, settings=limits, nudge=nudge, info=info, aliases=aliases))

@@ -88,3 +88,60 @@ name = "scores"
 datatype = "FP32"
 shape = [-1, 10]
 """
+
+
+def endless_load(path: Path, *, side: int = 3000) -> Path:
+    """An ONNX model y = x with x [rows, 2] that takes ONNX Runtime an hour to load: it computes constants beforehand, here the means of
+    all windows of a third of the side of a large square.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    value, node = helper.make_tensor_value_info, helper.make_node
+    zeros = numpy_helper.from_array(np.zeros(1, dtype=np.float32))
+    nodes = [
+        node("ConstantOfShape", ["shape"], ["square"], value=zeros),
+        node("AveragePool", ["square"], ["means"], kernel_shape=[side // 3, side // 3]),
+        node("ReduceMin", ["means"], ["nothing"], keepdims=0),
+        node("Add", ["x", "nothing"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "endless load",
+        [value("x", TensorProto.FLOAT, ["rows", 2])],
+        [value("y", TensorProto.FLOAT, ["rows", 2])],
+        [numpy_helper.from_array(np.array([1, 1, side, side], dtype=np.int64), "shape")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def endless_script_load(folder: Path) -> Path:
+    """A TorchScript model image [n,1,8,8] -> scores [n,10] whose own code for loading never ends; it holds the interpreter meanwhile."""
+    import torch
+
+    class Endless(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 0
+
+        @torch.jit.export
+        def __getstate__(self) -> tuple[int, bool]:
+            return (self.count, self.training)
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[int, bool]) -> None:
+            self.count = state[0]
+            self.training = state[1]
+            while self.count >= 0:
+                self.count = (self.count + 1) % 1000
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image.flatten(1)[:, :10] + 0.0
+
+    folder.mkdir()
+    (folder / "model.toml").write_text(MODEL_TOML)
+    torch.jit.script(Endless()).save(str(folder / "model.pt"))
+    return folder / "model.pt"

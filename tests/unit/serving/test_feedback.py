@@ -76,7 +76,9 @@ def test_a_full_inbox_takes_none_of_what_does_not_fit_and_forgets_nothing_before
 def paged(server: Server) -> Server:
     limits: Any = server.app.v2
     settings = SimpleNamespace(
-        server=SimpleNamespace(request_timeout_seconds=limits._timeout_seconds, max_body_bytes=limits._max_body_bytes),
+        server=SimpleNamespace(
+            request_timeout_seconds=limits._timeout_seconds, max_body_bytes=limits._max_body_bytes, max_receiving_mb=64
+        ),
         performance=SimpleNamespace(max_concurrent_requests=server.serving.places.capacity),
     )
     app = create_app(server.serving, settings=settings, nudge=no_nudge, info=dict, routers=[router(server.serving)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +15,27 @@ from registry.database import Database
 from registry.errors import ArtifactError
 from serving import laststate
 from serving.caretaker import Caretaker
-from serving.emergency import Emergency
+from serving.emergency import Emergency, make_room_at_once
 from serving.laststate import Wanted
 from serving.lifecycle import ModelState
 from serving.orders import Orders
 from serving.reconcile import Reconciler
 from serving.unloads import Order, Unloads
 from tests.unit.registry import kit
+from tests.unit.serving.boxes import VALUE, Box, Run
 from tests.unit.serving.helpers import until
-from tests.unit.serving.rounds import following, stable, three_models
-from tests.unit.serving.test_residency import TWO, VALUE, Box
+from tests.unit.serving.rounds import stable
 
 WHO = Who("somebody")
 Test = Callable[[Box, Orders], Awaitable[None]]
-Run = Callable[..., None]
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return three_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
-def database(tmp_path: Path, template: Path) -> Iterator[Database]:
-    made = kit.prepared(tmp_path, template)
-    yield made
-    made.dispose()
+def run(run: Run) -> Run:
+    """Tests that order loads and unloads as well."""
 
-
-@pytest.fixture
-def run(database: Database, tmp_path: Path, template: Path) -> Run:
     def running(test: Test, **models: Any) -> None:
-        async def whole() -> None:
-            async with following(database, tmp_path, template, models=models or TWO) as reconciler:
-                await test(Box(reconciler), Orders(reconciler, database, timeout_seconds=60.0, registry_seconds=60.0))
-
-        asyncio.run(whole())
+        run(lambda box: test(box, box.orders), models or None)
 
     return running
 
@@ -184,7 +169,7 @@ def test_an_emergency_takes_no_memory_from_what_another_emergency_holds(run: Run
         loaded = reconciler.serving.loaded.values()
         reconciler.room.budget_bytes = sum(version.runtime.memory_bytes for version in loaded)
         (coming,) = [v for v in reconciler.applied.versions if v.model == "c"]  # type: ignore[union-attr]
-        reconciler.make_room_at_once(coming)
+        make_room_at_once(reconciler, coming)
         assert box.here == "b"
 
     run(test)
@@ -196,12 +181,12 @@ def test_a_model_that_is_unloaded_while_its_files_cannot_be_had_is_unloaded_and_
     async def test(box: Box, orders: Orders) -> None:
         reconciler, asked_for, go_on = box.reconciler, asyncio.Event(), asyncio.Event()
 
-        async def missing(version: Wanted) -> None:
+        async def missing(version: Wanted, *, patient: bool) -> None:
             asked_for.set()
             await go_on.wait()
             raise ArtifactError("not in the store")
 
-        monkeypatch.setattr(reconciler, "fetch", missing)
+        monkeypatch.setattr(reconciler.loader, "fetch", missing)
         box.grow_old()
         asked = asyncio.create_task(box.ask("c"))
         await asked_for.wait()
@@ -226,14 +211,14 @@ def test_a_candidate_whose_files_are_missing_keeps_no_stable_version_asleep(
         await reconciler.once()
         await orders.unload("c", who=WHO, reason="")
         await gone(reconciler)
-        real = reconciler.fetch
+        real = reconciler.loader.fetch
 
-        async def fetch(version: Wanted) -> None:
+        async def fetch(version: Wanted, *, patient: bool) -> None:
             if version.version == "2":
                 raise ArtifactError("not in the store")
-            await real(version)
+            await real(version, patient=patient)
 
-        monkeypatch.setattr(reconciler, "fetch", fetch)
+        monkeypatch.setattr(reconciler.loader, "fetch", fetch)
         assert "1" in (await orders.load("c", who=WHO, reason=""))["versions"]
 
     run(test)

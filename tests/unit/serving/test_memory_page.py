@@ -34,7 +34,7 @@ def served(device: Any, *versions: Any) -> tuple[Server, MemoryOptimizer, Perfor
     memory = server.serving.memory = MemoryOptimizer(device, collect=int)
     taker = Performance(device, AlertsSection(), lambda: (one for _, _, one in server.serving.telemetry()))
     limits = SimpleNamespace(
-        server=SimpleNamespace(request_timeout_seconds=30.0, max_body_bytes=100_000),
+        server=SimpleNamespace(request_timeout_seconds=30.0, max_body_bytes=100_000, max_receiving_mb=64),
         performance=SimpleNamespace(max_concurrent_requests=100),
     )
     pages = [router(server.serving, memory, taker)]
@@ -54,6 +54,7 @@ def test_without_a_device_its_profile_is_zeros_beside_null_and_the_budget_is_wha
         assert found["models"][0] | {"memory_bytes": None} == {
             **{"model": "m", "version": "1", "memory_bytes": None, "computes_on": "cpu", "precision": "fp32"},
             **{
+                "caches": None,
                 "precision_reason": None,
                 "batch_rows": 8,
                 "batch_rows_most": 8,

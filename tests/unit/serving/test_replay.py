@@ -18,7 +18,7 @@ def answer(value: float = 1.0) -> dict[str, Any]:
 
 
 class Requests:
-    kind, count = "captured", 50
+    kind, count, texts = "captured", 50, False
 
     def call(self, runtime: Any, number: int) -> Any:
         return runtime

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,102 +14,12 @@ from sqlalchemy import select
 from registry.database import Database
 from registry.errors import ArtifactError
 from registry.schema import Reach
-from serving.api import create_app
-from serving.engine import LoadedVersion
+from serving.emergency import make_room_at_once
 from serving.laststate import Wanted
-from serving.reconcile import Reconciler
 from tests.unit.registry import kit
-from tests.unit.serving.helpers import Answer, Server, until
-from tests.unit.serving.rounds import MODELS, following, stable, three_models
-
-REQUEST = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1.0, 1.0, 1.0, 1.0]}]}
-TWO = {"max_concurrent_models": 2}
-SIZE_BYTES = 1 << 20
-VALUE = {"a": 44.0, "b": 84.0, "c": 124.0}
-"""What version 1 of a model answers to REQUEST."""
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return three_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def database(tmp_path: Path, template: Path) -> Iterator[Database]:
-    made = kit.prepared(tmp_path, template)
-    yield made
-    made.dispose()
-
-
-class Box:
-    """A server that follows the three models, and what its loader did."""
-
-    def __init__(self, reconciler: Reconciler) -> None:
-        self.reconciler = reconciler
-        app = create_app(reconciler.serving, settings=reconciler.settings, nudge=reconciler.nudge, info=reconciler.info)
-        self.server = Server(reconciler.serving, app)
-        self.loads: list[str] = []
-        self.bad: set[str] = set()
-        self.meanwhile: Callable[[Wanted], Any] = lambda version: None
-        self._real = reconciler.load
-        reconciler.load = self._load  # type: ignore[method-assign]
-        for loaded in reconciler.serving.loaded.values():
-            self._sized(loaded)
-
-    def _load(self, version: Wanted) -> LoadedVersion:
-        self.loads.append(version.model)
-        self.meanwhile(version)
-        if version.model in self.bad:
-            raise ArtifactError("rotten")
-        return self._sized(self._real(version))
-
-    def _sized(self, loaded: LoadedVersion) -> LoadedVersion:
-        """Of one size all: by how much the process grows with so small a model is chance, and a budget here is a sum of them."""
-        loaded.runtime.memory_bytes = SIZE_BYTES
-        self.reconciler.room.note(loaded)
-        return loaded
-
-    async def ask(self, model: str, **headers: str) -> Answer:
-        return await self.server.post(f"/v2/models/{model}/infer", REQUEST, headers)
-
-    async def value(self, model: str) -> float:
-        answer = await self.ask(model)
-        assert answer.status == 200, answer.body
-        found: float = answer.json()["outputs"][0]["data"][0]
-        return found
-
-    @property
-    def here(self) -> str:
-        return "".join(sorted({model for model, _ in self.reconciler.serving.loaded}))
-
-    def of(self, model: str) -> dict[str, Any]:
-        told: dict[str, Any] = self.reconciler.info()["residency"]["models"][model]
-        return told
-
-    def grow_old(self) -> None:
-        """Those that came just now have stayed long enough."""
-        self.reconciler.residency._since.clear()
-
-
-Test = Callable[[Box], Awaitable[None]]
-Run = Callable[..., None]
-
-
-@pytest.fixture
-def run(database: Database, tmp_path: Path, template: Path) -> Run:
-    @asynccontextmanager
-    async def box(models: dict[str, Any], settings: dict[str, Any]) -> AsyncIterator[Box]:
-        async with following(database, tmp_path, template, models=models, **settings) as reconciler:
-            yield Box(reconciler)
-
-    def running(test: Test, models: dict[str, Any] | None = None, **settings: Any) -> None:
-        async def whole() -> None:
-            async with box(TWO if models is None else models, settings) as made:
-                await test(made)
-
-        asyncio.run(whole())
-
-    return running
+from tests.unit.serving.boxes import REQUEST, TWO, VALUE, Box, Run
+from tests.unit.serving.helpers import until
+from tests.unit.serving.rounds import MODELS, stable
 
 
 def test_two_are_here_and_the_third_comes_at_its_first_request_for_the_one_asked_least_recently(run: Run) -> None:
@@ -285,10 +193,10 @@ def test_what_is_missing_in_the_store_costs_the_others_nothing(
     async def test(box: Box) -> None:
         box.grow_old()
 
-        async def missing(version: Wanted) -> None:
+        async def missing(version: Wanted, *, patient: bool) -> None:
             raise ArtifactError(f"{version.model} is not in the store")
 
-        monkeypatch.setattr(box.reconciler, "fetch", missing)
+        monkeypatch.setattr(box.reconciler.loader, "fetch", missing)
         assert "not in the store" in (await box.ask("c")).error
         assert box.here == "ab" and box.loads == [] and box.of("a")["evictions"] == box.of("b")["evictions"] == 0
 
@@ -442,7 +350,7 @@ def test_an_emergency_makes_room_and_waits_for_nobody(run: Run) -> None:
         (coming,) = [v for v in box.reconciler.applied.versions if v.model == "c"]  # type: ignore[union-attr]
         busy = serving.loaded["b", "1"]
         busy.telemetry.last_inference_unix_seconds = 1.0
-        box.reconciler.make_room_at_once(coming)
+        make_room_at_once(box.reconciler, coming)
         assert box.here == "a" and residency.sleeping["b"] == "an emergency needed its memory"
         assert await box.value("b") == VALUE["b"]
 

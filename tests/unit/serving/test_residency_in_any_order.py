@@ -15,14 +15,14 @@ import pytest
 from registry.actor import Who
 from registry.database import Database
 from registry.errors import ArtifactError, ModelkeepError
-from serving.emergency import Emergency
+from serving.emergency import Emergency, make_room_at_once
 from serving.engine import LoadedVersion
 from serving.laststate import Wanted
 from serving.orders import Orders
 from tests.unit.registry import kit
+from tests.unit.serving.boxes import REQUEST, Box
 from tests.unit.serving.helpers import until
 from tests.unit.serving.rounds import MODELS, following, stable, three_models
-from tests.unit.serving.test_residency import REQUEST, Box
 
 CLIENTS, STEPS, LONG_STEPS = 8, 15, 300
 WHO = Who("somebody")
@@ -101,7 +101,7 @@ class Chaos:
         assert self.reconciler.applied is not None
         for version in self.reconciler.applied.versions:
             if version.model == model:
-                self.reconciler.make_room_at_once(version)
+                make_room_at_once(self.reconciler, version)
 
     async def _round(self, model: str) -> None:
         await self.reconciler.once()

@@ -9,7 +9,9 @@ import pytest
 
 from registry.errors import ModelkeepError
 from serving.statuses import OutOfMemoryError
-from serving.text.batching import READ_TOKENS, REGROW_STEPS, Batcher, Group
+from serving.text.batching import READ_TOKENS, REGROW_STEPS, Batcher
+from serving.text.caches import unlimited
+from serving.text.groups import Group
 from serving.text.sampling import Sampling
 from serving.text.sequences import Piece, TextSequence, Wanted
 from tests.unit.serving.text_toy import Letters, Toy, toy_model
@@ -24,7 +26,13 @@ def batcher(toy: Toy, *, running: int = 8, rows: int = 8, cache: int = 1 << 30) 
         return error if isinstance(error, ModelkeepError) else ModelkeepError(str(error))
 
     return Batcher(
-        toy.run, toy.model, toy.signature, max_running=running, max_rows=rows, max_cache_bytes=cache, failure=failure
+        toy.run,
+        toy.model,
+        toy.signature,
+        max_running=running,
+        max_rows=rows,
+        share=unlimited(toy.model, cache),
+        failure=failure,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,59 +15,18 @@ from registry.actor import Who
 from registry.database import Database
 from registry.errors import RefusedError, UnavailableError
 from registry.schema import AuditEvent, Reach
-from serving.api import create_app
 from serving.emergency import Emergency
-from serving.orders import Orders
-from serving.reconcile import Reconciler
 from serving.unloads import Order, Unloads
 from tasks.servers import Following
-from tests.unit.registry import kit
-from tests.unit.serving.helpers import Answer, Server, until
-from tests.unit.serving.rounds import following, stable, three_models
-
-REQUEST = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1.0, 1.0, 1.0, 1.0]}]}
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return three_models(tmp_path_factory.mktemp("models"))
+from tests.unit.serving.boxes import Box, Run
+from tests.unit.serving.helpers import until
+from tests.unit.serving.rounds import stable
 
 
 @pytest.fixture
-def database(tmp_path: Path, template: Path) -> Iterator[Database]:
-    made = kit.prepared(tmp_path, template)
-    yield made
-    made.dispose()
-
-
-class Box:
-    def __init__(self, reconciler: Reconciler) -> None:
-        self.reconciler = reconciler
-        reconciler.serving.orders = Orders(reconciler, reconciler.database, timeout_seconds=60.0, registry_seconds=60.0)
-        app = create_app(reconciler.serving, settings=reconciler.settings, nudge=reconciler.nudge, info=reconciler.info)
-        self.server = Server(reconciler.serving, app)
-
-    async def order(self, action: str, model: str, document: Any = None) -> Answer:
-        return await self.server.post(f"/v2/repository/models/{model}/{action}", document)
-
-    async def ask(self, model: str) -> Answer:
-        return await self.server.post(f"/v2/models/{model}/infer", REQUEST)
-
-
-Test = Callable[[Box], Awaitable[None]]
-Run = Callable[[Test], None]
-
-
-@pytest.fixture
-def run(database: Database, tmp_path: Path, template: Path) -> Run:
-    def running(test: Test) -> None:
-        async def whole() -> None:
-            async with following(database, tmp_path, template) as reconciler:
-                await test(Box(reconciler))
-
-        asyncio.run(whole())
-
-    return running
+def run(run: Run) -> Run:
+    """With room for all."""
+    return partial(run, models={})
 
 
 def events(database: Database) -> list[tuple[str, dict[str, Any]]]:

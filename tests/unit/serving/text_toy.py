@@ -14,6 +14,7 @@ from registry.signature import Signature, TensorSpec
 from registry.textmodels import CacheTensor, TextModel
 from serving.statuses import OutOfMemoryError
 from serving.text.words import Words
+from tests.unit.serving.limited import Pool
 
 VOCABULARY = 96
 END = 0
@@ -74,6 +75,8 @@ class Toy:
         self.most_rows: int | None = None
         self.poison: int | None = None
         self.lost: int | None = None
+        self.pool: Pool | None = None
+        """Where there is one, the caches that go in and come out are taken from it for as long as a run takes."""
         self.rows: list[int] = []
         """Texts in each run."""
         self.gate: threading.Semaphore | None = None
@@ -92,6 +95,15 @@ class Toy:
             raise OutOfMemoryError(f"no room for {rows} rows")
         if self.poison is not None and (ids == self.poison).any():
             raise ValueError(f"token {self.poison} is poison")
+        if self.pool is not None:
+            tokens = inputs["past.0"].shape[2] * 2 + new
+            with self.pool.buffer(rows * tokens * self.model.cache_bytes_per_token):
+                return self._answer(inputs)
+        return self._answer(inputs)
+
+    def _answer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        ids = inputs["input_ids"]
+        rows, new = ids.shape
         past = inputs["past.0"] if self.model.cache else np.zeros((rows, 1, 0, 2), dtype=np.float32)
         before = past.shape[2]
         places = inputs.get("position_ids", np.broadcast_to(np.arange(before, before + new), (rows, new)))

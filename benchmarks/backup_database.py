@@ -1,0 +1,150 @@
+"""A database backed up and brought back, beside `mariadb-dump | zstd -1` and `zstd -d | mariadb`, in turns on one server.
+
+Prints one JSON document. Run by `make bench`, or `python -m benchmarks.backup_database [--mb N] [--turns N] [--levels]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from registry import clock
+from tasks.backup import mariadb, throwaway
+from tasks.backup.chain import find
+from tasks.backup.components import Target
+from tasks.backup.manifest import COMPLETE, Component
+from tasks.backup.mariadb_access import access
+from tasks.backup.places import DirectoryPlace
+from tasks.backup.repository import Repository, new_backup_id
+from tasks.backup.source import ComponentSource
+
+MARK = 1.10
+OPTIONS = ("--single-transaction", "--quick", "--routines", "--triggers", "--events", "--hex-blob")
+ROW_BYTES = 600
+WORDS = "SELECT seq, concat_ws(' ', md5(seq), md5(seq % 1000), elt(1 + seq % 4, 'open', 'done', 'failed', 'waiting'), seq % 97, "
+FILL = (
+    WORDS
+    + "repeat('some words of a prompt ', 1 + seq % 20), md5(seq + 1)), seq / 7, now() - INTERVAL seq SECOND FROM app.seq_1_to_{rows}"
+)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    found = work()
+    return time.perf_counter() - began, found
+
+
+def pipe(left: list[str], right: list[str], *, source: Path | None = None, target: Path | None = None) -> None:
+    with contextlib.ExitStack() as stack:
+        given = stack.enter_context(source.open("rb")) if source else None
+        taken = stack.enter_context(target.open("wb")) if target else subprocess.DEVNULL
+        first = subprocess.Popen(left, stdin=given, stdout=subprocess.PIPE)
+        second = subprocess.Popen(right, stdin=first.stdout, stdout=taken)
+        assert first.stdout is not None
+        first.stdout.close()
+        if (second.wait(), first.wait()) != (0, 0):
+            raise SystemExit(f"{left[0]} | {right[0]} failed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mb", type=int, default=120, help="size of the dump, about")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--levels", action="store_true", help="also sizes and times of other ways to compress")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="modelkeep-bench-") as name:
+        folder = Path(name)
+        with throwaway.mariadb(folder, options=["--innodb-buffer-pool-size=512M"]) as server:
+            print(json.dumps(measured(server, folder, arguments), indent=1))
+
+
+def measured(server: throwaway.Running, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    url = server.database_url("app")
+    rows = arguments.mb * 1_000_000 // ROW_BYTES
+    connection = access(url).connect(database=False)
+    with connection.cursor() as cursor:
+        cursor.execute("CREATE DATABASE app")
+        for table in ("generations", "users", "requests"):
+            cursor.execute(
+                f"CREATE TABLE app.{table} (id INT PRIMARY KEY, body TEXT, cost DOUBLE, made DATETIME, KEY (made))"
+            )
+            cursor.execute(f"INSERT INTO app.{table} {FILL.format(rows=rows // 3)}")
+    socket, zstd = f"--socket={server.socket}", str(find("zstd"))
+    dump = [str(find("mariadb-dump")), "--no-defaults", "-uroot", socket, *OPTIONS, "app"]
+    load = [str(find("mariadb")), "--no-defaults", "-uroot", socket, "again"]
+    packed = folder / "dump.zst"
+
+    def fresh() -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("DROP DATABASE IF EXISTS again")
+            cursor.execute("CREATE DATABASE again")
+
+    part = mariadb.Part("database:app", url)
+    times: dict[str, list[float]] = {}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    record = source = None
+    for turn in range(arguments.turns):
+        seconds, _ = timed(lambda: pipe(dump, [zstd, "-1", "-q"], target=packed))
+        times.setdefault("mariadb-dump | zstd -1", []).append(seconds)
+        repository = Repository([DirectoryPlace(folder / f"backups{turn}")])
+        seconds, (record, source) = timed(lambda kept=repository: taken(kept, part))
+        times.setdefault("modelkeep backup", []).append(seconds)
+        seconds, _ = timed(lambda kept=repository: taken(kept, part))
+        times.setdefault("modelkeep backup, again, nothing changed", []).append(seconds)
+    for _ in range(arguments.turns):
+        fresh()
+        seconds, _ = timed(lambda: pipe([zstd, "-d", "-q", "-c"], load, source=packed))
+        times.setdefault("zstd -d | mariadb", []).append(seconds)
+        fresh()
+        seconds, _ = timed(lambda: mariadb.restore(source, Target(url=server.database_url("again"))))
+        times.setdefault("modelkeep recover (with all comparisons)", []).append(seconds)
+    connection.close()
+    assert record is not None
+    medians = {what: round(statistics.median(one), 3) for what, one in times.items()}
+    found: dict[str, Any] = {
+        "dump_bytes": record.size_bytes,
+        "stored_bytes": record.stored_bytes,
+        "zstd_bytes": packed.stat().st_size,
+        "seconds": medians,
+        "all_seconds": {what: [round(value, 3) for value in one] for what, one in times.items()},
+        "backup_ratio": round(medians["modelkeep backup"] / medians["mariadb-dump | zstd -1"], 3),
+        "restore_ratio": round(medians["modelkeep recover (with all comparisons)"] / medians["zstd -d | mariadb"], 3),
+        "mark": MARK,
+        "memory_kb_above_start": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before,
+    }
+    if arguments.levels:
+        found["ways"] = {
+            " ".join(way): {
+                "seconds": round(timed(lambda way=way: pipe(dump, list(way), target=packed))[0], 3),
+                "bytes": packed.stat().st_size,
+            }
+            for way in ((zstd, "-1", "-q"), (zstd, "-3", "-q"), (zstd, "-9", "-q"), ("gzip", "-6"), ("cat",))
+        }
+    return found
+
+
+def taken(repository: Repository, part: mariadb.Part) -> tuple[Component, ComponentSource]:
+    """The component as a backup stores it, and the way back to it."""
+    moment = clock.text(clock.now())
+    with repository.writer(new_backup_id(clock.now())) as writer:
+        sink = writer.component(part.name)
+        captured = part.capture(sink)
+        done = sink.finish()
+    record = Component(
+        part.name, part.kind, COMPLETE, moment, moment, entries=done.entries, size_bytes=done.size_bytes,
+        stored_bytes=done.stored_bytes, new_bytes=done.new_bytes, index=done.index, facts=captured.facts, snapshot=captured.snapshot,
+    )  # fmt: skip
+    return record, ComponentSource(repository, record)
+
+
+if __name__ == "__main__":
+    main()
