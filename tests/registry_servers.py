@@ -20,26 +20,14 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
+from tasks.backup.chain import LAUNCH
+
 Kind = Literal["mariadb", "postgresql"]
 KINDS: tuple[Kind, ...] = ("mariadb", "postgresql")
 PROGRAMS: dict[Kind, str] = {"mariadb": "mariadbd", "postgresql": "postgres"}
 USER, PASSWORD = "keeper", "hunter2"
 START_SECONDS = 60.0
 FOLDER = "modelkeep-test-server-"
-
-# Started between us and the server: it takes another user where it must, and asks the kernel to end the server with us.
-LAUNCH = """
-import ctypes, os, sys
-parent, user, group, number = (int(word) for word in sys.argv[1:5])
-if user != os.getuid():
-    os.setgroups([])
-    os.setgid(group)
-    os.setuid(user)
-ctypes.CDLL(None, use_errno=True).prctl(1, number, 0, 0, 0)
-if os.getppid() != parent:
-    os._exit(1)
-os.execv(sys.argv[5], sys.argv[5:])
-"""
 
 
 class Server:

@@ -147,7 +147,7 @@ def test_a_folder_is_discovered_and_what_is_wrong_is_listed(found: Box, tmp_path
 
 def test_status_says_what_is_served_by_whom(found: Box) -> None:
     without = document(found.modelkeep("status", "--json"))
-    assert set(without) == {"environment", "generation", "models", "servers", "promotions_running"}
+    assert set(without) == {"environment", "generation", "models", "servers", "promotions_running", "backups"}
     assert without["models"][0] == {
         "model": MODEL, "stable": "1", "candidate": None, "weight": 0.0, "shadow": False,
         "generation": without["models"][0]["generation"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,6 @@ def generate(server: Box, prompt: str, **more: Any) -> httpx.Response:
 
 
 def test_the_golden_continuations_are_those_of_a_plain_loop_alone_and_in_company(writer: Box) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     expected = {prompt: golden(prompt, 24) for prompt in PROMPTS}
     assert len(set(expected.values())) > 1, "the model says the same whatever it is asked"
     for prompt in PROMPTS:
@@ -178,3 +177,54 @@ def test_a_stop_ends_a_stream_with_a_last_event_within_its_time(tmp_path: Path) 
         last = events[-1]
         assert last.get("finish_reason") == "length" or (last["status"] == 503 and "stopping" in last["error"])
         assert process.wait(PATIENCE_SECONDS) == 0
+
+
+def test_many_streams_in_little_memory_end_right_a_candidate_repeats_them_and_they_are_kept(tmp_path: Path) -> None:
+    """A megabyte holds the caches of four of these texts."""
+    with box(tmp_path) as server:
+        server.extra |= {
+            "MODELKEEP_TEXT__MAX_CACHE_MB": "1",
+            "MODELKEEP_GPU__MAX_MEMORY_MB": "96",
+            "MODELKEEP_GPU__LIMIT_ON_CPU": "true",
+            "MODELKEEP_CAPTURE__SHARE": "1",
+        }
+        for version, seed in (("1", 0), ("2", 1)):
+            server.register(version, _text_model.kept(seed) / "model", model=MODEL)
+        server.settle_by_hand("1", model=MODEL)
+        server.serve()
+        asked = {"max_tokens": 200, "ignore_eos": True}
+        expected = {prompt: generate(server, prompt, **asked).json()["text"] for prompt in PROMPTS}
+        with ThreadPoolExecutor(16) as pool:
+            streams = list(pool.map(lambda prompt: _streamed(server, prompt, **asked), PROMPTS * 4))
+        assert streams == [expected[prompt] for prompt in PROMPTS * 4]
+        (model,) = httpx.get(f"{server.url}/api/gpu/profile", timeout=10).json()["models"]
+        caches = model["caches"]
+        assert caches["most_bytes"] == 1 << 20 and caches["bytes_per_token"] == 1024 and caches["cut"] == 0
+        assert caches["claim_bytes"] == 2 * 256 * 1024, "one text of the whole context, old and new"
+        assert _metric(server, "modelkeep_text_errors_total") == 0
+        kept = wait_for("what is kept", lambda: _kept(server) if _kept(server).get("requests") == 20 else None)
+        assert kept["bytes"] > 20 * 100
+        with server.database.write(actor="test") as transaction:
+            desired = routes.Desired(stable="1", candidate="2", shadow=True, watch=True)
+            routes.change(transaction, "production", MODEL, desired, kind="stage", reason="the test's shadow")
+        wait_for("the candidate", lambda: server.follows() and len(server.info()["loaded"]) == 2)
+        for prompt in PROMPTS:
+            assert generate(server, prompt, seed=7, temperature=1).headers["x-model-version"] == "1"
+        copies = 'modelkeep_shadow_requests_total{model="writer",version="2"}'
+        dropped = 'modelkeep_shadow_dropped_total{model="writer",version="2"}'
+        wait_for("the copies", lambda: _metric(server, copies) + _metric(server, dropped) == len(PROMPTS))
+        assert 0 < _metric(server, "modelkeep_shadow_inexact_total") <= _metric(server, copies)
+        assert _metric(server, "modelkeep_shadow_errors_total") == 0
+
+
+def _streamed(server: Box, prompt: str, **more: Any) -> str:
+    answer = generate(server, prompt, stream=True, **more)
+    assert answer.status_code == 200
+    events = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]
+    assert events[-1].get("finish_reason") == "length", events[-1]
+    return "".join(event["text"] for event in events)
+
+
+def _kept(server: Box) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{server.url}/api/v2/captured", timeout=10).json()["models"].get(MODEL, {})
+    return found

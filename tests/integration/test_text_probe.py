@@ -6,13 +6,17 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks import _text_model
 from registry import formats, intake
+from serving.capture import name_of
 from serving.text import trial
+from serving.text.asked import generate, keep
+from serving.text.sequences import Wanted
 from serving.text.words import Words
 from tasks.probe import ProbeJob, ProbeModel, ProbeResult, run_probe
 
@@ -63,6 +67,19 @@ def test_a_replay_of_golden_prompts_compares_texts(golden: Path) -> None:
     result = probe(model(0), stable=model(1), golden=golden, replay=len(PROMPTS))
     assert result.outcome == "done" and result.replay is not None, result
     assert result.replay["compared"] == len(PROMPTS) and result.replay["disagreements"]["exact"] > 0
+
+
+def test_a_replay_of_captured_texts_asks_both_versions_with_the_same_seeds(tmp_path: Path) -> None:
+    folder = tmp_path / "captured"
+    folder.mkdir()
+    for number in range(20):
+        body = {"model": "writer", "prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": 9, "temperature": 1.5}
+        asked = generate(orjson.dumps({**body, "seed": number}))
+        wanted = Wanted((), asked.max_tokens, asked.sampling, asked.stops)
+        (folder / name_of(number, None, text=True)).write_bytes(keep(asked, wanted))
+    same = probe(model(0), stable=model(0), replay=20, captured=folder)
+    assert same.outcome == "done" and same.replay is not None, same
+    assert same.replay["compared"] == 20 and same.replay["disagreements"] == {"top": 0, "tolerance": 0, "exact": 0}
 
 
 def test_a_text_model_that_cannot_generate_does_not_load(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_commands_that_a_document_prints_exist(document: str) -> None:
         ("modelkeep promote digits 2 --force --reason 'hot fix'", None),
         ("modelkeep audit verify", None),
         ("modelkeep promotions", None),
-        ("modelkeep backup", "has no command"),
+        ("modelkeep maintain", "has no command"),
         ("modelkeep audit prove", "has no command"),
         ("modelkeep rollback digits --hard", "has no option --hard"),
     ],

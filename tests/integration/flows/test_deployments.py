@@ -128,7 +128,8 @@ def test_deploying_writes_every_deployment_with_its_schedules(deployed: tuple[st
     for wanted in DECLARED:
         row = found[wanted["name"]]
         assert row["entrypoint"] == wanted["entrypoint"]
-        assert [s["schedule"]["cron"] for s in row["schedules"]] == [s["cron"] for s in wanted["schedules"]]
+        written = {s["schedule"]["cron"]: s["parameters"] for s in row["schedules"]}
+        assert written == {s["cron"]: s.get("parameters", {}) for s in wanted["schedules"]}
         assert row["concurrency_options"]["collision_strategy"] == wanted["concurrency_limit"]["collision_strategy"]
         assert row["parameter_openapi_schema"]["definitions"]
         assert any(line.startswith(f"deployment {wanted['name']}") for line in lines)

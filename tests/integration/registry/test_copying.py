@@ -173,7 +173,7 @@ def test_an_interrupted_copy_is_refused_by_all_and_filled_by_the_next(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(copying, "_new_epochs", interrupt)
+        patch.setattr(copying, "new_epochs", interrupt)
         copying.copy(source, target)
     with pytest.raises(UsageError, match="is an unfinished copy: repeat modelkeep db copy-to from where it was copied"):
         target.prepare()
@@ -186,7 +186,7 @@ def test_what_arrives_otherwise_than_sent_is_not_kept(
     blank: Blank, file: Callable[[str], Database], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = lived_in(file("source")), blank()
-    fill = copying._fill
+    fill = copying.fill
 
     def lose(*arguments: Any) -> dict[str, int]:
         rows = fill(*arguments)
@@ -199,7 +199,7 @@ def test_what_arrives_otherwise_than_sent_is_not_kept(
         return rows
 
     for fault, words in ((lose, "1 rows arrived in models, 2 were sent"), (change, "does not verify .event 2 ")):
-        monkeypatch.setattr(copying, "_fill", fault)
+        monkeypatch.setattr(copying, "fill", fault)
         with pytest.raises(AuditError, match=words):
             copying.copy(source, target)
         assert target.revision() == migrate.COPYING

@@ -6,7 +6,7 @@ import datetime as dt
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import event, select
 
 from registry import clock, history, leases, points, promotions, rollbacks, routes
 from registry.actor import Who
@@ -283,3 +283,25 @@ def test_a_hold_on_what_the_registry_refuses_stays_with_its_server(three: Databa
     with pytest.raises(RefusedError, match="never been the stable version"):
         rollbacks.write_back(three, hold(three, "4"), replica="a")
     assert kit.actions(three, before) == [] and route(three).stable == "3"
+
+
+@pytest.mark.sqlite  # others choose by their statistics, and read a table as small as this one as a whole
+def test_servers_find_the_living_points_without_reading_those_that_are_gone(three: Database) -> None:
+    """They ask again and again; with each change of a version there is one more that is gone."""
+    asked: list[tuple[str, Any]] = []
+
+    def note(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        asked.append((statement, parameters))
+
+    event.listen(three.engine, "before_cursor_execute", note)
+    try:
+        with three.read() as session:
+            assert [step.version for step in points.needed(session, ENVIRONMENT)[MODEL]] == ["1", "2", "3"]
+    finally:
+        event.remove(three.engine, "before_cursor_execute", note)
+    [(statement, parameters)] = [one for one in asked if "rollback_points" in one[0]]
+    with three.read() as session:
+        plan = session.connection().exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+    assert [row.detail for row in plan] == [
+        "SEARCH rollback_points USING INDEX ix_rollback_points_environment_gone_at (environment=? AND gone_at=?)"
+    ]
