@@ -25,7 +25,10 @@ class Recover(BaseModel):
         default=None,
         description="A manifest (path or URL), a backup's id, or a location. Empty: the locations of the settings.",
     )
-    at: str | None = Field(default=None, description='Instead: the newest verified backup before then ("2d ago").')
+    at: str | None = Field(
+        default=None,
+        description='Instead: the newest verified backup before then ("2d ago"), then the shipped logs up to it.',
+    )
     components: list[str] = Field(
         default=[], description="registry, database:app, database:app.TABLE, models:NAME@VERSION …; empty: everything."
     )

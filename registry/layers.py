@@ -233,6 +233,13 @@ def environment_layer(model: type[BaseModel], environ: Mapping[str, str]) -> Lay
     return layer
 
 
+def of_an_entry(model: type[BaseModel], variable: str) -> bool:
+    """Whether a variable is about one entry of a list of tables: MODELKEEP_DATABASES__APP__PASSWORD."""
+    name, _, rest = variable.removeprefix(PREFIX).lower().partition("__")
+    field = model.model_fields.get(name) if variable.startswith(PREFIX) else None
+    return bool(rest) and field is not None and entry_of(field.annotation) is not None
+
+
 def merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
     """Put `values` over what is there, table by table. No table of `values` is shared afterwards."""
     for name, value in values.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,12 +29,18 @@ def content(seed: int = 1) -> dict[str, bytes]:
 
 
 def back_up(
-    repository: Repository, backup_id: str, files: Mapping[str, bytes], *, announced: bool = True, name: str = NAME
+    repository: Repository,
+    backup_id: str,
+    files: Mapping[str, bytes],
+    *,
+    announced: bool = True,
+    name: str = NAME,
+    keep_until: dt.datetime | None = None,
 ) -> Manifest:
     """One component with one entry a file. Returns the manifest as it was stored."""
     if announced:
         repository.begin_intent(backup_id, {"pid": 0, "host": "elsewhere"})
-    with repository.writer(backup_id) as writer:
+    with repository.writer(backup_id, keep_until=keep_until) as writer:
         sink = writer.component(name)
         for path, data in files.items():
             sink.add(Entry(path, stream=sink.store([data])))
@@ -42,7 +49,7 @@ def back_up(
         name, "files", COMPLETE, AT, AT, done.entries, done.size_bytes, done.stored_bytes, done.new_bytes, done.index
     )
     record = Manifest(backup_id, "an installation", COMPLETE, AT, AT, (name,), (component,))
-    repository.write_manifest(record)
+    repository.write_manifest(record, keep_until=keep_until)
     if announced:
         repository.end_intent(backup_id)
     repository.note_state(backup_id, "sampled", {"components": {}})

@@ -6,6 +6,7 @@ It keeps every version of every object. A fault is set for the requests that it 
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import email.utils
 import hashlib
 import re
@@ -13,6 +14,7 @@ import socket
 import struct
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -63,6 +65,9 @@ class Version:
     checksum: str | None
     modified: float
     retention: tuple[str, str] | None = None
+    deleted: bool = False
+    """A delete marker: in a bucket with versions that is all that a DELETE leaves."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass
@@ -79,6 +84,8 @@ class Store:
     checksums: bool = True
     """Whether it tells the checksum that it was sent."""
     locks: bool = False
+    versions: bool = False
+    """Whether a DELETE without a version leaves all versions below a marker, as every bucket with object lock does it."""
     page: int = 1000
     lock: threading.RLock = field(default_factory=threading.RLock)
     closing: threading.Event = field(default_factory=threading.Event)
@@ -95,7 +102,11 @@ class Store:
         return None
 
     def names(self, bucket: str) -> list[str]:
-        return sorted(name for name, found in self.buckets[bucket].items() if found)
+        return sorted(name for name, found in self.buckets[bucket].items() if _there(found))
+
+
+def _there(versions: list[Version] | None) -> bool:
+    return bool(versions) and not versions[-1].deleted
 
 
 def flipped(data: bytes) -> bytes:
@@ -193,13 +204,16 @@ class _Handler(BaseHTTPRequestHandler):
         return answer
 
     def _put(self, objects: dict[str, list[Version]], key: str, body: bytes, query: Any, kind: str | None) -> None:
+        copied = self.headers.get("x-amz-copy-source")
+        if copied is not None:
+            return self._copy(objects, key, copied)
         sent = self.headers.get("x-amz-checksum-sha256")
         if sent is not None and base64.b64decode(sent) != hashlib.sha256(body).digest():
             return self._error(400, "BadDigest")
         if self.headers.get("If-None-Match") == "*":
             if not self.store.conditional:
                 return self._error(501, "NotImplemented")
-            if objects.get(key):
+            if _there(objects.get(key)):
                 return self._error(412, "PreconditionFailed")
         until = self.headers.get("x-amz-object-lock-retain-until-date")
         if until is not None and not self.store.locks:
@@ -215,9 +229,20 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reset()
         return self._answer(200, b"", {"ETag": '"x"'})
 
+    def _copy(self, objects: dict[str, list[Version]], key: str, source: str) -> None:
+        name, _, wanted = unquote(source).lstrip("/").partition("/")[2].partition("?versionId=")
+        found = [one for one in objects.get(name, ()) if one.id == wanted and not one.deleted]
+        if not found:
+            return self._error(404, "NoSuchVersion")
+        objects[key].append(Version(found[0].data, found[0].checksum, time.time()))
+        text = (
+            '<CopyObjectResult><ETag>"x"</ETag><LastModified>2026-01-01T00:00:00.000Z</LastModified></CopyObjectResult>'
+        )
+        return self._answer(200, text.encode(), {"Content-Type": "application/xml"})
+
     def _get(self, objects: dict[str, list[Version]], key: str, body: bytes, query: Any, kind: str | None) -> None:
         versions = objects.get(key)
-        if not versions or kind == "hidden":
+        if versions is None or not _there(versions) or kind == "hidden":
             return self._error(404, "NoSuchKey")
         found = versions[-1]
         data = found.data
@@ -245,6 +270,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _delete(self, objects: dict[str, list[Version]], key: str, body: bytes, query: Any, kind: str | None) -> None:
         versions = objects.get(key)
+        if self.store.versions:
+            wanted = query.get("versionId")
+            if wanted is None:
+                objects.setdefault(key, []).append(Version(b"", None, time.time(), deleted=True))
+                return self._answer(204, b"", {})
+            if any(one.retention is not None for one in versions or () if one.id == wanted):
+                return self._error(403, "AccessDenied")
+            objects[key] = [one for one in versions or () if one.id != wanted]
+            return self._answer(204, b"", {})
         if versions and versions[-1].retention is not None:
             return self._error(403, "AccessDenied")
         if kind != "drop":
@@ -252,8 +286,12 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(204, b"", {})
 
     def _list(self, objects: dict[str, list[Version]], key: str, body: bytes, query: Any, kind: str | None) -> None:
+        if "versions" in query:
+            return self._versions(objects, query)
         prefix, start = query.get("prefix", ""), query.get("continuation-token", "")
-        names = sorted(name for name, found in objects.items() if found and name.startswith(prefix) and name > start)
+        names = sorted(
+            name for name, found in objects.items() if _there(found) and name.startswith(prefix) and name > start
+        )
         if kind == "hidden":
             names = []
         page, more = names[: self.store.page], len(names) > self.store.page
@@ -265,6 +303,40 @@ class _Handler(BaseHTTPRequestHandler):
         )
         token = f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if more else ""
         text = f"<ListBucketResult><IsTruncated>{'true' if more else 'false'}</IsTruncated>{token}{rows}</ListBucketResult>"
+        return self._answer(200, text.encode(), {"Content-Type": "application/xml"})
+
+    def _versions(self, objects: dict[str, list[Version]], query: Any) -> None:
+        """Newest first of each name; a page may end between two versions of one."""
+        every = [
+            (name, one, one is objects[name][-1])
+            for name in sorted(objects)
+            if name.startswith(query.get("prefix", ""))
+            for one in reversed(objects[name])
+        ]
+        marks = [(name, one.id) for name, one, _ in every]
+        marker = (query.get("key-marker", ""), query.get("version-id-marker", ""))
+        start = marks.index(marker) + 1 if marker in marks else 0
+        page = every[start : start + self.store.page]
+        rows = ""
+        for name, one, latest in page:
+            kind = "DeleteMarker" if one.deleted else "Version"
+            at = (
+                dt.datetime.fromtimestamp(one.modified, dt.UTC)
+                .isoformat(timespec="milliseconds")
+                .replace("+00:00", "Z")
+            )
+            size = "" if one.deleted else f"<Size>{len(one.data)}</Size>"
+            rows += (
+                f"<{kind}><Key>{escape(name)}</Key><VersionId>{one.id}</VersionId><IsLatest>{str(latest).lower()}</IsLatest>"
+                f"<LastModified>{at}</LastModified>{size}</{kind}>"
+            )
+        more = start + len(page) < len(every)
+        after = (
+            f"<NextKeyMarker>{escape(page[-1][0])}</NextKeyMarker><NextVersionIdMarker>{page[-1][1].id}</NextVersionIdMarker>"
+            if more
+            else ""
+        )
+        text = f"<ListVersionsResult><IsTruncated>{str(more).lower()}</IsTruncated>{after}{rows}</ListVersionsResult>"
         return self._answer(200, text.encode(), {"Content-Type": "application/xml"})
 
     def _retention(

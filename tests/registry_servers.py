@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +33,8 @@ FOLDER = "modelkeep-test-server-"
 class Server:
     """One server with the user `keeper`, who may make databases. Start it, make databases, close it."""
 
-    def __init__(self, kind: Kind, program: Path) -> None:
-        self.kind, self.program = kind, program
+    def __init__(self, kind: Kind, program: Path, options: Sequence[str] = ()) -> None:
+        self.kind, self.program, self.options = kind, program, tuple(options)
         _sweep()
         self.folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
         self.account = _account(kind)
@@ -130,14 +130,19 @@ class Server:
                 f"--port={self.port}", "--bind-address=127.0.0.1", "--skip-name-resolve", "--innodb-flush-log-at-trx-commit=2",
                 "--innodb-buffer-pool-size=64M", "--innodb-flush-method=nosync", "--innodb-doublewrite=0", "--innodb-file-per-table=0",
                 f"--init-file={self.folder / 'init.sql'}",
-                f"--pid-file={self.folder / 'pid'}",
+                f"--pid-file={self.folder / 'pid'}", *self.options,
             ]  # fmt: skip
         settings = {
             "listen_addresses": "127.0.0.1", "port": self.port, "unix_socket_directories": "", "fsync": "off",
             "full_page_writes": "off", "shared_buffers": "64MB", "max_connections": 100,
             "autovacuum": "off", "jit": "off",
         }  # fmt: skip
-        return ["-D", str(data), *(word for name, value in settings.items() for word in ("-c", f"{name}={value}"))]
+        return [
+            "-D",
+            str(data),
+            *(word for name, value in settings.items() for word in ("-c", f"{name}={value}")),
+            *self.options,
+        ]
 
     def _launch(self, command: list[str | Path], with_us: int) -> subprocess.Popen[bytes]:
         account = self.account
@@ -154,9 +159,9 @@ class Server:
             raise RuntimeError(f"{command[0]} failed:\n{self.log()}")
 
 
-def starter(kind: Kind, program: Callable[[str], Path]) -> Server:
+def starter(kind: Kind, program: Callable[[str], Path], *options: str) -> Server:
     """A running server; skips the test where its program is not installed."""
-    return Server(kind, program(PROGRAMS[kind]))
+    return Server(kind, program(PROGRAMS[kind]), options)
 
 
 def _account(kind: Kind) -> pwd.struct_passwd:

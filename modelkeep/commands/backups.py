@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from modelkeep import output
-from modelkeep.commands.common import Json, Reason, opened
+from modelkeep.commands.common import Json, Local, Reason, moment, opened
 from modelkeep.commands.prune import prune
+from modelkeep.commands.ship_logs import ship_logs
 from registry import clock
 from registry.errors import ModelkeepError, RefusedError, StorageError, UnavailableError, UsageError
 from registry.settings import Settings, load_settings
@@ -36,6 +38,7 @@ KeyPath = Annotated[Path, typer.Argument(metavar="PATH", help="The file to write
 
 backups_app = typer.Typer(help="Backups: what there is, and whether it restores.", invoke_without_command=True)
 backups_app.command()(prune)
+backups_app.command("ship-logs")(ship_logs)
 
 
 def backup(
@@ -375,6 +378,35 @@ def _held(found: dict[str, Any], as_json: bool) -> None:
     output.say(f"backup {found['backup_id']} ({found['state']}) is {', '.join(words)}")
     if found["note"]:
         output.problem(found["note"])
+
+
+@backups_app.command("undelete")
+def backups_undelete(
+    before: Annotated[str, typer.Option("--before", help="A moment before it was done: 2026-03-10T03:12Z, '3h ago'.")],
+    local: Local = False,
+    as_json: Json = False,
+) -> None:
+    """Put back what was deleted or overwritten in a bucket that keeps versions; nothing is taken away."""
+    from registry import actor
+    from tasks.backup import undelete
+    from tasks.backup.places import open_places
+
+    asked = moment(before, local=local)
+    assert asked is not None
+    with acting() as settings:
+        actor.current()
+        found = undelete.put_back(open_places(settings), asked)
+    if as_json:
+        output.document([dataclasses.asdict(one) for one in found])
+    for one in found:
+        if not as_json:
+            output.say(
+                f"{one.place}: {one.looked_at} names looked at, {len(one.deleted)} deleted ones and {len(one.overwritten)} overwritten "
+                "ones are back as they were"
+            )
+        for name, why in one.lost.items():
+            output.problem(f"{name} is not back: {why}")
+    raise typer.Exit(3 if any(one.lost for one in found) else 0)
 
 
 @backups_app.command("new-key")

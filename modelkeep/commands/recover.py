@@ -10,7 +10,6 @@ from modelkeep import output
 from modelkeep.commands.common import Json, Local, moment
 from registry.errors import UsageError
 from registry.redaction import redact
-from registry.settings import load_settings
 
 if TYPE_CHECKING:
     from tasks.backup.recover import Outcome, Plan
@@ -25,7 +24,7 @@ def recover(
     ] = None,
     at: Annotated[
         str | None,
-        typer.Option("--at", help="The newest verified backup before this time ('2d ago', 2026-03-10T03:12Z)."),
+        typer.Option("--at", help="The newest verified backup before this time ('2d ago', 2026-03-10T03:12Z), then the shipped logs up to it."),
     ] = None,
     components: Annotated[
         list[str] | None,
@@ -52,7 +51,7 @@ def recover(
     from tasks.backup import recovery
 
     request = recovery.Request(source, moment(at, local=local), tuple(components or ()), into, force)
-    prepared = recovery.prepare(load_settings(), request)
+    prepared = recovery.prepare(recovery.settings_here(), request)
     if dry_run:
         if as_json:
             output.document({"dry_run": True, **prepared.plan.as_dict()})

@@ -16,7 +16,16 @@ MAGIC = b"\xfebin"
 HEADER_BYTES = 19
 _KEPT_BYTES = 1 << 16
 """Of an event's body: those that we read are short, but for the list of GTIDs."""
-_ROTATE, _STOP, _FORMAT, _HEARTBEAT, _CHECKPOINT, _GTID, _GTID_LIST, _START_ENCRYPTION = 4, 3, 15, 27, 161, 162, 163, 164
+_ROTATE, _STOP, _FORMAT, _HEARTBEAT, _CHECKPOINT, _GTID, _GTID_LIST, _START_ENCRYPTION = (
+    4,
+    3,
+    15,
+    27,
+    161,
+    162,
+    163,
+    164,
+)
 _CONTROL = frozenset({_ROTATE, _STOP, _FORMAT, _HEARTBEAT, _CHECKPOINT, _GTID_LIST, _START_ENCRYPTION})
 _CRC_BYTES = 4
 _IN_USE = 0x1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ from registry import clock
 from registry.errors import StorageError
 
 FOLDER = "recoveries"
+OURS = dt.timedelta(hours=24)
+"""What a killed recovery left counts as its own for so long after it was last at work; later somebody else may have written there."""
 
 
 class Journal:
@@ -26,9 +29,13 @@ class Journal:
     def resumed(self) -> bool:
         return bool(self.document["steps"])
 
-    def begun(self, component: str) -> bool:
-        """What stands at its target may be what we wrote before we were killed."""
-        return component in self.document["steps"]
+    def ours(self, component: str, standing: str | None) -> bool:
+        """Whether what stands at its target, in words, is what we left there: just that after a failure; after a kill, which left
+        no words, whatever stands there within a day."""
+        step = self.document["steps"].get(component)
+        if step is None or ("left" in step and step["left"] != standing):
+            return False
+        return abs(clock.now() - dt.datetime.fromisoformat(step["touched_at"])) < OURS
 
     def done(self, component: str) -> dict[str, Any] | None:
         """What was found when it was done; None where it is not."""
@@ -37,15 +44,33 @@ class Journal:
 
     def begin(self, component: str) -> None:
         """Raises StorageError: nothing is restored that is not on record as begun."""
-        self.document["steps"].setdefault(component, {"begun_at": _now(), "done_at": None, "facts": {}})
+        self.document["steps"][component] = {"begun_at": _now(), "touched_at": _now(), "done_at": None, "facts": {}}
+        self._write()
+
+    def touch(self, component: str) -> None:
+        """It is at work on it."""
+        self.document["steps"][component]["touched_at"] = _now()
+        self._write()
+
+    def fail(self, component: str, left: str | None) -> None:
+        """It failed, and this stands there now; None: nothing of ours, so that the next one finds it as if it had not begun."""
+        if left is None:
+            del self.document["steps"][component]
+        else:
+            self.document["steps"][component]["left"] = left
         self._write()
 
     def finish(self, component: str, facts: dict[str, Any]) -> None:
         self.document["steps"][component].update(done_at=_now(), facts=facts)
         self._write()
 
-    def note(self, **facts: Any) -> None:
-        self.document.update(facts)
+    @property
+    def safety_copies(self) -> list[str]:
+        """Backups of what runs of this recovery have replaced, oldest first."""
+        return list(self.document.get("safety_copies", ()))
+
+    def saved(self, backup_id: str) -> None:
+        self.document["safety_copies"] = [*self.safety_copies, backup_id]
         self._write()
 
     def end(self, state: str) -> None:

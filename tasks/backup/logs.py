@@ -81,7 +81,12 @@ class Head:
 
     def as_dict(self) -> dict[str, Any]:
         value = {name: getattr(self, name) for name in self.__slots__}
-        return {"format": documents.LOG_HEAD, "format_version": documents.VERSION, "name": head_name(self.database), **value}
+        return {
+            "format": documents.LOG_HEAD,
+            "format_version": documents.VERSION,
+            "name": head_name(self.database),
+            **value,
+        }
 
 
 def folder(database: str) -> str:
@@ -100,7 +105,9 @@ def number(log: str) -> int:
     """12 of "binlog.000012". Raises ArtifactError."""
     found = _LOG.fullmatch(log)
     if found is None or not is_name(log):
-        raise ArtifactError(f"{log!r} is no name of a log: they end with a number, and have only letters, digits and ._:+=@- else")
+        raise ArtifactError(
+            f"{log!r} is no name of a log: they end with a number, and have only letters, digits and ._:+=@- else"
+        )
     return int(found[2])
 
 
@@ -145,10 +152,7 @@ class Shelf:
     def head(self) -> Head | None:
         """The newest copy. Raises ManifestError, StorageError."""
         try:
-            found = [
-                _head(value)
-                for value in self._documents(head_name(self.database), documents.LOG_HEAD)
-            ]
+            found = [_head(value) for value in self._documents(head_name(self.database), documents.LOG_HEAD)]
         except NotFoundError:
             return None
         return max(found, key=lambda one: one.shipped_at)
@@ -162,7 +166,9 @@ class Shelf:
             size += len(plain)
             yield plain
         if size != one.size_bytes or digest.hexdigest() != one.sha256:
-            raise ArtifactError(f"{one.name} names pieces that are not that log: it has {size} bytes of {one.size_bytes}")
+            raise ArtifactError(
+                f"{one.name} names pieces that are not that log: it has {size} bytes of {one.size_bytes}"
+            )
 
     def _piece(self, one: Shipped, piece: Chunk) -> bytes:
         name, problems, unasked = one.piece_name(piece), [], False
@@ -176,7 +182,9 @@ class Shelf:
                 problems.append(str(error))
         if unasked:
             raise StorageError(f"{name} could not be read: {'; '.join(problems)}")
-        raise ArtifactError(f"the shipped log {one.log} of {self.database} is damaged or incomplete: {'; '.join(problems)}")
+        raise ArtifactError(
+            f"the shipped log {one.log} of {self.database} is damaged or incomplete: {'; '.join(problems)}"
+        )
 
     def _documents(self, name: str, format: str) -> list[dict[str, Any]]:
         """The copies that can be believed, at least one."""
@@ -250,7 +258,9 @@ class Shelf:
                 repository.is_down(one, error)
         for series, log in self.names():
             name = f"{folder(self.database)}{series:06d}/{log}.json"
-            for one in [number for number, names in there.items() if name not in names and number not in repository.down]:
+            for one in [
+                number for number, names in there.items() if name not in names and number not in repository.down
+            ]:
                 found, place = self.read(series, log), repository.all_places()[one]
                 try:
                     for piece in found.pieces:
@@ -272,7 +282,9 @@ class Shelf:
             except NotFoundError:
                 same = False
             if not same:
-                raise StorageError(f"{name} reads back from {place.shown} with other bytes: the log does not count as shipped")
+                raise StorageError(
+                    f"{name} reads back from {place.shown} with other bytes: the log does not count as shipped"
+                )
 
     def _places(self, numbers: Iterable[int]) -> list[Place]:
         places = self.repository.all_places()

@@ -257,7 +257,7 @@ def verify(source: Source, folder: Path) -> Compared:
                     "install one that is not"
                 )
             if not facts.get("accounts"):
-                _make_definers(control, facts)
+                make_definers(control, facts)
         try:
             found = restore(source, Target(url=running.database_url(str(facts["database"]))))
         except ArtifactError as error:
@@ -458,7 +458,7 @@ class _Accounts:
         return True
 
 
-def _make_definers(control: Connection[Any], facts: Mapping[str, Any]) -> None:
+def make_definers(control: Connection[Any], facts: Mapping[str, Any]) -> None:
     """In a private server: those whom views and routines name, if no account of the backup made them. They are nobody."""
     for definer in facts.get("definers", ()):
         user, _, host = str(definer).rpartition("@")

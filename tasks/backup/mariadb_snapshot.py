@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from registry.errors import UnavailableError
-from tasks.backup.mariadb_access import LOCK_SECONDS, MARIADB, Access, Server, hang_up, quoted, rows
+from tasks.backup.mariadb_access import LOCK_SECONDS, MARIADB, Access, Server, hang_up, identity, quoted, rows
 from tasks.backup.mariadb_dump import begun
 from tasks.backup.mariadb_facts import TRANSACTIONAL, checksum, checksummed, counted
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from registry import clock
 from registry.errors import NotFoundError
-from tasks.backup import binlog, logs
+from tasks.backup import binlog
+from tasks.backup.components import Source
 from tasks.backup.logs import Shelf, Shipped
 from tasks.backup.manifest import Component, ManifestError
 from tasks.backup.repository import Repository
+
+KINDS = ("mariadb",)
+"""The kinds of components whose logs this release can apply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,13 @@ class Point:
 
     @property
     def text(self) -> str:
-        names = f"{self.logs[0].log} to {self.logs[-1].log}" if len(self.logs) > 1 else self.logs[0].log if self.logs else "no log"
+        names = (
+            f"{self.logs[0].log} to {self.logs[-1].log}"
+            if len(self.logs) > 1
+            else self.logs[0].log
+            if self.logs
+            else "no log"
+        )
         return f"{names}, up to {self.reaches}"
 
     @property
@@ -91,6 +102,7 @@ def plan(repository: Repository, component: Component, moment: dt.datetime) -> P
     began = str(component.snapshot.get("began_at") or component.ended_at)
     if dt.datetime.fromisoformat(began) > moment:
         raise NotFoundError(f"its dump is of {began}, which is later")
+    short: str | None
     head = shelf.head()
     if head is None:
         raise NotFoundError(f"no logs of {name} were ever shipped ([backup] logs)")
@@ -99,8 +111,11 @@ def plan(repository: Repository, component: Component, moment: dt.datetime) -> P
         if start.get("server") == head.server and start.get("file") == head.position.get("file"):
             short = f"its logs were last shipped before the backup, at {head.covers_until}"
             return Point(component.name, moment, began, start, (), short)
-        raise NotFoundError(f"the log {start.get('file')}, in which the backup stands, was not shipped or is of another server")
-    chain, short = [first], None
+        raise NotFoundError(
+            f"the log {start.get('file')}, in which the backup stands, was not shipped or is of another server"
+        )
+    chain = [first]
+    short = None
     until = _second(moment)
     names = [log for series, log in shelf.names() if series == first.series]
     for log in names[names.index(first.log) + 1 :]:
@@ -146,3 +161,14 @@ def _why(shelf: Shelf, series: int) -> str:
 def until(point: Point) -> int:
     """The first second, since 1970, whose commits do not come back."""
     return _second(point.moment)
+
+
+@contextlib.contextmanager
+def source(
+    repository: Repository, backup: Source, where: Point, folder: Path, *, say: Callable[[str], None] = lambda _: None
+) -> Iterator[tuple[Source, dict[str, Any]]]:
+    """(the component at the moment, what was applied): made in a private server below `folder`, which is gone afterwards."""
+    from tasks.backup import point_mariadb
+
+    with point_mariadb.source(repository, backup, where, folder, say=say) as found:
+        yield found

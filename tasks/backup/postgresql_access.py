@@ -63,6 +63,8 @@ class Access:
             raise self.failed(error, "cannot be reached") from error
         connection.execute(f"SET lock_timeout = '{LOCK_SECONDS}s'")
         connection.execute("SET row_security = off")
+        for name in ("statement_timeout", "idle_in_transaction_session_timeout"):  # a count may take its time
+            connection.execute(f"SET {name} = 0")
         for name, value in _TEXT_OF_ROWS.items():
             connection.execute(f"SET {name} = '{value}'")
         return connection

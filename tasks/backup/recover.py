@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -15,17 +16,21 @@ from registry import clock
 from registry.errors import ConflictError, ModelkeepError, NotFoundError, RefusedError, StorageError, UsageError
 from registry.redaction import redact
 from registry.settings import Settings
-from tasks.backup import kinds, selection, states, targets
+from tasks.backup import kinds, point, selection, states, targets
 from tasks.backup.components import Source, Target
 from tasks.backup.journal import Journal, open_journal
 from tasks.backup.locking import home_lock
 from tasks.backup.manifest import FAILED, Component, Manifest
+from tasks.backup.point import Point
 
 if TYPE_CHECKING:
     from tasks.backup.repository import Repository
 
 ORDER = ("config", "models", "database", "vectors", "queues", "files", "registry")
 """The registry comes last: with its new epoch the servers follow it, and what it names must be there by then."""
+
+TOUCH_SECONDS = 600.0
+"""So often a step that is under way says in the journal that it is."""
 
 Say = Callable[[str], None]
 
@@ -50,6 +55,13 @@ class Step:
     occupied: str | None
     done: bool = False
     """By an earlier run of this recovery, which was cut off."""
+    point: Point | None = None
+    """The shipped logs that follow the backup, up to a moment; None: the backup alone."""
+
+    @property
+    def as_of(self) -> str:
+        """What was written later does not come back."""
+        return self.component.began_at if self.point is None else self.point.reaches
 
     @property
     def component(self) -> Component:
@@ -63,7 +75,8 @@ class Step:
             "to": self.shown,
             "size_bytes": self.component.size_bytes,
             "entries": self.component.entries,
-            "as_of": self.component.began_at,
+            "as_of": self.as_of,
+            "point": None if self.point is None else self.point.as_dict(),
             "occupied": self.occupied,
             "done": self.done,
         }
@@ -125,14 +138,20 @@ class Outcome:
 # Which backup
 
 
-def newest_before(repository: Repository, moment: dt.datetime | None) -> Manifest:
-    """The newest verified backup whose content is from before `moment` (None: of all); where none is verified, the newest
-    complete one. Raises NotFoundError.
+def newest_before(repository: Repository, moment: dt.datetime | None, asked: Sequence[str] = ()) -> Manifest:
+    """The newest verified backup whose content is from before `moment` (None: of all), and that holds what is `asked` for; where
+    none is verified, the newest complete one. Raises NotFoundError.
     """
     best: tuple[bool, int, str] | None = None
     found: Manifest | None = None
+    refused: UsageError | None = None
     for manifest in repository.manifests():
-        if moment is not None and dt.datetime.fromisoformat(manifest.began_at) > moment:
+        try:
+            chosen = selection.choose(manifest, asked)
+        except UsageError as error:  # it was taken of something else
+            refused = error
+            continue
+        if moment is not None and dt.datetime.fromisoformat(_taken(manifest, chosen)) > moment:
             continue
         standing = states.derive(manifest, repository.states(manifest.backup_id))
         if standing.state == FAILED:
@@ -140,10 +159,18 @@ def newest_before(repository: Repository, moment: dt.datetime | None) -> Manifes
         rank = (standing.state == states.VERIFIED, manifest.sequence, manifest.backup_id)
         if best is None or rank > best:
             best, found = rank, manifest
+    if found is None and refused is not None:
+        raise refused
     if found is None:
         when = "" if moment is None else f" that was taken before {clock.text(moment)}"
         raise NotFoundError(f"there is no backup{when} in {', '.join(repository.shown)}: see modelkeep backups list")
     return found
+
+
+def _taken(manifest: Manifest, chosen: Sequence[selection.Chosen]) -> str:
+    """The latest moment that is in it: that of a snapshot, or the end where there is none."""
+    ends = (one.component.snapshot.get("began_at") or one.component.ended_at for one in chosen)
+    return max((str(one) for one in ends), default=manifest.began_at)
 
 
 # The plan
@@ -157,15 +184,24 @@ def make_plan(
     components: Sequence[str] = (),
     into: str | None = None,
     force: bool = False,
+    at: dt.datetime | None = None,
 ) -> Plan:
-    """Look at everything, change nothing. Raises UsageError, SettingsError for what cannot be asked for."""
+    """Look at everything, change nothing. Raises UsageError, SettingsError for what cannot be asked for.
+
+    `at`: databases whose logs were shipped come back as they were at that moment, which is after the backup.
+    """
     chosen = sorted(selection.choose(manifest, components), key=_order)
     if into is not None and "://" in into and len(chosen) > 1:
         raise UsageError(
             f"--into {redact(into)} takes one component, {len(chosen)} are asked for: name it by --components"
         )
     aimed = [_aim(one, settings, manifest, into, force) for one in chosen]
-    journal = open_journal(settings.home, manifest.backup_id, [_key(one, shown) for one, (_, _, shown) in aimed])
+    points, remarks = _points(repository, chosen, settings, at)
+    journal = open_journal(
+        settings.home,
+        manifest.backup_id,
+        [_key(one, shown, points.get(one.component.name)) for one, (_, _, shown) in aimed],
+    )
     steps, problems = [], []
     for one, (target, folder, shown) in aimed:
         done = journal.done(one.component.name) is not None
@@ -175,18 +211,21 @@ def make_plan(
                 standing = _occupied(one, target, folder)
             except ModelkeepError as error:
                 problems.append(f"{one.component.name}: {error}")
-        if standing is not None and not force and not journal.begun(one.component.name):
+        if standing is not None and not force and not journal.ours(one.component.name, standing):
             problems.append(
                 f"{one.component.name}: {shown} is not empty ({standing}): --into another place to look at it beside what is "
                 "there, or --force, which backs up and verifies what is there first"
             )
-        steps.append(Step(one, target, folder, shown, standing, done))
+        steps.append(Step(one, target, folder, shown, standing, done, points.get(one.component.name)))
     problems += _space([step for step in steps if not step.done])
     problems += _absent(repository, manifest, [step.component.name for step in steps if not step.done])
     standing_of_backup = states.derive(manifest, repository.states(manifest.backup_id))
     warnings = list(_warnings(manifest, standing_of_backup, [step.component for step in steps]))
+    warnings += remarks
     if journal.resumed:
         warnings.append(f"a recovery of {journal.document['began_at']} was cut off: it goes on where it was")
+        if journal.safety_copies:
+            warnings.append(f"what it found there before is in backup {', '.join(journal.safety_copies)}")
     return Plan(
         manifest=manifest,
         standing=standing_of_backup,
@@ -194,7 +233,7 @@ def make_plan(
         missing=tuple(one.name for one in manifest.components if one.state == FAILED),
         problems=tuple(problems),
         warnings=tuple(warnings),
-        lost_since=min((step.component.began_at for step in steps), default=manifest.began_at),
+        lost_since=min((step.as_of for step in steps), default=manifest.began_at),
     )
 
 
@@ -216,8 +255,31 @@ def _aim(
     return one, (None, folder, str(folder))
 
 
-def _key(one: selection.Chosen, shown: str) -> tuple[str, str]:
-    return one.text, shown
+def _key(one: selection.Chosen, shown: str, where: Point | None) -> tuple[str, str]:
+    return one.text + ("" if where is None else f" at {clock.text(where.moment)}"), shown
+
+
+def _points(
+    repository: Repository, chosen: Sequence[selection.Chosen], settings: Settings, at: dt.datetime | None
+) -> tuple[dict[str, Point], list[str]]:
+    """By component, the logs that lead from the backup to the moment; and what there is to say of those that do not get there."""
+    points: dict[str, Point] = {}
+    remarks = []
+    for one in chosen:
+        name = one.component.name
+        if at is None or one.component.kind not in point.KINDS:
+            continue
+        try:
+            found = point.plan(repository, one.component, at)
+        except NotFoundError as error:
+            if name.partition(":")[2] in settings.backup.logs:
+                remarks.append(f"{name}: only the backup of {one.component.began_at} comes back: {error}")
+            continue
+        points[name] = found
+        remarks.append(f"{name}: then the logs are applied: {found.text}")
+        if found.short is not None:
+            remarks.append(f"{name}: what was written after {found.reaches} is lost: {found.short}")
+    return points, remarks
 
 
 def _shown(target: Target) -> str:
@@ -317,19 +379,18 @@ def carry_out(
     """
     if plan.problems:
         raise RefusedError("nothing was restored: " + "; ".join(plan.problems))
-    named = [_key(step.chosen, step.shown) for step in plan.steps]
+    named = [_key(step.chosen, step.shown, step.point) for step in plan.steps]
     journal = open_journal(settings.home, plan.manifest.backup_id, named)
-    copy = journal.document.get("safety_copy")
     due = [step.component.name for step in plan.steps if _endangers(step, journal)]
-    if due and copy is None:
+    if due:  # also where an earlier run has made one: it held other components, or the same as they were then
         say(f"what is there is backed up first: {', '.join(due)}")
-        copy = safety_copy(due)
-        journal.note(safety_copy=copy)
+        journal.saved(safety_copy(due))
     with home_lock(settings.home, f"recovery of {plan.manifest.backup_id}"):
         journal = open_journal(settings.home, plan.manifest.backup_id, named)
+        copy = journal.safety_copies[-1] if journal.safety_copies else None
         outcome = Outcome("recovered", plan, safety_copy=copy)
         for step in plan.steps:
-            _carry_out_one(step, outcome, repository, plan.manifest, journal, say, on_progress, monotonic)
+            _carry_out_one(step, outcome, repository, settings, plan.manifest, journal, say, on_progress, monotonic)
         state = "partial" if outcome.failed or (plan.missing and _is_whole(plan)) else "recovered"
         if not outcome.failed:
             journal.end(state)
@@ -338,7 +399,7 @@ def carry_out(
 
 def _endangers(step: Step, journal: Journal) -> bool:
     """Something stands there that is not what an earlier run of this recovery wrote."""
-    return step.occupied is not None and not step.done and not journal.begun(step.component.name)
+    return step.occupied is not None and not step.done and not journal.ours(step.component.name, step.occupied)
 
 
 def _is_whole(plan: Plan) -> bool:
@@ -349,6 +410,7 @@ def _carry_out_one(
     step: Step,
     outcome: Outcome,
     repository: Repository,
+    settings: Settings,
     manifest: Manifest,
     journal: Journal,
     say: Say,
@@ -364,29 +426,61 @@ def _carry_out_one(
         outcome.failed[name] = f"not begun, since {', '.join(outcome.failed)} could not be brought back"
         say(f"{name}: {outcome.failed[name]}")
         return
-    mine = journal.begun(name)
+    mine = journal.ours(name, step.occupied)
+    if step.occupied is None and not mine and (come := _standing(step)) is not None:
+        outcome.failed[name] = f"{step.shown} was empty when the plan was made, and is not now ({come}): plan it anew"
+        say(f"{name}: {outcome.failed[name]}")
+        return
     say(f"{name}: {step.component.size_bytes:,} bytes to {step.shown}" + (", once more" if mine else ""))
     journal.begin(name)
-    began = monotonic()
-    source = repository.source(manifest, name)
+    began = touched = monotonic()
+
+    def progressed(component: str, done: int, total: int | None) -> None:
+        nonlocal touched
+        on_progress(component, done, total)
+        if monotonic() - touched > TOUCH_SECONDS:
+            journal.touch(name)
+            touched = monotonic()
+
     try:
-        if step.target is None:
-            assert step.folder is not None
-            facts = write_files(source, step.folder)
-        else:
-            target = Target(
-                step.target.url, step.target.path, step.target.only, step.target.force or mine, step.target.options,
-                lambda done, total: on_progress(name, done, total),
-            )  # fmt: skip
-            facts = kinds.kind(step.component.kind).restore(source, target)
+        with contextlib.ExitStack() as stack:
+            source: Source = repository.source(manifest, name)
+            replayed: dict[str, Any] = {}
+            if step.point is not None:
+                folder = settings.home / "backup-work"
+                source, replayed = stack.enter_context(point.source(repository, source, step.point, folder, say=say))
+            facts = _brought_back(step, source, mine, progressed) | ({"point": replayed} if replayed else {})
     except ModelkeepError as error:
         outcome.failed[name] = redact(str(error))
         say(f"{name}: {outcome.failed[name]}")
+        with contextlib.suppress(ModelkeepError):  # where it does not answer, it is as after a kill
+            journal.fail(name, _occupied(step.chosen, step.target, step.folder))
         return
     outcome.restored[name] = facts
     outcome.seconds[name] = round(monotonic() - began, 3)
     journal.finish(name, facts)
     say(f"{name}: restored and compared in {outcome.seconds[name]:.1f} s")
+
+
+def _standing(step: Step) -> str | None:
+    """What stands there now. None also where that cannot be seen: the restore itself then tells why."""
+    try:
+        return _occupied(step.chosen, step.target, step.folder)
+    except ModelkeepError:
+        return None
+
+
+def _brought_back(
+    step: Step, source: Source, mine: bool, on_progress: Callable[[str, int, int | None], None]
+) -> dict[str, Any]:
+    if step.target is None:
+        assert step.folder is not None
+        return write_files(source, step.folder)
+    target = Target(
+        step.target.url, step.target.path, step.target.only, step.target.force or mine, step.target.options,
+        lambda done, total: on_progress(step.component.name, done, total),
+    )  # fmt: skip
+    return kinds.kind(step.component.kind).restore(source, target)
 
 
 def write_files(source: Source, folder: Path) -> dict[str, Any]:

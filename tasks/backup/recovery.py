@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from registry.errors import NotFoundError, RefusedError, UsageError
-from registry.layers import FILE_NAME
-from registry.settings import Settings, build_settings
+from registry.errors import NotFoundError, RefusedError, SettingsError, UsageError
+from registry.layers import FILE_NAME, of_an_entry
+from registry.settings import Settings, build_settings, find_config, load_settings
 from tasks.backup import recover, run, states, verify
 from tasks.backup.manifest import SUFFIX, Manifest
 from tasks.backup.recover import Outcome, Plan
@@ -22,7 +22,7 @@ from tasks.backup.repository import Repository, open_repository
 @dataclass(frozen=True, slots=True)
 class Request:
     """`source`: a manifest (path, URL or id) or a whole location, whose newest backup is meant; None: the locations of the
-    settings. `at`: the newest verified backup before that moment. `into`: a folder or URL beside what is live.
+    settings. `at`: the newest verified backup before that moment, and the shipped logs up to it. `into`: a folder or URL beside what is live.
     """
 
     source: str | None = None
@@ -41,6 +41,19 @@ class Prepared:
     plan: Plan
 
 
+def settings_here(environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings of this machine. On one that has no modelkeep.toml, variables about its entries (a database's password, say) wait
+    until that of the backup is known, which has the rest of them. Raises SettingsError.
+    """
+    environ = os.environ if environ is None else environ
+    try:
+        return load_settings(environ=environ)
+    except SettingsError:
+        if find_config(environ, Path.cwd()) is not None:
+            raise
+        return load_settings(environ={one: environ[one] for one in environ if not of_an_entry(Settings, one)})
+
+
 def prepare(settings: Settings, request: Request, *, environ: Mapping[str, str] | None = None) -> Prepared:
     """Find the backup and plan its way back. Changes nothing.
 
@@ -54,8 +67,9 @@ def prepare(settings: Settings, request: Request, *, environ: Mapping[str, str] 
     if settings.config_file is None:
         settings = _settings_of(repository, manifest, settings, os.environ if environ is None else environ)
     plan = recover.make_plan(
-        repository, manifest, settings, components=request.components, into=request.into, force=request.force
-    )
+        repository, manifest, settings, components=request.components, into=request.into, force=request.force,
+        at=request.at,
+    )  # fmt: skip
     return Prepared(repository, settings, plan)
 
 
@@ -106,7 +120,7 @@ def _backup(settings: Settings, request: Request) -> tuple[Repository, Manifest]
     source = request.source
     if source is None:
         repository = open_repository(settings)
-        return repository, recover.newest_before(repository, request.at)
+        return repository, recover.newest_before(repository, request.at, request.components)
     if source.endswith(SUFFIX):
         location, _, name = source.rpartition("/")
         repository = open_repository(settings, location=location or str(Path.cwd()))
@@ -115,7 +129,7 @@ def _backup(settings: Settings, request: Request) -> tuple[Repository, Manifest]
         if "://" not in source and not Path(source).is_dir():
             raise NotFoundError(f"--from {source}: there is no such folder, and it is no manifest (*{SUFFIX})")
         repository = open_repository(settings, location=source.rstrip("/"))
-        return repository, recover.newest_before(repository, None)
+        return repository, recover.newest_before(repository, None, request.components)
     repository = open_repository(settings)
     return repository, repository.manifest(source)
 

@@ -24,6 +24,7 @@ from tasks.backup import documents, manifest, upkeep
 from tasks.backup.findings import Intent as Intent
 from tasks.backup.findings import Kept as Kept
 from tasks.backup.findings import Scan as Scan
+from tasks.backup.keyring import PREFIX as KEYS
 from tasks.backup.keyring import FileKey, Keyring, open_keyring, read_key
 from tasks.backup.manifest import SUFFIX, Chunk, Manifest, ManifestError
 from tasks.backup.places import DirectoryPlace, Place, open_place, open_places
@@ -173,8 +174,7 @@ class Repository:
             try:
                 self.all_places()[number].flush()
             except StorageError as error:
-                # What this place has of the backup is not certain, and no other has it all.
-                raise StorageError(f"{error}; the backup that was being written is void") from error
+                self.is_down(number, error)  # what this place has is not certain; the others have it too
 
     # writing ----------------------------------------------------------------------------------------------------------
 
@@ -189,6 +189,9 @@ class Repository:
         self.flush()
         text = self.signed(record).text()
         name = manifest_name(record.backup_id)
+        if keep_until is not None and self.keyring is not None:
+            # Without the wrapped data key all that is locked would be worth nothing.
+            self.keep_at(f"{KEYS}{self.keyring.key_id}.json", keep_until)
         where = self.put_at(self.up(), name, text, only_new=True, keep_until=keep_until)
         for number in where:
             place = self.all_places()[number]

@@ -135,10 +135,12 @@ def _unverified(one: Kept, ordered: Sequence[Kept], policy: Policy, now: dt.date
         if not after:
             rules.append(f"{named}: not verified, and no newer backup of it is")
             continue
-        since = (now - min(after, key=_order).at).total_seconds() / 86400
+        # The one that has been there longest, by the clock: else a prune could take away what another's going rests on.
+        longest = min(after, key=lambda other: other.at)
+        since = (now - longest.at).total_seconds() / 86400
         if since < policy.unverified_days:
             rules.append(
-                f"{named}: not verified; a newer one that is ({min(after, key=_order).backup_id}) is {max(0.0, since):.1f} days old, "
+                f"{named}: not verified; a newer one that is ({longest.backup_id}) is {max(0.0, since):.1f} days old, "
                 f"less than {policy.unverified_days:g}"
             )
     return rules

@@ -16,6 +16,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -56,6 +57,17 @@ _REMEDIES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class ObjectVersion:
+    """One version of an object in a bucket that keeps them; `deleted`: the mark of a deletion, without content."""
+
+    name: str
+    id: str
+    modified: dt.datetime
+    latest: bool
+    deleted: bool
+
+
 class S3Place:
     """s3://bucket/prefix. `sleep` and the limits are for tests."""
 
@@ -93,7 +105,12 @@ class S3Place:
         checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
         options: dict[str, Any] = {"ChecksumSHA256": checksum}
         if keep_until is not None and self.can_lock():
-            options |= {"ObjectLockMode": self.lock_mode, "ObjectLockRetainUntilDate": keep_until}
+            # A store refuses a locked object whose checksum it is not told the kind of.
+            options |= {
+                "ObjectLockMode": self.lock_mode,
+                "ObjectLockRetainUntilDate": keep_until,
+                "ChecksumAlgorithm": "SHA256",
+            }
 
         ours = False  # once the store has taken it, it is ours: what is there otherwise is a damaged copy of the same
 
@@ -230,6 +247,34 @@ class S3Place:
             lambda: self._call("put_object_retention", Key=self._key(name), Retention=wanted),
         )
         return True
+
+    def versions(self) -> Iterator[ObjectVersion]:
+        """Every version of everything, and every mark of a deletion, name by name. Raises StorageError, also where the store keeps none."""
+        after: dict[str, str] = {}
+        while True:
+            page = self._retry(
+                f"the versions in {self.shown} could not be listed",
+                lambda after=after: self._call("list_object_versions", Prefix=self.prefix, **after),  # type: ignore[misc]
+            )
+            for deleted, kind in ((False, "Versions"), (True, "DeleteMarkers")):
+                for one in page.get(kind, ()):
+                    name = one["Key"].removeprefix(self.prefix)
+                    if is_name(name):
+                        yield ObjectVersion(name, one["VersionId"], one["LastModified"], bool(one["IsLatest"]), deleted)
+            if not page.get("IsTruncated"):
+                return
+            after = {"KeyMarker": page["NextKeyMarker"], "VersionIdMarker": page["NextVersionIdMarker"]}
+
+    def put_back(self, name: str, version: str) -> None:
+        """Make an older version the present one, by a copy in the store: no version is taken away. Raises StorageError."""
+        source = {"Bucket": self.bucket, "Key": self._key(name), "VersionId": version}
+        try:
+            self._retry(
+                f"{name} could not be put back in {self.shown}",
+                lambda: self._call("copy_object", Key=self._key(name), CopySource=source),
+            )
+        except _Missing as error:
+            raise StorageError(f"version {version} of {name} is not in {self.shown} any more") from error
 
     def _check_upload(self, name: str, data: bytes, checksum: str) -> None:
         """An answer of 200 is not yet an object. What decides (manifests, keys, notes) is always read back; an object where

@@ -55,8 +55,12 @@ def ship(settings: Settings, *, tell: Callable[[str], None] = lambda _: None) ->
     """
     urls = {one.name: one for one in settings.databases}
     if missing := sorted(set(settings.backup.logs) - set(urls)):
-        raise SettingsError(f"[backup] logs = {missing}: there is no [[databases]] of that name; there are {', '.join(urls) or 'none'}")
+        raise SettingsError(
+            f"[backup] logs = {missing}: there is no [[databases]] of that name; there are {', '.join(urls) or 'none'}"
+        )
     hide, found = hider(settings), []
+    if not settings.backup.logs:
+        return []
     with _alone(settings.home) as scratch:
         repository = open_repository(settings, create=True)
         for name in settings.backup.logs:
@@ -95,7 +99,9 @@ def _ship_one(repository: Repository, name: str, url: str, scratch: Path) -> Shi
     warnings = list(found.warnings)
     if copied:
         warnings.append(f"{copied} logs are now in places that lacked them")
-    warnings += [f"{repository.all_places()[number].shown} did not take them: {why}" for number, why in repository.down.items()]
+    warnings += [
+        f"{repository.all_places()[number].shown} did not take them: {why}" for number, why in repository.down.items()
+    ]
     return Shipment(
         name,
         tuple(one.log for one in found.shipped),
@@ -157,7 +163,9 @@ def _alone(home: Path) -> Iterator[Path]:
         home.mkdir(parents=True, exist_ok=True)
         file = (home / LOCK).open("a")
     except OSError as error:
-        raise StorageError(f"{home / LOCK} cannot be opened: {error.strerror or error}; make {home} writable") from error
+        raise StorageError(
+            f"{home / LOCK} cannot be opened: {error.strerror or error}; make {home} writable"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

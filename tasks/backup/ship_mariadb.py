@@ -83,7 +83,11 @@ def ship(where: Access, shelf: Shelf, scratch: Path, starts: Sequence[dict[str, 
                 lost_from, previous, series = previous.covers_until, None, series + 1
             begins = None
             if previous is None or (previous.log == name and previous.begins is not None):
-                begins = previous.begins if previous else {"why": why or "the first that was shipped", "lost_from": lost_from}
+                begins = (
+                    previous.begins
+                    if previous
+                    else {"why": why or "the first that was shipped", "lost_from": lost_from}
+                )
             one = Shipped(
                 database=shelf.database, kind=KIND, server=now.server, series=series, log=name, closed=name != now.active,
                 size_bytes=found.size_bytes, sha256=found.sha256, begins_with=binlog.state_text(found.begins_with),
@@ -109,7 +113,9 @@ def ship(where: Access, shelf: Shelf, scratch: Path, starts: Sequence[dict[str, 
 def _check(connection: Connection[Any], where: Access) -> Iterator[str]:
     host = server(connection)
     if host.flavour != MARIADB:
-        raise RefusedError(f"{where.shown} is a {host.flavour}: this release ships the logs of MariaDB; take {where.database} out of logs")
+        raise RefusedError(
+            f"{where.shown} is a {host.flavour}: this release ships the logs of MariaDB; take {where.database} out of logs"
+        )
     known = {str(name): str(value) for name, value in rows(connection, "SHOW GLOBAL VARIABLES LIKE '%bin%log%'")}
     known |= {str(name): str(value) for name, value in rows(connection, "SHOW GLOBAL VARIABLES LIKE 'log\\_bin'")}
     if known.get("log_bin") != "ON":
@@ -128,7 +134,9 @@ def _standing(connection: Connection[Any], where: Access, last: Shipped | None) 
     [(moment, gtid)] = rows(connection, "SELECT UTC_TIMESTAMP(6), @@gtid_binlog_pos")
     covers = clock.text(moment.replace(tzinfo=clock.now().tzinfo))
     who = identity(connection)
-    idle = last is not None and last.closed and last.server == who and binlog.state(last.ends_with) == binlog.state(gtid)
+    idle = (
+        last is not None and last.closed and last.server == who and binlog.state(last.ends_with) == binlog.state(gtid)
+    )
     whole = True
     if not idle:
         try:

@@ -58,23 +58,7 @@ name = "uploads"
 path = "{folder}/app/uploads"
 """
 
-# A process of its own that writes to a store in a folder: it says so when it has written so many records, and goes on.
-CHROMA = """
-import sys, chromadb
-from chromadb.config import Settings
-path, more = sys.argv[1], len(sys.argv) > 2
-client = chromadb.PersistentClient(path=path, settings=Settings(anonymized_telemetry=False))
-one = client.get_or_create_collection("prices", metadata={"team": "a"}, embedding_function=None)
-first = one.count()
-for number in range(first, first + 300):
-    one.add(ids=[f"p{number}"], embeddings=[[number % 17, number % 5, 1.0]], documents=[f"text {number}"], metadatas=[{"n": number}])
-print("filled", flush=True)
-while more:
-    number += 1
-    one.add(ids=[f"p{number}"], embeddings=[[number % 17, number % 5, 1.0]], documents=["late"], metadatas=[{"n": number}])
-    print(number, flush=True)
-"""
-DOCUMENTS = """
+OPEN = """
 import json, sys, chromadb
 from chromadb.config import Settings
 where, off = sys.argv[1], Settings(anonymized_telemetry=False)
@@ -83,6 +67,24 @@ if "://" in where:
     client = chromadb.HttpClient(host=host, port=int(port), settings=off)
 else:
     client = chromadb.PersistentClient(path=where, settings=off)
+"""
+# A process of its own, which says so when it has written its records; with one more argument it goes on writing.
+CHROMA = """
+one = client.get_or_create_collection("prices", metadata={"team": "a"}, embedding_function=None)
+first = one.count()
+numbers = range(first, first + 300)
+one.add(
+    ids=[f"p{number}" for number in numbers], embeddings=[[number % 17, number % 5, 1.0] for number in numbers],
+    documents=[f"text {number}" for number in numbers], metadatas=[{"n": number} for number in numbers],
+)
+print("filled", flush=True)
+number = numbers[-1]
+while len(sys.argv) > 2:
+    number += 1
+    one.add(ids=[f"p{number}"], embeddings=[[number % 17, number % 5, 1.0]], documents=["late"], metadatas=[{"n": number}])
+    print(number, flush=True)
+"""
+DOCUMENTS = """
 found = client.get_collection("prices", embedding_function=None).get(include=["documents", "metadatas", "embeddings"])
 json.dump({one: [text, meta, [round(float(value), 4) for value in vector]] for one, text, meta, vector in zip(
     found["ids"], found["documents"], found["metadatas"], found["embeddings"])}, sys.stdout)
@@ -193,7 +195,7 @@ class Installation:
     def fill_vectors(self, *, more: bool) -> subprocess.Popen[str]:
         """Write records; with `more` go on writing until it is ended."""
         process = subprocess.Popen(
-            [sys.executable, "-c", CHROMA, self.vectors, *(["more"] if more else [])], stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", OPEN + CHROMA, self.vectors, *(["more"] if more else [])], stdout=subprocess.PIPE, text=True,
             env={"PATH": os.environ["PATH"], "HOME": str(self.folder)},
         )  # fmt: skip
         assert process.stdout is not None
@@ -248,7 +250,7 @@ class Installation:
 
             return run
 
-        vectors = self.fill_vectors(more=True) if "://" not in self.vectors else None
+        vectors = self.fill_vectors(more=True)
         with contextlib.ExitStack() as stack:
             writes = {
                 "mariadb": stack.enter_context(self._in_step(self._mariadb("shop"))),
@@ -268,9 +270,8 @@ class Installation:
                 stop.set()
                 for one in threads:
                     one.join(60)
-                if vectors is not None:
-                    vectors.kill()
-                    assert _ended(vectors), "the vectors were not written to"
+                vectors.kill()
+                assert _ended(vectors), "the vectors were not written to"
             assert not failures, failures
 
     def _push(self, number: int) -> None:
@@ -335,6 +336,7 @@ class Installation:
             [*before, sys.executable, "-P", "-m", "modelkeep", *arguments, "--json"], cwd=self.folder,
             env={**self.bare, **environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
+        print(f"$ modelkeep {' '.join(arguments)}\n{done.stderr}")  # shown where the test fails
         assert done.returncode == code, (
             f"{arguments} ended with {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
         )
@@ -423,7 +425,7 @@ class Installation:
     def documents(self) -> dict[str, Any]:
         """Every record of the vector store, as a process of its own reads it."""
         done = subprocess.run(
-            [sys.executable, "-c", DOCUMENTS, self.vectors], capture_output=True, text=True, check=True, timeout=120,
+            [sys.executable, "-c", OPEN + DOCUMENTS, self.vectors], capture_output=True, text=True, check=True, timeout=120,
             env={"PATH": os.environ["PATH"], "HOME": str(self.folder)},
         )  # fmt: skip
         return dict(json.loads(done.stdout))
@@ -431,7 +433,7 @@ class Installation:
     def uploads(self) -> dict[str, Any]:
         top = self.app / "uploads"
         return {
-            str(path.relative_to(top)): os.readlink(path)
+            str(path.relative_to(top)): str(path.readlink())
             if path.is_symlink()
             else path.read_bytes()
             if path.is_file()
@@ -459,10 +461,11 @@ def counted(rows: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, dict[str, 
 
 
 def of_manifest(manifest: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """The rows by component and table that a manifest tells of."""
+    """The rows by component and table that a manifest tells of; that of SQLite has nothing more to tell of a table."""
     return {
         one["name"]: {
-            table.rpartition(".")[2].strip('"'): facts["rows"] for table, facts in one["facts"]["tables"].items()
+            table.rpartition(".")[2].strip('"'): told if isinstance(told, int) else told["rows"]
+            for table, told in one["facts"]["tables"].items()
         }
         for one in manifest["components"]
         if one["name"].startswith("database:")

@@ -116,6 +116,14 @@ def test_without_the_right_to_lock_the_rows_are_counted_in_the_dumps_own_text(ma
     assert b"marked-secret" not in memory.everything()
 
 
+def test_limits_of_the_server_on_statements_are_not_those_of_a_backup(mariadb: Server, fresh: str) -> None:
+    execute(fresh, "CREATE TABLE a (id INT)", "SET GLOBAL max_statement_time = 0.5")
+    try:
+        assert execute(fresh, "SELECT @@max_statement_time, sleep(0.7)") == [(0.0, 0)]
+    finally:
+        execute(fresh, "SET GLOBAL max_statement_time = 0")
+
+
 @pytest.mark.parametrize("missing", ["TRIGGER", "EVENT", "SHOW VIEW"])
 def test_a_user_who_cannot_see_everything_makes_no_backup(mariadb: Server, fresh: str, missing: str) -> None:
     """Its dump ends with exit code 0 and lacks what it cannot see."""

@@ -38,7 +38,13 @@ def stored_file(folder: Path, record: Manifest, repository: Repository, thing: s
     return next((folder / "states" / record.backup_id).iterdir())
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.id, marks=() if number % 3 == 0 else pytest.mark.long)
+        for number, case in enumerate(CASES)
+    ],
+)
 def test_damage_is_told_and_another_place_makes_it_good(case: Case, tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
     places = [DirectoryPlace(folder) for folder in folders]

@@ -340,6 +340,24 @@ def test_a_missing_object_is_named_before_anything_is_restored(place: DirectoryP
     assert not repository.check(record, read=False).good
 
 
+def test_a_disk_that_cannot_be_synced_does_not_count_and_the_other_does(
+    place: DirectoryPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = DirectoryPlace(tmp_path / "second")
+
+    def fail() -> None:
+        raise StorageError("the disk has errors")
+
+    monkeypatch.setattr(second, "flush", fail)
+    repository = Repository([place, second])
+    back_up(repository, FIRST, content())
+    assert repository.down == {1: "the disk has errors"}
+    assert Repository([DirectoryPlace(second.folder)]).manifests() == []
+    assert restored(Repository([place]), FIRST) == content()
+    with pytest.raises(StorageError, match="no place takes the backup: the disk has errors"):
+        back_up(Repository([second]), SECOND, content())
+
+
 def test_without_a_place_there_is_no_repository() -> None:
     with pytest.raises(UsageError, match="no place"):
         Repository([])

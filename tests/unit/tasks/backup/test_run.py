@@ -267,10 +267,10 @@ def test_a_registry_that_vanished_is_not_backed_up_as_an_empty_one(settings: Set
 def test_a_registry_that_takes_no_writes_is_backed_up_without_a_lease(
     settings: Settings, parts: list[Fake], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks.backup import locking
+    from registry import leases
 
     told: list[str] = []
-    monkeypatch.setattr(locking.leases, "acquire", lambda *_a, **_k: _raise(StorageError("the disk is full"))())
+    monkeypatch.setattr(leases, "acquire", lambda *_a, **_k: _raise(StorageError("the disk is full"))())
     assert back_up(settings, Request(), tell=told.append).state == "complete"
     assert "without a lease: the disk is full" in told
 

@@ -1,0 +1,37 @@
+"""ship-logs: what the database servers wrote since the last time goes to where the backups are, every five minutes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from flows.common import logger, settings_alone
+from registry.errors import LockedError
+from tasks.backup import ship
+
+
+@flow(
+    name="ship-logs",
+    description="Ship the logs of the databases that [backup] logs names: with them a moment between two backups comes back.",
+    persist_result=False,
+)
+def ship_logs() -> State[Any]:
+    """Ends Shipped; or Failed with the name Failed, Gap (shipped, and no backup can use them yet) or Locked (another is at it)."""
+    settings = settings_alone()
+    if not settings.backup.logs:
+        return Completed(name="Shipped", message="[backup] logs names no database")
+    try:
+        found = ship.ship(settings, tell=logger().info)
+    except LockedError as error:
+        return Failed(name="Locked", message=str(error))
+    message = "; ".join(map(ship.summary, found))
+    match ship.exit_code(found):
+        case 0:
+            return Completed(name="Shipped", message=message)
+        case 3:
+            return Failed(name="Gap", message=message)
+        case _:
+            return Failed(name="Failed", message=message)
