@@ -106,7 +106,7 @@ class Store:
 
 
 def _there(versions: list[Version] | None) -> bool:
-    return bool(versions) and not versions[-1].deleted
+    return versions is not None and len(versions) > 0 and not versions[-1].deleted
 
 
 def flipped(data: bytes) -> bytes:
@@ -200,13 +200,14 @@ class _Handler(BaseHTTPRequestHandler):
                 "PUT": self._put, "GET": self._get, "HEAD": self._get, "DELETE": self._delete, "LIST": self._list,
                 "LOCK": self._retention,
             }[operation]  # fmt: skip
-            answer = act(objects, key, body, query, kind)
-        return answer
+            act(objects, key, body, query, kind)
+        return None
 
     def _put(self, objects: dict[str, list[Version]], key: str, body: bytes, query: Any, kind: str | None) -> None:
         copied = self.headers.get("x-amz-copy-source")
         if copied is not None:
-            return self._copy(objects, key, copied)
+            self._copy(objects, key, copied)
+            return None
         sent = self.headers.get("x-amz-checksum-sha256")
         if sent is not None and base64.b64decode(sent) != hashlib.sha256(body).digest():
             return self._error(400, "BadDigest")
@@ -325,7 +326,7 @@ class _Handler(BaseHTTPRequestHandler):
                 .isoformat(timespec="milliseconds")
                 .replace("+00:00", "Z")
             )
-            size = "" if one.deleted else f"<Size>{len(one.data)}</Size>"
+            size = "" if one.deleted else f"<Size>{len(one.data)}</Size><ETag>{hashlib.md5(one.data).hexdigest()}</ETag>"
             rows += (
                 f"<{kind}><Key>{escape(name)}</Key><VersionId>{one.id}</VersionId><IsLatest>{str(latest).lower()}</IsLatest>"
                 f"<LastModified>{at}</LastModified>{size}</{kind}>"

@@ -28,6 +28,11 @@ VARIABLE: tuple[tuple[str, str], ...] = (
     (r"^\d+ (?=<time>)", "<event> "),
     (r"127\.0\.0\.1:\d+", "<address>"),
     (r"\bos:[\w.-]+", "<person>"),
+    # backups: their names, what was counted in them, what was put back
+    (r"\b\d{8}T\d{6}Z-[0-9a-f]{6}\b", "<backup>"),
+    (r"\b(tables|rows|events|artifacts|bytes|files|settings|names|file|golden_cases) \d+\b", r"\1 <number>"),
+    (r"\b\d+ (names looked at|deleted ones|overwritten ones)", r"<number> \1"),
+    (r"\b(\d+ h )?\d+ (min|days)\b", "<seconds>"),
     # how long something took or lasts, and sizes
     (r"\b\d+(\.\d+)? (ms|s)\b", "<seconds>"),
     (r"\b\d+(\.\d+)? (B|KB|MB|GB)\b", "<size>"),

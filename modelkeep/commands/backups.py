@@ -432,7 +432,7 @@ def backups_rotate_key(
     """Let another key open the backups, and no longer the one of the settings. No data is written again."""
     from registry import actor
     from tasks.backup import keyring
-    from tasks.backup.places import open_places
+    from tasks.backup.repository import open_repository
 
     with acting() as settings:
         actor.current()
@@ -440,7 +440,7 @@ def backups_rotate_key(
             raise RefusedError("backup_key_file is not set: the backups are not encrypted by a key of these settings")
         before = keyring.read_key(settings.backup_key_file)
         after = keyring.read_key(new.expanduser().absolute())
-        keyring.rotate(open_places(settings), before, after)
+        keyring.rotate(open_repository(settings).all_places(), before, after)
     found = {"from": before.key_id, "to": after.key_id, "at": clock.text(clock.now())}
     if as_json:
         output.document(found)

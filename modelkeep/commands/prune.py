@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,6 +44,18 @@ def prune(
     raise typer.Exit(3 if found.kept_by_place or found.unreadable else 0)
 
 
+def _shortened(rules: Sequence[str]) -> str:
+    """The rules, each once with the components that it is about: of seven components each has the same ones."""
+    about: dict[str, list[str]] = {}
+    for rule in rules:
+        component, mark, text = rule.partition(": ")
+        about.setdefault(text if mark else rule, []).extend([component] if mark else [])
+    every = {name for names in about.values() for name in names}
+    return "; ".join(
+        text if set(names) == every or not names else f"{text} ({', '.join(names)})" for text, names in about.items()
+    )
+
+
 def _show(found: Pruned) -> None:
     output.table(
         ["backup", "state", "", "rule"],
@@ -51,7 +64,7 @@ def _show(found: Pruned) -> None:
                 one.backup_id,
                 found.backups[one.backup_id]["state"],
                 "stays" if one.keep else "goes",
-                "; ".join(one.rules),
+                _shortened(one.rules),
             ]
             for one in found.decisions
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,7 +25,10 @@ def recover(
     ] = None,
     at: Annotated[
         str | None,
-        typer.Option("--at", help="The newest verified backup before this time ('2d ago', 2026-03-10T03:12Z), then the shipped logs up to it."),
+        typer.Option(
+            "--at",
+            help="The newest verified backup before this time ('2d ago', 2026-03-10T03:12Z), then the shipped logs up to it.",
+        ),
     ] = None,
     components: Annotated[
         list[str] | None,
@@ -60,6 +64,12 @@ def recover(
         raise typer.Exit(1 if prepared.plan.problems else 0)
     if not as_json:
         _show_plan(prepared.plan)
+    if prepared.plan.problems:
+        if as_json:
+            output.document({"state": "refused", **prepared.plan.as_dict()})
+        else:
+            output.problem("nothing was restored")
+        raise typer.Exit(1)
     outcome = recovery.carry_out(prepared, request, say=lambda text: output.say(redact(text), to_stderr=True))
     if as_json:
         output.document(outcome.as_dict())
@@ -77,7 +87,7 @@ def _show_plan(plan: Plan) -> None:
         [
             [
                 step.chosen.text, step.shown, output.size(step.component.size_bytes),
-                "done by the run that was cut off" if step.done else step.occupied or "nothing",
+                textwrap.shorten("done by the run that was cut off" if step.done else step.occupied or "nothing", 60, placeholder=" …"),
             ]
             for step in plan.steps
         ],
@@ -92,10 +102,14 @@ def _show_plan(plan: Plan) -> None:
 
 
 def _show_outcome(outcome: Outcome) -> None:
+    from tasks.backup.remains import notes
+
     for name, why in outcome.failed.items():
         output.problem(f"{name}: {why}")
     if outcome.safety_copy is not None:
         output.say(f"what was there before is backup {outcome.safety_copy}")
+    for text in notes(outcome.restored):
+        output.say(f"see to it: {text}")
     done = ", ".join(outcome.restored) or "nothing"
     output.say(f"{outcome.state}: {done}, from backup {outcome.plan.manifest.backup_id}")
     if outcome.failed:

@@ -106,7 +106,9 @@ class Reader:
                 checked = body[-5] == 1
             elif first:
                 raise self._damaged(start, "a log begins with its format")
-            if checked and checksum != due:
+            if (
+                checked or kind == _FORMAT
+            ) and checksum != due:  # the format has its own, whatever it says of the others
                 raise self._damaged(start, "its checksum is wrong")
             if checked and kind != _FORMAT:
                 body = body[:-_CRC_BYTES]

@@ -20,7 +20,8 @@ from registry import clock, ledger
 from registry.errors import ModelkeepError, NotFoundError, StorageError, UsageError
 from registry.redaction import redact
 from registry.settings import Settings
-from tasks.backup import damage, drill_server, kinds, notifying, targets
+from tasks.backup import damage, drill_server, kinds, notifying, sweeping, targets
+from tasks.backup import ledger as backup_ledger
 from tasks.backup.components import Target
 from tasks.backup.damage import Told
 from tasks.backup.manifest import COMPLETE, Component, Manifest
@@ -119,7 +120,7 @@ def run(
         raise UsageError(f"{way!r} is no way of damage: there are {', '.join(damage.WAYS)}")
     now, began = now or clock.now(), time.monotonic()
     repository = open_repository(settings)
-    manifest = _newest(repository)
+    manifest = _newest(repository, backup_ledger.installation(settings.home))
     before = history(settings.home)
     drill_id = f"{now.astimezone(dt.UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
     with _room(settings.home, drill_id, manifest) as folder:
@@ -150,8 +151,9 @@ def held(settings: Settings, *, say: Say = lambda _: None, way: str | None = Non
     """`run`, and somebody is told where it failed or could not even begin. Raises what `run` does."""
     try:
         found = run(settings, say=say, way=way)
-    except ModelkeepError as error:
-        notifying.notify(settings, "the recovery drill could not be held", redact(str(error)))
+    except Exception as error:  # also one of our own: a drill that nobody hears of is none
+        why = str(error) if isinstance(error, ModelkeepError) else f"{type(error).__name__}: {error}"
+        notifying.notify(settings, "the recovery drill could not be held", redact(why))
         raise
     if not found.passed:
         notifying.notify(settings, "the recovery drill failed", f"backup {found.backup_id}: {'; '.join(found.failed)}")
@@ -189,7 +191,7 @@ def as_markdown(found: Drill) -> str:
     return "\n".join(lines)
 
 
-def _newest(repository: Repository) -> Manifest:
+def _newest(repository: Repository, installation: str | None) -> Manifest:
     """The newest there is, verified or not: that is what would be left. One that was damaged is none."""
     scan = repository.scan()
     if not scan.manifests:
@@ -198,12 +200,13 @@ def _newest(repository: Repository) -> Manifest:
             f"there is no backup to hold a drill with in {', '.join(repository.shown)}" + (f" ({broken})" if broken else "")
             + ": modelkeep backup"
         )  # fmt: skip
+    manifests = backup_ledger.of_installation(scan.manifests, installation)
     whole = [
         one
-        for one in scan.manifests
+        for one in manifests
         if {"registry", "models"} <= {part.name for part in one.components if part.state == COMPLETE}
     ]
-    return max(whole or scan.manifests, key=lambda one: (one.sequence, one.backup_id))
+    return max(whole or manifests, key=lambda one: (one.sequence, one.backup_id))
 
 
 def _order(one: Component) -> tuple[int, str]:
@@ -216,7 +219,7 @@ def _room(home: Path, drill_id: str, manifest: Manifest) -> Iterator[Path]:
     top = home / "drills"
     try:
         top.mkdir(parents=True, exist_ok=True)
-        for left in top.iterdir():
+        for left in sweeping.dead_folders(top):
             shutil.rmtree(left, ignore_errors=True)
         needed = int(sum(one.size_bytes for one in manifest.components) * ROOM)
         free = shutil.disk_usage(top).free
@@ -224,14 +227,10 @@ def _room(home: Path, drill_id: str, manifest: Manifest) -> Iterator[Path]:
             raise StorageError(
                 f"a drill with {manifest.backup_id} needs {needed:,} bytes below {top}, and {free:,} are free"
             )
-        folder = top / drill_id
-        folder.mkdir(mode=0o700)
     except OSError as error:
         raise StorageError(f"{top} cannot be used for a drill: {error.strerror or error}") from error
-    try:
+    with sweeping.private_folder(top / drill_id) as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _restored(room: _Room, component: Component, settings: Settings) -> Restored:
@@ -252,6 +251,8 @@ def _restored(room: _Room, component: Component, settings: Settings) -> Restored
             found = _apart(found, source, room.folder / "servers")
     except ModelkeepError as error:
         return _with(found, failed=str(error))
+    if found.unverifiable is not None:  # nothing was restored: there is no time to tell
+        return found
     return _with(found, rto_seconds=round(time.monotonic() - began, 3))
 
 
@@ -301,7 +302,7 @@ def _remember(home: Path, before: Sequence[Mapping[str, Any]], drill: Drill) -> 
 
     def alter(known: dict[str, Any]) -> None:
         known["drill"] = {
-            "drill_id": drill.drill_id, "at": drill.began_at, "state": "passed" if drill.passed else "failed",
+            "drill_id": drill.drill_id, "at": drill.began_at, "state": "passed" if drill.passed else "failed", "passed": drill.passed,
             "backup_id": drill.backup_id, "failed": list(drill.failed), "rto_seconds": round(drill.rto_seconds, 3),
             "rpo_seconds": round(drill.rpo_seconds, 3),
             "components": {

@@ -43,6 +43,11 @@ class FilesPart:
         work = _Capture(sink)
         try:
             root = self.path.stat()
+            if (self.path / MARK).exists():  # a backup of it would verify, and push better ones out
+                raise StorageError(
+                    f"{self.path} of {self.name} is half restored: repeat the recovery that was cut off; where what is there is good as it "
+                    f"is, remove {self.path / MARK}"
+                )
             excluded, counting = (_Excluded(list(self.exclude), self._within()) for _ in range(2))
             work.total_bytes = sum(
                 min(found.status.st_size, found.status.st_blocks * 512)
@@ -277,15 +282,16 @@ def parts(settings: Settings) -> list[Part]:
 
 
 def occupied(target: Target) -> str | None:
-    """What stands in the folder, in words; None as well for what an interrupted restore left. Raises StorageError."""
+    """What stands in the folder, in words. What an interrupted restore left counts too: others may have written there since, and who
+    called for it knows. Raises StorageError."""
     path = _folder(target)
     try:
-        if not path.exists() or (path / MARK).exists():
+        if not path.exists():
             return None
         if target.only:
             there = [name for name in target.only if os.path.lexists(path / name)]
             return f"{', '.join(there)} in {path}" if there else None
-        names = list(path.iterdir())
+        names = [one for one in path.iterdir() if one.name != MARK]
     except OSError as error:
         raise StorageError(f"the folder {path} cannot be looked into: {error.strerror or error}") from error
     return f"{len(names)} name{'' if len(names) == 1 else 's'} in {path}" if names else None

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import os
-import platform
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry import clock
 from registry.errors import ArtifactError, ConflictError, NotFoundError, StorageError
-from tasks.backup import codec
+from tasks.backup import codec, whose
 from tasks.backup.known import Known
 from tasks.backup.manifest import ManifestError
 from tasks.backup.places import Place, Stat
@@ -34,10 +31,11 @@ FORMAT_VERSION = 1
 AT_ONCE = 20_000
 """Objects that one mark names at most."""
 _BEAT_SECONDS = 15.0
-STALE_SECONDS = 120.0
-"""A deletion whose flag has stood still for so long is dead."""
+STALE_SECONDS = 900.0
+"""A deletion whose flag has stood still for so long is dead: more than one call to a store can take with all its attempts, since
+between two of them the flag is looked at."""
 DEAD_INTENT_SECONDS = 6 * 3600.0
-"""A backup that has not beaten for so long, by the clock of the place, is dead; one of this machine as soon as its process is."""
+"""A backup or deletion that has not beaten for so long is dead; one that we can see, as soon as its process is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +86,27 @@ def collect(
         return [_mark(flag.place, known, one, now) for flag, one in zip(flags, found, strict=True)]
 
 
+def distrust(repository: Repository, damaged: Iterable[tuple[str, str]], *, now: dt.datetime) -> int:
+    """Mark objects that hold other bytes than they should, (place, object) of each: the next backup that has these bytes writes them
+    again, which makes every older backup right that refers to them too. What is needed is never deleted by a mark. Returns how
+    many. Raises StorageError.
+    """
+    count = 0
+    by_place: dict[str, list[str]] = {}
+    for shown, object_id in damaged:
+        by_place.setdefault(shown, []).append(object_id)
+    for place in repository.all_places():
+        found = {
+            object_id: clock.text(stat.modified)
+            for object_id in by_place.get(place.shown, ())
+            if (stat := place.stat(codec.object_name(object_id))) is not None
+        }
+        if found:
+            _write_mark(place, found, now, 0)
+            count += len(found)
+    return count
+
+
 def wait_for_deletion(
     repository: Repository,
     *,
@@ -123,47 +142,51 @@ class _Flag:
 
     def raise_it(self) -> None:
         """Raises ConflictError where another collection is at work."""
-        if self.place.stat(FLAG) is not None and not _is_of_dead_process(self.place):
+        seen = self.place.stat(FLAG)
+        if seen is not None and (_is_of_dead_process(self.place) or _age(seen) > DEAD_INTENT_SECONDS):
+            self.place.delete(FLAG)
+            seen = None
+        try:
+            if seen is None:
+                self._put(only_new=True)  # of two that saw none, one comes first
+                self._up = True
+                return
+        except ConflictError:
             seen = self.place.stat(FLAG)
-            raise ConflictError(
-                f"garbage is being collected in {self.place.shown} since {seen.modified if seen else 'just now'}: wait for its end; where it "
-                f"was killed on another machine, remove {FLAG} there"
-            )
-        self._put()
-        self._up = True
+        raise ConflictError(
+            f"garbage is being collected in {self.place.shown} since {seen.modified if seen else 'just now'}: wait for its end; where it "
+            f"was killed on another machine, remove {FLAG} there"
+        )
 
     def still_ours(self) -> bool:
         """Beat, and see that no backup took us for dead."""
         if self._monotonic() - self._beaten < _BEAT_SECONDS:
             return True
-        try:
-            mine: bool = json.loads(self.place.get(FLAG)).get("token") == self._token
-        except (NotFoundError, ValueError, AttributeError):
-            mine = False
+        mine = self._is_mine()
         if mine:
             self._put()
         return mine
 
     def lower(self) -> None:
-        if self._up and self.still_ours():
+        if self._up and self._is_mine():
             self.place.delete(FLAG)
         self._up = False
 
-    def _put(self) -> None:
-        value = {"token": self._token, "at": clock.text(clock.now()), **_process()}
-        self.place.put(FLAG, json.dumps(value).encode())
+    def _is_mine(self) -> bool:
+        try:
+            return bool(json.loads(self.place.get(FLAG)).get("token") == self._token)
+        except (NotFoundError, ValueError, AttributeError):
+            return False
+
+    def _put(self, *, only_new: bool = False) -> None:
+        value = {"token": self._token, "at": clock.text(clock.now()), **whose.identity()}
+        self.place.put(FLAG, json.dumps(value).encode(), only_new=only_new)
         self._beaten = self._monotonic()
 
 
-def _process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": platform.node(), "boot_id": _boot_id()}
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
+def _age(stat: Stat) -> float:
+    """Seconds, as far as the clocks of the place and of this machine agree."""
+    return (clock.now() - stat.modified).total_seconds()
 
 
 def _is_of_dead_process(place: Place) -> bool:
@@ -174,28 +197,14 @@ def _is_of_dead_process(place: Place) -> bool:
         return True
     except ValueError:
         return False
-    return isinstance(value, dict) and _is_dead(value)
-
-
-def _is_dead(facts: Any) -> bool:
-    if facts.get("host") != platform.node() or not facts.get("pid"):
-        return False
-    if facts.get("boot_id") not in (None, "", _boot_id()):
-        return True
-    try:
-        os.kill(int(facts["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, ValueError):
-        return False
-    return False
+    return isinstance(value, dict) and whose.is_dead(value)
 
 
 def _living(repository: Repository, flags: Iterable[_Flag]) -> str | None:
     """A backup that is under way, or may be. The flags were just written: they tell what time it is at each place."""
     newest = max((stat.modified for flag in flags if (stat := flag.place.stat(FLAG)) is not None), default=None)
     for intent in repository.intents():
-        if _is_dead(intent.facts):
+        if whose.is_dead(intent.facts):
             continue
         if newest is None or (newest - intent.modified).total_seconds() < DEAD_INTENT_SECONDS:
             return intent.backup_id

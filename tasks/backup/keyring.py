@@ -205,6 +205,12 @@ def open_keyring(places: Sequence[Place], key: FileKey | None, *, create: bool =
     if silent:
         raise silent[0]
     if not create:
+        # Whoever may write to the location could take its keys away and put backups of his own there, which nobody has signed.
+        if plain := [place.shown for place in places if _holds_backups(place)]:
+            raise BackupKeyError(
+                f"{' and '.join(plain)} holds backups and no keys/, and backup_key_file holds key {key.key_id}: none of them is believed; "
+                "copy keys/ from another location of the same backups, or, where they were made without a key, unset backup_key_file"
+            )
         return None
     return _created(places, key)
 
@@ -231,6 +237,21 @@ def rotate(places: Sequence[Place], old: FileKey, new: FileKey, *, drop_old: boo
         for place in places:
             place.delete(f"{PREFIX}{old.key_id}.json")
     return Keyring(new.key_id, keyring.data_key)
+
+
+def set_aside(spool: Path, key: FileKey) -> Path | None:
+    """Where the folder for what no place takes holds nothing but keys of other key files, it is of earlier settings, and would keep
+    new ones from being used: it gets another name, which is returned. Raises StorageError.
+    """
+    held = {path.relative_to(spool).as_posix() for path in spool.rglob("*") if path.is_file()}
+    if not held or f"{PREFIX}{key.key_id}.json" in held or not all(name.startswith(PREFIX) for name in held):
+        return None
+    kept = spool.with_name(f"{spool.name}.before-{clock.now():%Y%m%dT%H%M%S%fZ}")
+    try:
+        spool.rename(kept)
+    except OSError as error:
+        raise StorageError(f"{spool} could not be renamed: {error.strerror or error}") from error
+    return kept
 
 
 def _opened(places: Sequence[Place], key: FileKey, holding: dict[int, list[str]], *, create: bool) -> Keyring:
@@ -280,10 +301,15 @@ def _created(places: Sequence[Place], key: FileKey) -> Keyring:
 
 
 def _refuse_plain(place: Place) -> None:
-    if any(one.name.endswith(SUFFIX) for one in place.list()):
+    if _holds_backups(place):
         raise BackupKeyError(
             f"{place.shown} holds backups that were made without a key: give the encrypted ones another location (backups)"
         )
+
+
+def _holds_backups(place: Place) -> bool:
+    # ids begin with the year: a longer list would go through every object of a bucket
+    return any(one.name.endswith(SUFFIX) and "/" not in one.name for one in place.list("2"))
 
 
 def _key_id(secret: bytes) -> str:

@@ -111,6 +111,18 @@ def document(home: Path) -> dict[str, Any]:
     return ledger.read(home) or {}
 
 
+def installation(home: Path) -> str | None:
+    """Whose backups are those of this home. None where there was none, or one that did not know it."""
+    found = document(home).get("installation")
+    return None if found in (None, "unknown") else str(found)
+
+
+def of_installation(manifests: Iterable[Manifest], installation: str | None) -> list[Manifest]:
+    """Those of this installation, where a location is shared by several. All of them where none is of it, or it is not known."""
+    known = list(manifests)
+    return [one for one in known if one.installation == installation] or known
+
+
 def summary(home: Path) -> dict[str, Any] | None:
     """For `status`: how old the last backup and the last verified one are, by component; None where there never was one."""
     known = document(home)

@@ -19,6 +19,7 @@ from tasks.backup.repository import Repository
 ROOT = "logs"
 _DOCUMENT = re.compile(r"(\d{6})/([^/]+)\.json")
 _LOG = re.compile(r"(.+)\.(\d+)")
+_SEGMENT = re.compile(r"([0-9A-F]{24})(\.base)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +103,25 @@ def piece_name(database: str, series: int, log: str, piece: Chunk) -> str:
 
 
 def number(log: str) -> int:
-    """12 of "binlog.000012". Raises ArtifactError."""
+    """12 of "binlog.000012"; of a segment of PostgreSQL one that sorts, a base backup before the segment that it begins with.
+
+    Raises ArtifactError.
+    """
+    if (segment := _SEGMENT.fullmatch(log)) is not None:
+        return 2 * int(segment[1], 16) + (segment[2] is None)
     found = _LOG.fullmatch(log)
     if found is None or not is_name(log):
         raise ArtifactError(
             f"{log!r} is no name of a log: they end with a number, and have only letters, digits and ._:+=@- else"
         )
     return int(found[2])
+
+
+def digest(pieces: Iterable[bytes]) -> str:
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+    return found.hexdigest()
 
 
 def base(log: str) -> str:
@@ -144,6 +157,13 @@ class Shelf:
         name = f"{folder(self.database)}{series:06d}/{log}.json"
         found = [_shipped(value) for value in self._documents(name, documents.LOG)]
         return max(found, key=lambda one: (one.size_bytes, one.closed))
+
+    def begins(self, series: int) -> dict[str, Any]:
+        """{"why", "lost_from"}: why a series follows none, as its first log says; empty where that is not there."""
+        for one, log in self.names():
+            if one == series:
+                return dict(self.read(series, log).begins or {})
+        return {}
 
     def last(self) -> Shipped | None:
         names = self.names()

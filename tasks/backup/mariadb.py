@@ -89,12 +89,24 @@ def parts(settings: Settings) -> list[Part]:
     ]
 
 
+def _refuse_half(control: Connection[Any], where: Access) -> None:
+    """A backup of it would verify, and push better ones out. Raises RefusedError."""
+    listed = rows(
+        control, "SELECT table_name FROM information_schema.tables WHERE table_schema = %s", (where.database,)
+    )
+    if marks := sorted({str(one) for (one,) in listed} & MARKERS):
+        raise RefusedError(
+            f"{where.shown} is half restored: repeat the recovery that was cut off; where what is there is good as it is, drop its table {marks[0]}"
+        )
+
+
 def _attempt(where: Access, sink: Sink) -> Captured:
     """One dump. Nothing of it is in the component's index unless all of it is right."""
     with contextlib.ExitStack() as stack:
         control = stack.enter_context(_closing(where.connect()))
         host = server(control)
         check_privileges(control, where.database, where.shown)
+        _refuse_half(control, where)
         before, found = moving(control, where.database), tables(control, where.database)
         program = dumper(host.flavour)
         options = stack.enter_context(where.option_file())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from registry.errors import ConflictError, NotFoundError, SettingsError, StorageError, UsageError
+from tasks.backup.heap import return_large_blocks
 
 if TYPE_CHECKING:
     from registry.settings import Settings
@@ -258,6 +259,7 @@ class DirectoryPlace:
 
 def open_place(location: str, *, endpoint_url: str | None = None, lock_mode: str | None = None) -> Place:
     """The place at a directory or at s3://bucket/prefix. Nothing is read or made yet. Raises SettingsError."""
+    return_large_blocks()  # whoever opens a place moves chunks
     if location.startswith("s3://"):
         from tasks.backup.s3 import S3Place
 

@@ -14,10 +14,10 @@ from registry.errors import NotFoundError
 from tasks.backup import binlog
 from tasks.backup.components import Source
 from tasks.backup.logs import Shelf, Shipped
-from tasks.backup.manifest import Component, ManifestError
+from tasks.backup.manifest import Component
 from tasks.backup.repository import Repository
 
-KINDS = ("mariadb",)
+KINDS = ("mariadb", "postgresql")
 """The kinds of components whose logs this release can apply."""
 
 
@@ -90,6 +90,10 @@ def plan(repository: Repository, component: Component, moment: dt.datetime) -> P
     """Raises NotFoundError, in words that fit behind "only the backup comes back: ", where no logs lead there; ManifestError,
     StorageError.
     """
+    if component.kind == "postgresql":
+        from tasks.backup import point_postgresql
+
+        return point_postgresql.plan(repository, component, moment)
     name = component.name.partition(":")[2]
     shelf = Shelf(repository, name)
     start = dict(component.snapshot.get("binlog") or {})
@@ -109,8 +113,10 @@ def plan(repository: Repository, component: Component, moment: dt.datetime) -> P
     first = holding(shelf, start)
     if first is None:
         if start.get("server") == head.server and start.get("file") == head.position.get("file"):
-            short = f"its logs were last shipped before the backup, at {head.covers_until}"
-            return Point(component.name, moment, began, start, (), short)
+            same = binlog.state(str(head.position.get("gtid", ""))) == binlog.state(str(start.get("gtid", "")))
+            reaches = min(clock.text(moment), max(began, head.covers_until)) if same else began
+            short = None if reaches == clock.text(moment) else f"nothing was shipped since {head.covers_until}"
+            return Point(component.name, moment, reaches, start, (), short)
         raise NotFoundError(
             f"the log {start.get('file')}, in which the backup stands, was not shipped or is of another server"
         )
@@ -133,11 +139,13 @@ def plan(repository: Repository, component: Component, moment: dt.datetime) -> P
             ends = max(ends, head.covers_until)
         if dt.datetime.fromisoformat(ends) < moment:
             reaches = max(ends, began)
-            if short is None:
-                after = [series for series, _ in shelf.names() if series > first.series]
-                short = "the logs after it are missing" if not after else _why(shelf, after[0])
-                if head.series == first.series:
-                    short = f"nothing was shipped since {head.covers_until}"
+            after = [series for series, _ in shelf.names() if series > first.series]
+            if short is None and after:
+                short = str(shelf.begins(after[0]).get("why", "the logs after it do not follow"))
+            elif short is None and head.series == first.series and head.log not in names:
+                short = f"the shipped log {head.log} is missing in {', '.join(repository.shown)}"
+            elif short is None:
+                short = f"nothing was shipped since {ends}"
     return Point(component.name, moment, reaches, start, tuple(chain), short)
 
 
@@ -150,14 +158,6 @@ def _stops(one: Shipped, until: int) -> bool:
     return one.last_at is not None and dt.datetime.fromisoformat(one.last_at).timestamp() >= until
 
 
-def _why(shelf: Shelf, series: int) -> str:
-    for number, log in shelf.names():
-        if number == series:
-            begins = shelf.read(series, log).begins or {}
-            return str(begins.get("why", "the logs after it do not follow"))
-    raise ManifestError(f"logs of {shelf.database} vanished while they were read")
-
-
 def until(point: Point) -> int:
     """The first second, since 1970, whose commits do not come back."""
     return _second(point.moment)
@@ -168,7 +168,8 @@ def source(
     repository: Repository, backup: Source, where: Point, folder: Path, *, say: Callable[[str], None] = lambda _: None
 ) -> Iterator[tuple[Source, dict[str, Any]]]:
     """(the component at the moment, what was applied): made in a private server below `folder`, which is gone afterwards."""
-    from tasks.backup import point_mariadb
+    from tasks.backup import point_mariadb, point_postgresql
 
-    with point_mariadb.source(repository, backup, where, folder, say=say) as found:
+    of_kind = point_postgresql.source if backup.record.kind == "postgresql" else point_mariadb.source
+    with of_kind(repository, backup, where, folder, say=say) as found:
         yield found

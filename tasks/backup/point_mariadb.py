@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +19,10 @@ from tasks.backup import binlog, mariadb, point, throwaway
 from tasks.backup.chain import until
 from tasks.backup.components import Source, Target
 from tasks.backup.logs import Shelf, Shipped
-from tasks.backup.manifest import Component, Entry, Stream
 from tasks.backup.mariadb_access import MARIADB, Server, access, quoted, rows, server
-from tasks.backup.places import DirectoryPlace
 from tasks.backup.point import Point
-from tasks.backup.repository import Repository, new_backup_id
-from tasks.backup.source import ComponentSource
+from tasks.backup.point_source import PointSource, captured, room
+from tasks.backup.repository import Repository
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -36,22 +32,6 @@ SERVER_ID = 4_294_967_295
 _PIECE_BYTES = 1 << 20
 STILL_SECONDS = 3600.0
 """A replay that has not moved for so long is given up."""
-
-
-class PointSource:
-    """A component as it was at the moment: its content from the private server, its accounts from the backup."""
-
-    def __init__(self, record: Component, content: Source, backup: Source) -> None:
-        self.record, self._content, self._backup = record, content, backup
-        self._accounts = [one for one in backup.entries() if one.kind == "accounts"]
-
-    def entries(self) -> Iterator[Entry]:
-        yield from (one for one in self._content.entries() if one.kind != "accounts")
-        yield from self._accounts
-
-    def open(self, stream: Stream) -> Iterator[bytes]:
-        of_backup = any(stream == one.stream for one in self._accounts)
-        return (self._backup if of_backup else self._content).open(stream)
 
 
 @contextlib.contextmanager
@@ -65,15 +45,15 @@ def source(
     name, lower = str(facts["database"]), int(facts.get("lower_case_table_names", 0))
     shelf = Shelf(repository, where.component.partition(":")[2])
     with contextlib.ExitStack() as stack:
-        room = stack.enter_context(_room(folder))
-        fetched = [_fetch(shelf, one, room) for one in where.logs]
+        place = stack.enter_context(room(folder))
+        fetched = [_fetch(shelf, one, place) for one in where.logs]
         stop, replayed = _stop(where, fetched)
         options = [
             f"--server-id={SERVER_ID}", f"--replicate-wild-do-table={_pattern(name)}.%", "--relay-log=relay", "--relay-log-purge=0",
             "--skip-slave-start", "--slave-sql-verify-checksum=1",
             *([f"--lower-case-table-names={lower}"] if lower else []),
         ]  # fmt: skip
-        running = stack.enter_context(throwaway.mariadb(room, options=options))
+        running = stack.enter_context(throwaway.mariadb(place, options=options))
         private = access(running.database_url(name))
         control = stack.enter_context(contextlib.closing(private.connect(database=False)))
         if Server(MARIADB, str(facts["server"])).number > (host := server(control)).number:
@@ -87,28 +67,16 @@ def source(
         if stop is not None:
             _replay(control, running.folder / "data", fetched, int(where.start["position"]), stop)
             _enable_events(control, name)
-        keeper = Repository([DirectoryPlace(room / "copy")], scratch=room)
-        record = _captured(keeper, backup.record, running.database_url(name))
-        yield PointSource(record, ComponentSource(keeper, record), backup), {**where.as_dict(), **replayed}
-
-
-@contextlib.contextmanager
-def _room(folder: Path) -> Iterator[Path]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(prefix="point-", dir=folder)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error
-    with made:
-        yield Path(made.name)
+        part = mariadb.Part(where.component, running.database_url(name))
+        yield captured(place, backup, part, "accounts"), {**where.as_dict(), **replayed}
 
 
 def _pattern(name: str) -> str:
     return "".join(f"\\{one}" if one in "_%\\" else one for one in name)
 
 
-def _fetch(shelf: Shelf, one: Shipped, room: Path) -> tuple[Shipped, Path]:
-    path = room / one.log
+def _fetch(shelf: Shelf, one: Shipped, folder: Path) -> tuple[Shipped, Path]:
+    path = folder / one.log
     try:
         with path.open("wb") as file:
             for piece in shelf.open(one):
@@ -252,17 +220,3 @@ def _enable_events(control: Connection[Any], name: str) -> None:
     for event, definer in found:
         user, _, host = str(definer).rpartition("@")
         rows(control, f"ALTER DEFINER={quoted(user)}@{quoted(host)} EVENT {quoted(name)}.{quoted(str(event))} ENABLE")
-
-
-def _captured(keeper: Repository, backup: Component, url: str) -> Component:
-    """What the private server has now, backed up as any database is: the restore compares with what is counted here."""
-    at = clock.text(clock.now())
-    with keeper.writer(new_backup_id(clock.now())) as writer:
-        sink = writer.component(backup.name)
-        found = mariadb.Part(backup.name, url).capture(sink)
-        done = sink.finish()
-    facts = {**found.facts, "accounts": backup.facts.get("accounts", 0)}
-    return replace(
-        backup, began_at=at, ended_at=clock.text(clock.now()), entries=done.entries, size_bytes=done.size_bytes,
-        stored_bytes=done.stored_bytes, new_bytes=done.new_bytes, index=done.index, facts=facts, snapshot=found.snapshot,
-    )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,10 @@ def preview(repository: Repository, policy: Policy, now: dt.datetime) -> Pruned:
             + "; ".join(f"{place}: {why}" for place, why in scan.unread.items())
         )
     notes = repository.all_states()
+    if repository.down:  # a pin may have been noted just there
+        raise StorageError(
+            "nothing is decided while the notes of a place cannot be read: " + "; ".join(repository.down.values())
+        )
     manifests = {one.backup_id: one for one in scan.manifests}
     known = {
         backup_id: kept
@@ -91,13 +95,30 @@ def preview(repository: Repository, policy: Policy, now: dt.datetime) -> Pruned:
         and (kept := _kept(backup_id, manifests.get(backup_id), notes.get(backup_id, []))) is not None
     }
     return Pruned(
-        tuple(decide(known.values(), policy, now)),
+        tuple(_decided(known, manifests, policy, now)),
         {
             one.backup_id: {"state": one.state, "ended_at": one.at.isoformat(), "components": sorted(one.components)}
             for one in known.values()
         },
         unreadable=dict(scan.broken),
     )
+
+
+def _decided(
+    known: Mapping[str, Kept], manifests: Mapping[str, Manifest], policy: Policy, now: dt.datetime
+) -> list[Decision]:
+    """Newest first. Installations that share a location each keep their own backups; what has no manifest may be of any of them."""
+    groups: dict[str, list[Kept]] = {}
+    for record in manifests.values():
+        if record.backup_id in known:
+            groups.setdefault(record.installation, []).append(known[record.backup_id])
+    nobodys = [one for one in known.values() if one.backup_id not in manifests]
+    found: dict[str, Decision] = {}
+    for group in groups.values() or [[]]:
+        for one in decide([*group, *nobodys], policy, now):
+            if one.backup_id not in found or one.keep:
+                found[one.backup_id] = one
+    return sorted(found.values(), key=lambda one: (known[one.backup_id].sequence, one.backup_id), reverse=True)
 
 
 def apply(

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sqlalchemy import make_url
 
 from registry import clock
-from registry.errors import ConflictError, ModelkeepError, NotFoundError, RefusedError, StorageError, UsageError
+from registry.errors import ModelkeepError, NotFoundError, RefusedError, UsageError
 from registry.redaction import redact
 from registry.settings import Settings
-from tasks.backup import kinds, point, selection, states, targets
+from tasks.backup import kinds, ledger, point, selection, states, targets
 from tasks.backup.components import Source, Target
 from tasks.backup.journal import Journal, open_journal
 from tasks.backup.locking import home_lock
 from tasks.backup.manifest import FAILED, Component, Manifest
 from tasks.backup.point import Point
+from tasks.backup.remains import notes
+from tasks.backup.written import write_files
 
 if TYPE_CHECKING:
     from tasks.backup.repository import Repository
@@ -128,49 +130,12 @@ class Outcome:
         return {
             "state": self.state,
             **self.plan.as_dict(),
+            "notes": notes(self.restored),
             "restored": self.restored,
             "failed": self.failed,
             "safety_copy": self.safety_copy,
             "seconds": self.seconds,
         }
-
-
-# Which backup
-
-
-def newest_before(repository: Repository, moment: dt.datetime | None, asked: Sequence[str] = ()) -> Manifest:
-    """The newest verified backup whose content is from before `moment` (None: of all), and that holds what is `asked` for; where
-    none is verified, the newest complete one. Raises NotFoundError.
-    """
-    best: tuple[bool, int, str] | None = None
-    found: Manifest | None = None
-    refused: UsageError | None = None
-    for manifest in repository.manifests():
-        try:
-            chosen = selection.choose(manifest, asked)
-        except UsageError as error:  # it was taken of something else
-            refused = error
-            continue
-        if moment is not None and dt.datetime.fromisoformat(_taken(manifest, chosen)) > moment:
-            continue
-        standing = states.derive(manifest, repository.states(manifest.backup_id))
-        if standing.state == FAILED:
-            continue
-        rank = (standing.state == states.VERIFIED, manifest.sequence, manifest.backup_id)
-        if best is None or rank > best:
-            best, found = rank, manifest
-    if found is None and refused is not None:
-        raise refused
-    if found is None:
-        when = "" if moment is None else f" that was taken before {clock.text(moment)}"
-        raise NotFoundError(f"there is no backup{when} in {', '.join(repository.shown)}: see modelkeep backups list")
-    return found
-
-
-def _taken(manifest: Manifest, chosen: Sequence[selection.Chosen]) -> str:
-    """The latest moment that is in it: that of a snapshot, or the end where there is none."""
-    ends = (one.component.snapshot.get("began_at") or one.component.ended_at for one in chosen)
-    return max((str(one) for one in ends), default=manifest.began_at)
 
 
 # The plan
@@ -218,10 +183,14 @@ def make_plan(
             )
         steps.append(Step(one, target, folder, shown, standing, done, points.get(one.component.name)))
     problems += _space([step for step in steps if not step.done])
+    problems += _space_for_points(settings.home, [step for step in steps if not step.done])
     problems += _absent(repository, manifest, [step.component.name for step in steps if not step.done])
     standing_of_backup = states.derive(manifest, repository.states(manifest.backup_id))
     warnings = list(_warnings(manifest, standing_of_backup, [step.component for step in steps]))
     warnings += remarks
+    ours = ledger.installation(settings.home)
+    if ours is not None and manifest.installation != ours:
+        warnings.append(f"it is of another installation ({manifest.installation[:12]}) than this home ({ours[:12]})")
     if journal.resumed:
         warnings.append(f"a recovery of {journal.document['began_at']} was cut off: it goes on where it was")
         if journal.safety_copies:
@@ -316,6 +285,18 @@ def _space(steps: Iterable[Step]) -> list[str]:
         if size > free:
             problems.append(f"{place} has {free:,} bytes free, and {size:,} come back there: free some, or use --into")
     return problems
+
+
+def _space_for_points(home: Path, steps: Iterable[Step]) -> list[str]:
+    """A private server holds the database while its logs are applied, and a copy of what came of it."""
+    needed = max((2 * step.component.size_bytes + step.point.size_bytes for step in steps if step.point), default=0)
+    place = home
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed <= free:
+        return []
+    return [f"{place} has {free:,} bytes free, and logs are applied there with {needed:,}: free some"]
 
 
 def _folder_of(step: Step) -> Path | None:
@@ -476,33 +457,10 @@ def _brought_back(
     if step.target is None:
         assert step.folder is not None
         return write_files(source, step.folder)
+    # What stands in a configuration has secrets, which are in no backup and so in no safety copy: it is never replaced.
+    force = (step.target.force or mine) and step.component.kind != "config"
     target = Target(
-        step.target.url, step.target.path, step.target.only, step.target.force or mine, step.target.options,
+        step.target.url, step.target.path, step.target.only, force, step.target.options,
         lambda done, total: on_progress(step.component.name, done, total),
     )  # fmt: skip
     return kinds.kind(step.component.kind).restore(source, target)
-
-
-def write_files(source: Source, folder: Path) -> dict[str, Any]:
-    """The streams of a component as files, for whoever wants to look at them. Raises ConflictError for names that lead out
-    of the folder, StorageError.
-    """
-    count = size = 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for entry in source.entries():
-            if entry.stream is None:
-                continue
-            path = folder / entry.name
-            if ".." in path.parts or not path.is_relative_to(folder):
-                raise ConflictError(f"{entry.name!r} leads out of {folder}: it is not written")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(f".{path.name}.new")
-            with fresh.open("wb") as file:
-                for piece in source.open(entry.stream):
-                    file.write(piece)
-            fresh.replace(path)
-            count, size = count + 1, size + entry.stream.size_bytes
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from error
-    return {"files": count, "bytes": size}

@@ -7,14 +7,17 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from registry.errors import NotFoundError, RefusedError, SettingsError, UsageError
-from registry.layers import FILE_NAME, of_an_entry
+from registry.connect import open_database
+from registry.errors import ModelkeepError, NotFoundError, RefusedError, SettingsError, UsageError
+from registry.layers import FILE_NAME, PREFIX, of_an_entry, slug
+from registry.redaction import redact
 from registry.settings import Settings, build_settings, find_config, load_settings
-from tasks.backup import recover, run, states, verify
+from tasks.backup import ledger, newest, recover, run, states, verify
 from tasks.backup.manifest import SUFFIX, Manifest
+from tasks.backup.outcome import STORED
 from tasks.backup.recover import Outcome, Plan
 from tasks.backup.repository import Repository, open_repository
 
@@ -64,12 +67,21 @@ def prepare(settings: Settings, request: Request, *, environ: Mapping[str, str] 
     if request.into is not None and request.force:
         raise UsageError("--into with --force: a place beside what is live must be empty")
     repository, manifest = _backup(settings, request)
+    environ = os.environ if environ is None else environ
+    unset: list[str] = []
     if settings.config_file is None:
-        settings = _settings_of(repository, manifest, settings, os.environ if environ is None else environ)
+        settings, unset = _settings_of(repository, manifest, settings, environ), _unset(manifest, environ)
     plan = recover.make_plan(
         repository, manifest, settings, components=request.components, into=request.into, force=request.force,
         at=request.at,
     )  # fmt: skip
+    looked_for = request.source is None or not (request.source.endswith(SUFFIX) or _names_one(request.source))
+    if looked_for and not request.components:
+        later = newest.newer(repository, manifest, request.at)
+        plan = plan if later is None else replace(plan, warnings=(*plan.warnings, later))
+    if unset:
+        why = f"no backup holds secrets, and these of the lost machine are not set in this environment: {', '.join(unset)}"
+        plan = replace(plan, warnings=(*plan.warnings, why))
     return Prepared(repository, settings, plan)
 
 
@@ -85,7 +97,7 @@ def carry_out(
     def save(names: Sequence[str]) -> str:
         return safety_copy(prepared.settings, names, say=say)
 
-    return recover.carry_out(
+    outcome = recover.carry_out(
         prepared.plan,
         prepared.repository,
         prepared.settings,
@@ -94,11 +106,50 @@ def carry_out(
         on_progress=on_progress,
         monotonic=time.monotonic,
     )
+    if request.into is None:
+        _remember(prepared, outcome)
+        _on_record(prepared, outcome, request.reason, say)
+    return outcome
+
+
+def _remember(prepared: Prepared, outcome: Outcome) -> None:
+    """On a machine that knows of no backup: this one, and what of it came back whole, which is compared by that. Raises StorageError."""
+    home, manifest = prepared.settings.home, prepared.plan.manifest
+    if "registry" not in outcome.restored or ledger.document(home):
+        return
+    ledger.note_backup(home, manifest, places=dict.fromkeys(prepared.repository.shown, STORED))
+    whole = {
+        step.component.name: {"outcome": states.VERIFIED}
+        for step in prepared.plan.steps
+        if step.component.name in outcome.restored and not step.chosen.only
+    }
+    ledger.note_check(home, manifest, whole, whole=True)
+
+
+def _on_record(prepared: Prepared, outcome: Outcome, reason: str, say: Callable[[str], None]) -> None:
+    """An event in the audit chain of the registry that is there. One that came back itself has its own (`registry.restored`), and none
+    is made for this: a later recovery would not find its place empty.
+    """
+    if "registry" in outcome.restored or not outcome.restored:
+        return
+    database = open_database(prepared.settings)
+    try:
+        if (database.sqlite and not Path(str(database.url.database)).exists()) or database.revision() is None:
+            return
+        came = {step.chosen.text: step.shown for step in prepared.plan.steps if step.component.name in outcome.restored}
+        facts = {"restored": came, "failed": dict(outcome.failed), "safety_copy": outcome.safety_copy}
+        with database.write() as transaction:
+            subject = f"backup:{prepared.plan.manifest.backup_id}"
+            transaction.record("backup.restored", subject, after=facts, reason=redact(reason))
+    except ModelkeepError as error:
+        say(f"the recovery is not in the audit chain: {redact(str(error))}")
+    finally:
+        database.dispose()
 
 
 def safety_copy(settings: Settings, names: Sequence[str], *, say: Callable[[str], None]) -> str:
     """Back up and verify what a recovery is about to replace. Raises RefusedError where that cannot be done: nothing is changed then."""
-    found = run.back_up(settings, run.Request(tuple(names), reason="before a recovery"), tell=say)
+    found = run.back_up(settings, run.Request(tuple(names), reason=newest.SAFETY_COPY), tell=say)
     bad = [f"{one.name}: {one.error}" for one in found.components if one.error is not None]
     if bad:
         raise RefusedError(
@@ -106,32 +157,37 @@ def safety_copy(settings: Settings, names: Sequence[str], *, say: Callable[[str]
             "the recovery, which finds an empty place"
         )
     report = verify.verify(settings, found.backup_id, tell=say)
-    wrong = [f"{name}: {report.components[name].why}" for name in report.of(states.FAILED_VERIFICATION)]
-    wrong += [f"{name}: {report.components[name].why}" for name in report.of(states.NOT_VERIFIED)]
+    unproven = (states.FAILED_VERIFICATION, states.NOT_VERIFIED, states.UNVERIFIABLE)
+    wrong = [f"{name}: {report.components[name].why}" for outcome in unproven for name in report.of(outcome)]
     if wrong:
         raise RefusedError(
-            f"the safety copy {found.backup_id} does not verify, so nothing was replaced ({'; '.join(wrong)}): move what is there away "
+            f"the safety copy {found.backup_id} is not verified, so nothing was replaced ({'; '.join(wrong)}): move what is there away "
             "yourself, then repeat the recovery"
         )
     return found.backup_id
 
 
 def _backup(settings: Settings, request: Request) -> tuple[Repository, Manifest]:
-    source = request.source
+    source, ours = request.source, ledger.installation(settings.home)
     if source is None:
         repository = open_repository(settings)
-        return repository, recover.newest_before(repository, request.at, request.components)
+        return repository, newest.newest_before(repository, request.at, request.components, ours)
     if source.endswith(SUFFIX):
         location, _, name = source.rpartition("/")
         repository = open_repository(settings, location=location or str(Path.cwd()))
         return repository, repository.manifest(name.removesuffix(SUFFIX))
-    if "/" in source or Path(source).is_dir():
+    if not _names_one(source):
         if "://" not in source and not Path(source).is_dir():
             raise NotFoundError(f"--from {source}: there is no such folder, and it is no manifest (*{SUFFIX})")
         repository = open_repository(settings, location=source.rstrip("/"))
-        return repository, recover.newest_before(repository, None, request.components)
+        return repository, newest.newest_before(repository, None, request.components, ours)
     repository = open_repository(settings)
     return repository, repository.manifest(source)
+
+
+def _names_one(source: str) -> bool:
+    """Whether it is a backup's id, and not a place."""
+    return "/" not in source and not Path(source).is_dir()
 
 
 def _settings_of(
@@ -151,6 +207,16 @@ def _settings_of(
                 cwd=Path.cwd(),
             )
     return settings
+
+
+def _unset(manifest: Manifest, environ: Mapping[str, str]) -> list[str]:
+    """The variables of the secrets that the backup left out of its configuration, as far as nobody has set them."""
+    config = manifest.component("config")
+    names = () if config is None else config.facts.get("secrets", ())
+    variables = {
+        name if name.startswith(PREFIX) else PREFIX + slug(name).upper().replace(".", "__") for name in map(str, names)
+    }
+    return sorted(one for one in variables if not environ.get(one))
 
 
 def shown_plan(plan: Plan) -> str:

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from registry import clock
 from registry.errors import ArtifactError, ConflictError, NotFoundError, StorageError, UsageError
-from tasks.backup import documents, manifest, upkeep
+from tasks.backup import documents, manifest, states, upkeep
 from tasks.backup.findings import Intent as Intent
 from tasks.backup.findings import Kept as Kept
 from tasks.backup.findings import Scan as Scan
 from tasks.backup.keyring import PREFIX as KEYS
-from tasks.backup.keyring import FileKey, Keyring, open_keyring, read_key
+from tasks.backup.keyring import FileKey, Keyring, open_keyring, read_key, set_aside
 from tasks.backup.manifest import SUFFIX, Chunk, Manifest, ManifestError
 from tasks.backup.places import DirectoryPlace, Place, open_place, open_places
 from tasks.backup.source import ComponentSource
@@ -39,8 +39,7 @@ BACKUP_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
 SPOOL = "backups-spool"
 RECENT = 3
 """So many of the newest backups of a component say what is stored of it. What only older ones know is read and checked."""
-DAMAGED = "damaged"
-"""The state of a note that cannot be read or is not signed by the key: it counts for nothing, and is shown."""
+DAMAGED = states.DAMAGED
 KEPT = "kept"
 """Noted where a place failed: where the backup is, and where it is missing."""
 READERS = 8
@@ -338,9 +337,11 @@ class Repository:
     # states -----------------------------------------------------------------------------------------------------------
 
     def note_state(self, backup_id: str, state: str, facts: Mapping[str, Any] | None = None) -> Note:
-        """Add to the record of a backup, at every place that takes it. Raises StorageError where none does."""
-        check_backup_id(backup_id)
-        moment = clock.now()
+        """Add to the record of a backup, at every place that takes it. Raises StorageError where none does.
+
+        Its time is later than that of every note before it, whatever the clock says: the newest check decides.
+        """
+        moment = max(clock.now(), self._newest_note(check_backup_id(backup_id)) + dt.timedelta(microseconds=1))
         while True:
             value = {
                 "format": documents.STATE, "format_version": 1, "backup_id": backup_id, "state": state,
@@ -353,6 +354,10 @@ class Repository:
                 moment += dt.timedelta(microseconds=1)
                 continue
             return Note(state, str(value["at"]), dict(facts or {}))
+
+    def _newest_note(self, backup_id: str) -> dt.datetime:
+        names = [name for place in self.all_places() for name in self._listed(place, f"states/{backup_id}/")]
+        return max(map(states.noted_at, names), default=states.LONG_AGO)
 
     def states(self, backup_id: str) -> list[Note]:
         """What was noted of a backup, oldest first. What cannot be believed has the state "damaged"."""
@@ -388,7 +393,7 @@ class Repository:
                 problems.append(str(error))
         if not problems:
             return None
-        return Note(DAMAGED, name.rpartition("/")[2].partition("-")[0], {"name": name, "why": "; ".join(problems)})
+        return Note(DAMAGED, clock.text(states.noted_at(name)), {"name": name, "why": "; ".join(problems)})
 
     def _listed(self, place: Place, prefix: str) -> list[str]:
         """Empty where the place does not answer, but only as long as another one does."""
@@ -487,6 +492,8 @@ def open_repository(
     if key is None and settings.backup_key_file is not None:
         key = read_key(settings.backup_key_file)
     spool = settings.home / SPOOL if location is None else None
+    if create and key is not None and spool is not None:
+        set_aside(spool, key)
     repository = Repository(places, spool=spool)
     repository.keyring = open_keyring(repository.all_places(), key, create=create)
     return repository

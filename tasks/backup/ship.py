@@ -7,13 +7,14 @@ import fcntl
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from registry.errors import LockedError, ModelkeepError, RefusedError, SettingsError, StorageError
 from registry.redaction import redact
 from registry.settings import Settings
-from tasks.backup import point, ship_mariadb
+from tasks.backup import point, postgresql_access, ship_mariadb, ship_postgresql
 from tasks.backup.hiding import hider
 from tasks.backup.logs import Head, Shelf
 from tasks.backup.manifest import FAILED
@@ -83,18 +84,20 @@ def summary(one: Shipment) -> str:
 
 
 def _ship_one(repository: Repository, name: str, url: str, scratch: Path) -> Shipment:
-    if not url.startswith(("mysql", "mariadb")):
+    if not url.startswith(("mysql", "mariadb", "postgresql")):
         raise RefusedError(
-            f"{name} is at {url.partition(':')[0]}://…: this release ships the logs of MariaDB only; take it out of [backup] logs"
+            f"{name} is at {url.partition(':')[0]}://…: logs are shipped of MariaDB and PostgreSQL only; take it out of [backup] logs"
         )
     shelf = Shelf(repository, name)
     copied = shelf.copy_missing()
     before = shelf.head()
-    starts = backed_up(repository, name) if before is None or before.gap or not shelf.names() else []
-    found = ship_mariadb.ship(access(url), shelf, scratch, starts)
-    if found.broke:
-        starts = backed_up(repository, name)
-    gap = _gap(shelf, before, found, starts)
+    gap: dict[str, Any] | None = None
+    if url.startswith("postgresql"):  # its logs follow a base backup of their own
+        found = ship_postgresql.ship(postgresql_access.access(url), shelf, scratch)
+    else:
+        starts = partial(backed_up, repository, name)
+        found = ship_mariadb.ship(access(url), shelf, scratch, starts)
+        gap = _gap(shelf, before, found.head, starts)
     shelf.put_head(replace(found.head, gap=gap))
     warnings = list(found.warnings)
     if copied:
@@ -132,18 +135,22 @@ def backed_up(repository: Repository, database: str) -> list[dict[str, Any]]:
 
 
 def _gap(
-    shelf: Shelf, before: Head | None, found: ship_mariadb.Found, starts: list[dict[str, Any]]
+    shelf: Shelf, before: Head | None, head: Head, starts: Callable[[], list[dict[str, Any]]]
 ) -> dict[str, Any] | None:
-    """There is one until a backup stands in the logs that were shipped since."""
-    if before is not None and before.gap is None and found.broke is None:
+    """There is one from the beginning of a series until a backup stands in its logs. By the series, not by what this run did: the
+    one that began it may have been killed before it could say so.
+    """
+    same = before is not None and before.series == head.series
+    if before is not None and same and before.gap is None:
         return None
-    if any(_reached(shelf, found.head, one) for one in starts):
+    if any(_reached(shelf, head, one) for one in starts()):
         return None
-    if found.broke:
-        return {"why": found.broke, "since": None if before is None else before.covers_until}
-    if before is not None and before.gap is not None:
+    if before is not None and same:
         return before.gap
-    return {"why": "no backup was taken since its logs are shipped", "since": None}
+    begins = shelf.begins(head.series)
+    if begins.get("lost_from") is None:
+        return {"why": "no backup was taken since its logs are shipped", "since": None}
+    return {"why": begins["why"], "since": begins["lost_from"]}
 
 
 def _reached(shelf: Shelf, head: Head, start: dict[str, Any]) -> bool:

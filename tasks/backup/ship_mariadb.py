@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +53,8 @@ class Found:
     broke: str | None = None
 
 
-def ship(where: Access, shelf: Shelf, scratch: Path, starts: Sequence[dict[str, Any]]) -> Found:
-    """Ship what is new. `starts`: the positions in the logs that backups of the database have.
+def ship(where: Access, shelf: Shelf, scratch: Path, starts: Callable[[], Sequence[dict[str, Any]]]) -> Found:
+    """Ship what is new. `starts` gives the positions in the logs that backups of the database have.
 
     Raises RefusedError where the server keeps no log or does not let us read it, UnavailableError, ArtifactError for a log that
     is damaged, StorageError.
@@ -171,7 +171,7 @@ def _breaks(last: Shipped | None, now: Standing) -> str | None:
     return None
 
 
-def _due(previous: Shipped | None, now: Standing, starts: Sequence[dict[str, Any]]) -> list[str]:
+def _due(previous: Shipped | None, now: Standing, starts: Callable[[], Sequence[dict[str, Any]]]) -> list[str]:
     if previous is not None:
         return [
             name
@@ -179,7 +179,7 @@ def _due(previous: Shipped | None, now: Standing, starts: Sequence[dict[str, Any
             if logs.number(name) > previous.number or (name == previous.log and not previous.closed)
         ]
     ready = now.ready
-    files = {str(one.get("file")) for one in starts if one.get("server") == now.server}
+    files = {str(one.get("file")) for one in starts() if one.get("server") == now.server}
     wanted = [number for number, name in enumerate(ready) if name in files]
     return ready[wanted[0] :] if wanted else ready[-1:]
 

@@ -103,6 +103,9 @@ def occupied(target: Target) -> str | None:
         return None
     with _opened(path) as connection:
         names = _tables(connection)
+    if target.only:
+        there = [name for name in names if name in target.only]
+        return f"the tables {', '.join(there)} in {path}" if there else None
     return f"{len(names)} tables in {path}" if names else None
 
 

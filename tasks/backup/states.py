@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,10 @@ RUNNING, VERIFIED, SAMPLED, UNVERIFIABLE = "running", "verified", "sampled", "un
 FAILED_VERIFICATION, NOT_VERIFIED = "failed-verification", "not-verified"
 """The second: the check itself could not be made (no space, killed …), which says nothing of the backup."""
 PINNED, UNPINNED, KEEP_UNTIL, PRUNED, COPIED = "pinned", "unpinned", "keep-until", "pruned", "copied"
+DAMAGED = "damaged"
+"""The state of a note that is torn, edited or not signed by the key: it is shown, and counts for nothing but a hold."""
+LONG_AGO = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_HOLDING = (f"-{PINNED}.json", f"-{KEEP_UNTIL}.json")
 
 NOTES = (
     *(RUNNING, FAILED, VERIFIED, SAMPLED, UNVERIFIABLE, FAILED_VERIFICATION, NOT_VERIFIED),
@@ -83,6 +88,8 @@ def derive(manifest: Manifest | None, notes: Iterable[Note]) -> Standing:
             keep_until = max(filter(None, (keep_until, _text(facts.get("until")))), default=None)
         elif note.state == PRUNED:
             pruned = True
+        elif note.state == DAMAGED and _text(facts.get("name", "")).endswith(_HOLDING):  # type: ignore[union-attr]
+            pinned = True  # it may be the only word that it must stay; `unpin` outweighs it
     if manifest is not None and state in (COMPLETE, PARTIAL):
         if damaged:
             state, why = FAILED, "; ".join(f"{name}: {text}" for name, text in sorted(damaged.items()))
@@ -91,6 +98,15 @@ def derive(manifest: Manifest | None, notes: Iterable[Note]) -> Standing:
     return Standing(
         state, verified_at, frozenset(verified), damaged or None, sampled_at, pinned, keep_until, pruned, why
     )
+
+
+def noted_at(name: str) -> dt.datetime:
+    """When a note was made, by its name; long ago for one that is named otherwise."""
+    try:
+        found = dt.datetime.strptime(name.rpartition("/")[2].partition("-")[0], "%Y%m%dT%H%M%S.%fZ")
+    except ValueError:
+        return LONG_AGO
+    return found.replace(tzinfo=dt.UTC)
 
 
 def _text(value: Any) -> str | None:

@@ -16,7 +16,8 @@ from typing import Any
 from registry import clock
 from registry.database import Database
 from registry.errors import ModelkeepError, StorageError
-from tasks.backup import ledger, states
+from tasks.backup import ledger, states, whose
+from tasks.backup.places import DirectoryPlace
 from tasks.backup.repository import Intent, Repository
 
 WORK = "backup-work"
@@ -24,19 +25,15 @@ WORK = "backup-work"
 _OF_REGISTRY = ".backup-registry-*"
 SILENT_SECONDS = 3600.0
 """An intent of another home on this machine, whose process is gone, counts as dead when it has not been written for so long."""
+UNSEEN_SECONDS = 600.0
+"""One of a home like ours, of another boot or container: this machine before it was started anew, or one with its name."""
 LOST_SECONDS = 24 * 3600.0
 """One of another machine, of which nothing else can be known."""
 
 
 def identity(home: Path) -> dict[str, Any]:
     """Which process it is, so that others can tell whether it lives: a number alone is used again."""
-    return {
-        "host": platform.node(),
-        "home": str(home),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-        "boot_id": _boot_id(),
-    }
+    return {"home": str(home), **whose.identity()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +48,7 @@ class Swept:
 def sweep_folders(home: Path) -> list[str]:
     """Remove the temporary folders of runs that are dead; whoever works in one holds its lock."""
     said = []
-    for folder in _dead_folders(home):
+    for folder in dead_folders(home / WORK):
         shutil.rmtree(folder, ignore_errors=True)
         said.append(f"removed {folder}, which a killed run left")
     return said
@@ -66,6 +63,10 @@ def sweep(repository: Repository, home: Path, database: Database | None) -> Swep
     for folder in home.glob(_OF_REGISTRY):
         shutil.rmtree(folder, ignore_errors=True)
         said.append(f"removed {folder}, which a killed run left")
+    for place in repository.all_places():
+        with contextlib.suppress(StorageError):  # what follows says that it cannot be used
+            if isinstance(place, DirectoryPlace) and (count := place.sweep()):
+                said.append(f"removed {count} temporary files in {place.shown}, which killed runs left")
     try:
         # In this order: whoever is "running" without an intent has ended, and then the manifest or "failed" is there.
         notes = repository.all_states()
@@ -94,9 +95,15 @@ def sweep(repository: Repository, home: Path, database: Database | None) -> Swep
 @contextlib.contextmanager
 def work_folder(home: Path, name: str) -> Iterator[Path]:
     """A folder below home that is gone afterwards, and that nobody sweeps meanwhile. Raises StorageError."""
-    path = home / WORK / name
+    with private_folder(home / WORK / name) as path:
+        yield path
+
+
+@contextlib.contextmanager
+def private_folder(path: Path) -> Iterator[Path]:
+    """A folder that nobody else may read, gone afterwards, locked meanwhile (see `dead_folders`). Raises StorageError."""
     try:
-        descriptor = _locked_folder(path)
+        path, descriptor = _locked_folder(path)
     except OSError as error:
         raise StorageError(f"{path} cannot be made: {error.strerror or error}") from error
     try:
@@ -106,14 +113,16 @@ def work_folder(home: Path, name: str) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _locked_folder(path: Path) -> int:
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """The folder, which may be another than was asked for, and what holds its lock."""
     while True:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
-                return descriptor
+                os.fchmod(descriptor, 0o700)  # what is restored in it is nobody else's to read
+                return path, descriptor
         except BlockingIOError:
             # Another check of the same backup works there, or a sweep takes it for dead: a folder beside it is as good.
             path = path.with_name(f"{path.name}-{os.getpid()}")
@@ -122,8 +131,9 @@ def _locked_folder(path: Path) -> int:
         os.close(descriptor)
 
 
-def _dead_folders(home: Path) -> Iterator[Path]:
-    for path in (home / WORK).glob("*"):
+def dead_folders(top: Path) -> Iterator[Path]:
+    """The folders below `top` in which nobody works any more."""
+    for path in top.glob("*"):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
@@ -138,15 +148,15 @@ def _dead_folders(home: Path) -> Iterator[Path]:
 
 
 def _dead(intent: Intent, home: Path) -> bool:
-    """Ours are dead for certain: their process would hold the lock of this home, and that is in our hand."""
+    """Ours are dead for certain: their process would hold the lock of this home, and that is in our hand. By name and path alone
+    one could be that of another machine, so that one beats no more must be seen as well."""
     facts = intent.facts
     silent = (clock.now() - intent.modified) / dt.timedelta(seconds=1)
     if facts.get("host") != platform.node():
         return silent > LOST_SECONDS
     if facts.get("home") == str(home):
-        return True
-    alive = facts.get("boot_id") == _boot_id() and facts.get("started") == _started(int(facts.get("pid", 0)))
-    return not alive and silent > SILENT_SECONDS
+        return whose.in_sight(facts) or silent > UNSEEN_SECONDS
+    return (whose.is_dead(facts) or not whose.in_sight(facts)) and silent > SILENT_SECONDS
 
 
 def _note_killed(
@@ -171,18 +181,3 @@ def _note_killed(
     except ModelkeepError as error:
         problems.append(str(error))
     return f"backup {backup_id} failed: {why}" + (f"; not noted everywhere: {'; '.join(problems)}" if problems else "")
-
-
-def _boot_id() -> str | None:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
-
-
-def _started(pid: int) -> str | None:
-    """When a process began, in ticks since the machine did; None where there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None

@@ -321,3 +321,13 @@ def _chroma_answers(port: int) -> bool:
         return False
     finally:
         connection.close()
+
+
+# for a cluster that is there already: tasks/backup/point_postgresql.py
+
+served, account, log = _served, _account, _log
+
+
+def room_of_account(folder: Path) -> contextlib.AbstractContextManager[tuple[Path, Path]]:
+    """(a folder for the data, a short one for the socket), both of the user that runs PostgreSQL; gone afterwards."""
+    return _room(folder, _account())

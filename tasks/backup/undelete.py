@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from registry.errors import RefusedError, StorageError
 from tasks.backup.manifest import SUFFIX
 from tasks.backup.places import Place
 
 if TYPE_CHECKING:
-    from tasks.backup.s3 import ObjectVersion, S3Place
+    from tasks.backup.s3 import ObjectVersion
 
 KEPT = ("objects/", "keys/", "states/", "logs/")
 """With the manifests, all that a recovery reads. Intents and marks of garbage are of their moment and stay gone."""
 WORKERS = 8
+
+
+@runtime_checkable
+class Versioned(Protocol):
+    """A place that keeps what was overwritten or deleted: a bucket."""
+
+    shown: str
+
+    def versions(self) -> Iterator[ObjectVersion]: ...
+
+    def put_back(self, name: str, version: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +46,7 @@ def put_back(places: Sequence[Place], before: dt.datetime) -> list[PutBack]:
     """By place. What was deleted or overwritten after `before` is there again as it was then; nothing is taken away, so that
     what was done stays to be looked at. Raises RefusedError where no place keeps versions, StorageError.
     """
-    buckets = [place for place in places if hasattr(place, "versions")]
+    buckets = [place for place in places if isinstance(place, Versioned)]
     if not buckets:
         shown = " and ".join(place.shown for place in places)
         raise RefusedError(
@@ -44,11 +55,11 @@ def put_back(places: Sequence[Place], before: dt.datetime) -> list[PutBack]:
     return [_put_back(place, before) for place in buckets]
 
 
-def _put_back(place: S3Place, before: dt.datetime) -> PutBack:
+def _put_back(place: Versioned, before: dt.datetime) -> PutBack:
     by_name: dict[str, list[ObjectVersion]] = {}
-    for one in place.versions():
-        if one.name.startswith(KEPT) or one.name.endswith(SUFFIX):
-            by_name.setdefault(one.name, []).append(one)
+    for version in place.versions():
+        if version.name.startswith(KEPT) or version.name.endswith(SUFFIX):
+            by_name.setdefault(version.name, []).append(version)
     found = PutBack(place.shown, len(by_name))
     wanted = {name: one for name, versions in by_name.items() if (one := _as_it_was(versions, before)) is not None}
 
@@ -75,4 +86,8 @@ def _as_it_was(versions: Sequence[ObjectVersion], before: dt.datetime) -> Object
     then = max(
         (one for one in versions if one.modified <= before), key=lambda one: (one.modified, one.latest), default=None
     )
-    return None if then is None or then.deleted or then.latest else then
+    now = next((one for one in versions if one.latest), None)
+    if then is None or then.deleted or then.latest:
+        return None
+    same = now is not None and not now.deleted and now.content == then.content != ""
+    return None if same else then

@@ -30,6 +30,8 @@ class Checked:
     bytes_read: int = 0
     problems: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
+    damaged: tuple[tuple[str, str], ...] = ()
+    """(place, object) of what is there and holds other bytes than it should."""
 
     @property
     def good(self) -> bool:
@@ -66,6 +68,7 @@ def check(
     places = [place for place in repository.reading() if place.shown in _holders(repository, record)]
     problems: list[str] = []
     elsewhere: list[str] = []
+    damaged: list[tuple[str, str]] = []
     seen = bytes_read = 0
     with Known(repository.scratch) as known, ThreadPoolExecutor(THREADS, thread_name_prefix="backup-check") as pool:
         for number, place in enumerate(places):
@@ -81,10 +84,11 @@ def check(
                         (one, read and (share >= 1.0 or one.object in indexes or draw.random() < share))
                         for one in batch
                     ]
-                    for one, (bad, size) in zip(
+                    for one, (bad, size, wrong) in zip(
                         work, pool.map(lambda one: _examine(repository, places, known, *one), work), strict=True
                     ):
                         seen += 1
+                        damaged += [(place, one[0].object) for place in wrong]
                         bytes_read += size
                         if bad:
                             (problems if len(bad) == len(places) else elsewhere).extend(bad)
@@ -92,9 +96,11 @@ def check(
                             progress(one[0].size_bytes, None)
             except (ArtifactError, ManifestError) as error:
                 problems.append(f"the index of {component.name}: {error}")
+                for chunk in component.index.chunks:
+                    damaged += [(place, chunk.object) for place in _examine(repository, places, known, chunk, True)[2]]
     if not places:
         problems.append(f"no place has a manifest of {record.backup_id} that can be believed")
-    return Checked(seen, bytes_read, _few(problems), _few(elsewhere))
+    return Checked(seen, bytes_read, _few(problems), _few(elsewhere), tuple(dict.fromkeys(damaged)))
 
 
 def missing(repository: Repository, record: Manifest, components: Sequence[str] | None = None) -> list[str]:
@@ -240,10 +246,11 @@ def _empty_spool(spool: DirectoryPlace, repository: Repository) -> None:
 
 def _examine(
     repository: Repository, places: Sequence[Place], known: Known, chunk: Chunk, read: bool
-) -> tuple[list[str], int]:
-    """(what is wrong at which places, bytes read)."""
+) -> tuple[list[str], int, list[str]]:
+    """(what is wrong at which places, bytes read, the places where it is there and wrong)."""
     at = known.at(chunk.object)
     bad: list[str] = []
+    wrong: list[str] = []
     size = 0
     for number, place in enumerate(places):
         name = codec.object_name(chunk.object)
@@ -259,7 +266,8 @@ def _examine(
                 bad.append(f"{name} is not in {place.shown}")
             except ArtifactError as error:
                 bad.append(f"{name} in {place.shown}: {error}")
-    return bad, size
+                wrong.append(place.shown)
+    return bad, size, wrong
 
 
 def _holders(repository: Repository, record: Manifest) -> set[str]:

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from registry import actor
+from registry import actor, clock
 from registry.errors import ArtifactError, ModelkeepError, NotFoundError, StorageError, UnavailableError, UsageError
 from registry.settings import Settings
-from tasks.backup import kinds, ledger, states, sweeping
+from tasks.backup import garbage, kinds, ledger, states, sweeping
 from tasks.backup.chain import Program
 from tasks.backup.hiding import hider
 from tasks.backup.manifest import COMPLETE, Component, Manifest, ManifestError
@@ -151,11 +151,28 @@ def verify(
     if share is not None:
         facts["share"] = share
     note = _note(found, share)
+    _distrust(
+        repository, manifest, [name for name, one in found.items() if one.outcome == states.FAILED_VERIFICATION], tell
+    )
     repository.note_state(manifest.backup_id, note, facts)
     _on_record(settings, manifest.backup_id, note, facts, tell, flow_run_id)
     state = states.derive(manifest, repository.states(manifest.backup_id)).state
     ledger.note_check(settings.home, manifest, facts["components"], whole=share is None)
     return Report(manifest.backup_id, state, found, share, time.monotonic() - began)
+
+
+def _distrust(repository: Repository, manifest: Manifest, failed: list[str], tell: Callable[[str], None]) -> None:
+    """Objects that are to blame are not reused: the next backup that has their bytes stores them again."""
+    if not failed:
+        return
+    try:
+        damaged = repository.check(manifest, components=failed).damaged
+        if damaged and (count := garbage.distrust(repository, damaged, now=clock.now())):
+            tell(
+                f"{count} damaged objects are written anew by the next backup that holds them: take one now (modelkeep backup)"
+            )
+    except ModelkeepError as error:
+        tell(f"which objects are damaged could not be found out: {error}")
 
 
 def due(repository: Repository, share: float) -> list[tuple[str, float | None]]:

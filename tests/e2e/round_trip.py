@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,7 @@ class Installation:
                 postgresql=self.servers.postgresql.port, vectors=self.vectors, redis=self.servers.redis.port, password=PASSWORD,
             )
         )  # fmt: skip
+        self._empty_servers()
         self._fill_databases()
         self.redis("RPUSH", "jobs", *(f"job {number}" for number in range(200)))
         self.redis("HSET", "jobs:state", "a", "1", "b", "2")
@@ -299,11 +301,14 @@ class Installation:
         finally:
             connection.close()
 
+    def _answers(self, model: str) -> bool:
+        return self.box.infer(model=model).status_code == 200
+
     def golden(self) -> dict[str, Any]:
         """The answers of both models to some images, and the versions that gave them."""
         found: dict[str, Any] = {}
         for model in (MODEL, OTHER_MODEL):
-            wait_for(f"{model} is served", lambda name=model: self.box.infer(model=name).status_code == 200)
+            wait_for(f"{model} is served", partial(self._answers, model))
             for image in ASKED:
                 answer = self.box.infer(model=model, image=image)
                 assert answer.status_code == 200, answer.text
@@ -318,13 +323,20 @@ class Installation:
         shutil.rmtree(self.box.home)
         shutil.rmtree(self.app)
         self.box.home.mkdir()
-        self.servers.mariadb.execute("DROP DATABASE shop", "DROP USER 'reader'@'%'", "DROP ROLE teller")
-        self.servers.postgresql.execute("DROP DATABASE ledger WITH (FORCE)", "DROP ROLE reader", "DROP ROLE teller")
-        self.redis("FLUSHALL")
+        self._empty_servers()
         if "://" in self.vectors:
             base = f"{self.vectors}/api/v2/tenants/default_tenant/databases/default_database/collections"
             assert httpx.delete(f"{base}/prices", timeout=30).status_code == 200
             assert httpx.get(base, timeout=30).json() == []
+
+    def _empty_servers(self) -> None:
+        self.servers.mariadb.execute(
+            "DROP DATABASE IF EXISTS shop", "DROP USER IF EXISTS 'reader'@'%'", "DROP ROLE IF EXISTS teller"
+        )
+        self.servers.postgresql.execute(
+            "DROP DATABASE IF EXISTS ledger WITH (FORCE)", "DROP ROLE IF EXISTS reader", "DROP ROLE IF EXISTS teller"
+        )
+        self.redis("FLUSHALL")
 
     # what is there
 

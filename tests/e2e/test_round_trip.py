@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -70,10 +71,15 @@ def test_all_is_lost_and_one_command_brings_all_of_it_back(servers: Servers, tmp
         assert outcome["state"] == "recovered" and set(outcome["restored"]) == COMPONENTS
         is_back(home, manifest)
 
+        known = home.modelkeep("status")["backups"]
+        assert known["last"]["backup_id"] == taken["backup_id"]
+        assert all(known["components"][name]["verified_age_seconds"] > 0 for name in COMPONENTS), known
+
         made.serve()
         assert (home.golden(), home.accounts(), home.uploads()) == before
         refused = home.modelkeep("recover", "--from", BUCKET, "--dry-run", code=1)["problems"]
-        assert {one.rpartition(": /")[0].partition(": ")[0] for one in refused} == COMPONENTS - {"config"}, refused
+        standing = {name for name in COMPONENTS if any(one.startswith(f"{name}: ") for one in refused)}
+        assert standing == COMPONENTS - {"config", "models"}, refused  # models: the very artifacts that would come
         again = home.modelkeep("backup", "--no-prefect")
         assert again["state"] == "complete", "life goes on"
 
@@ -99,8 +105,14 @@ def is_back(home: Installation, manifest: dict[str, Any]) -> None:
     assert home.head() == manifest["registry"]["audit_head"]["seq"] + 1
 
 
-# Whatever Prefect is, it cannot be imported; nor can what a recovery does without.
-NO_PREFECT = "import sys\nfor name in ('prefect', 'torch', 'onnx'): sys.modules[name] = None\n"
+# Neither Prefect nor what a recovery does without can be imported; and that this was so is seen by the file.
+NO_PREFECT = """
+import pathlib, sys
+for name in ("prefect", "torch", "onnx"):
+    sys.modules[name] = None
+pathlib.Path(__file__).with_name("was-read").touch()
+"""
+KNOCK = "import socket, sys; socket.create_connection(('127.0.0.1', int(sys.argv[1])), timeout=5)"
 
 
 def test_without_prefect_registry_and_network_it_comes_back_and_is_read_without_modelkeep(
@@ -120,8 +132,14 @@ def test_without_prefect_registry_and_network_it_comes_back_and_is_read_without_
         (tmp_path / "site").mkdir()
         (tmp_path / "site" / "sitecustomize.py").write_text(NO_PREFECT)
         path = f"{tmp_path / 'site'}{os.pathsep}{ROOT}"
-        with doors(tmp_path / "d", servers.ports) as cut:
+        with doors(tmp_path / "d", servers.ports) as cut, socket.create_server(("127.0.0.1", 0)) as other:
+            for port, opens in ((other.getsockname()[1], False), (servers.mariadb.port, True)):
+                knock = subprocess.run(
+                    [*cut, sys.executable, "-c", KNOCK, str(port)], stderr=subprocess.DEVNULL, timeout=60
+                )
+                assert (knock.returncode == 0) == opens, "the network is cut to all but these"
             outcome = home.modelkeep("recover", "--from", BUCKET, before=cut, PYTHONPATH=path)
+        assert (tmp_path / "site" / "was-read").exists()
         assert outcome["state"] == "recovered" and set(outcome["restored"]) == COMPONENTS
         is_back(home, manifest)
         read_without_modelkeep(home, taken["backup_id"])

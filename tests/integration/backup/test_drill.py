@@ -9,7 +9,8 @@ import pytest
 
 from registry import ledger
 from registry.errors import NotFoundError
-from tasks.backup import damage, drill, drill_page, drill_server
+from serving.backup_metrics import BackupMetrics
+from tasks.backup import damage, drill, drill_page, drill_server, notifying
 from tasks.backup.repository import open_repository
 from tests.integration.backup.machine import Machine
 
@@ -33,6 +34,9 @@ def test_a_drill_restores_serves_and_measures_everything_and_leaves_nothing_behi
     assert [one["drill_id"] for one in history] == [found.drill_id]
     known = ledger.read(machine.home)
     assert known is not None and known["drill"]["state"] == "passed"
+    told = {one.name: one.samples for one in BackupMetrics(machine.home).collect()}
+    assert [one.value for one in told["modelkeep_drill_passed"]] == [1.0]
+    assert {one.labels["component"] for one in told["modelkeep_drill_rto_seconds"]} == set(known["drill"]["components"])
     page = drill_page.render(history)
     assert "Everything came back" in page and "database:app" in page
 
@@ -56,6 +60,23 @@ def test_a_drill_against_a_damaged_location_fails_loudly(tmp_path: Path) -> None
 def test_without_a_backup_a_drill_says_that_there_is_nothing_to_come_back_from(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no backup to hold a drill with"):
         drill.run(Machine(tmp_path).settings)
+
+
+def test_a_drill_that_breaks_by_an_error_of_our_own_wakes_somebody_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(tmp_path)
+    machine.back_up("files")
+    told: list[str] = []
+    monkeypatch.setattr(notifying, "notify", lambda settings, what, text: told.append(text))
+
+    def breaks(*_: object) -> None:
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr(drill, "_restored", breaks)
+    with pytest.raises(KeyError):
+        drill.held(machine.settings)
+    assert told == ["KeyError: 'a mistake'"]
 
 
 def test_every_known_damage_is_told_and_the_backup_itself_is_untouched(tmp_path: Path) -> None:

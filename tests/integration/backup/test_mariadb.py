@@ -14,6 +14,7 @@ from tasks.backup import mariadb as kind
 from tasks.backup import mariadb_access, mariadb_facts, mariadb_snapshot, throwaway
 from tasks.backup.components import Target
 from tasks.backup.mariadb_access import access
+from tasks.backup.mariadb_facts import MARKER
 from tests.integration.backup.database_content import HARD_MARIADB, HARD_ROWS
 from tests.registry_servers import PASSWORD, Server
 from tests.unit.tasks.backup.memory import Memory, taken
@@ -284,3 +285,11 @@ def test_the_checksum_of_a_table_with_a_virtual_column_is_the_same_whenever_it_i
     connection.close()
     assert len(set(found[:12])) == 1, found
     assert len({found[0], *found[12:]}) == 3, "and it sees what was changed"
+
+
+def test_a_half_restored_database_is_not_backed_up_as_if_it_were_one(hard: str) -> None:
+    execute(hard, f"CREATE TABLE {MARKER} (began_at DATETIME)")
+    with pytest.raises(RefusedError, match=f"half restored.*drop its table {MARKER}"):
+        part(hard).capture(Memory())
+    execute(hard, f"DROP TABLE {MARKER}")
+    part(hard).capture(Memory())

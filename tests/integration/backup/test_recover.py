@@ -96,10 +96,21 @@ def test_old_data_can_be_looked_at_beside_what_is_live(machine: Machine) -> None
 def test_one_folder_of_one_component_comes_back(machine: Machine) -> None:
     backup_id = machine.back_up()
     shutil.rmtree(machine.folder / "uploads")
+    events, _ = machine.head()
     outcome = machine.recover(source=backup_id, components=("files:uploads/2026",))
     assert outcome.state == "recovered"
+    assert machine.head() == (events + 1, []), "that it was done is on record"
     assert (machine.folder / "uploads/2026/a.txt").read_text() == "alpha"
     assert not (machine.folder / "uploads/b.bin").exists()
+
+
+def test_where_there_is_no_registry_a_part_comes_back_and_makes_none(machine: Machine) -> None:
+    backup_id = machine.back_up()
+    machine.lose()
+    assert machine.recover(source=backup_id, components=("files:uploads",)).state == "recovered"
+    assert not (machine.home / "registry.db").exists()
+    outcome = machine.recover(source=backup_id, components=("registry", "models", "database"))
+    assert outcome.state == "recovered", outcome
 
 
 def test_a_time_picks_the_newest_verified_backup_before_it(machine: Machine) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from registry import clock
 from registry.errors import RefusedError, StorageError
-from tasks.backup import kinds, recovery
+from tasks.backup import kinds, recovery, states, verify
+from tasks.backup.written import write_files
 from tests.integration.backup.machine import ROWS, Machine
 
 
@@ -129,7 +130,9 @@ def test_a_safety_copy_holds_what_this_run_replaces_not_what_an_earlier_one_did(
         saved: list[list[str]] = []
         real = recovery.safety_copy
         patch.setattr(
-            recovery, "safety_copy", lambda settings, names, say: (saved.append(list(names)), real(settings, names, say=say))[1]
+            recovery,
+            "safety_copy",
+            lambda settings, names, say: (saved.append(list(names)), real(settings, names, say=say))[1],
         )
         with pytest.raises(Killed):
             machine.recover(**asked)
@@ -152,3 +155,57 @@ def test_what_came_to_an_empty_place_after_the_plan_was_made_is_not_overwritten_
     assert outcome.failed and machine.orders() == 7
     assert machine.recover(source=backup_id, components=("database:app",), force=True).safety_copy is not None
     assert machine.orders() == ROWS
+
+
+def test_a_configuration_with_its_secrets_is_never_replaced_by_one_without(machine: Machine) -> None:
+    toml = machine.home / "modelkeep.toml"
+    toml.write_text(toml.read_text() + 'redis_url = "redis://:marked@127.0.0.1:1/0"\n')
+    backup_id = machine.back_up("config")
+    toml.write_text(toml.read_text() + "# edited since\n")
+    before = toml.read_bytes()
+    outcome = machine.recover(source=backup_id, components=("config",), force=True)
+    assert outcome.state == "recovered" and toml.read_bytes() == before
+    assert b"marked" not in (machine.home / "modelkeep.toml.restored").read_bytes()
+
+
+def test_of_several_installations_in_one_location_the_newest_of_ours_comes_back(
+    machine: Machine, tmp_path: Path
+) -> None:
+    ours = machine.back_up("database")
+    other = tmp_path / "other"
+    other.mkdir()
+    theirs = Machine(other)
+    (theirs.home / "modelkeep.toml").write_text((machine.home / "modelkeep.toml").read_text())
+    theirs.folder = machine.folder
+    theirs.settings = theirs.load()
+    newest = theirs.back_up("database", "registry")
+    asked = recovery.Request(at=clock.now(), components=("database:app",), into=str(tmp_path / "look"))
+    assert recovery.prepare(machine.settings, asked).plan.manifest.backup_id == ours
+    named = recovery.Request(source=newest, components=("database:app",), into=str(tmp_path / "look"))
+    assert any("another installation" in text for text in recovery.prepare(machine.settings, named).plan.warnings)
+
+
+def test_what_is_written_to_be_looked_at_is_nobody_elses_to_read(machine: Machine, tmp_path: Path) -> None:
+    backup_id = machine.back_up("files")
+    prepared = recovery.prepare(machine.settings, recovery.Request(source=backup_id, into=str(tmp_path / "look")))
+    folder = tmp_path / "written"
+    write_files(prepared.repository.source(prepared.plan.manifest, "files:uploads"), folder)
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert written and all(path.stat().st_mode & 0o077 == 0 for path in [folder, *written])
+
+
+@pytest.mark.parametrize("outcome", [states.UNVERIFIABLE, states.NOT_VERIFIED, states.FAILED_VERIFICATION])
+def test_nothing_is_replaced_on_a_safety_copy_that_was_not_restored_and_compared(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, outcome: str
+) -> None:
+    backup_id = machine.back_up("database")
+    changed(machine, 7)
+
+    def checked(settings: Any, named: str, **_: Any) -> verify.Report:
+        found = {"database:app": verify.Checked(outcome, "there is no such server here")}
+        return verify.Report(named, "complete", found, None, 0.0)
+
+    monkeypatch.setattr(verify, "verify", checked)
+    with pytest.raises(RefusedError, match=r"is not verified, so nothing was replaced \(database:app: there is no such"):
+        machine.recover(source=backup_id, components=("database:app",), force=True)
+    assert machine.orders() == 7

@@ -211,3 +211,25 @@ def _full(settings: Settings) -> str:
         real = kinds.parts
         patch.setattr(kinds, "parts", lambda settings, _names: real(settings, ("files",)))
         return back_up(settings, Request((kinds.ALL,))).backup_id
+
+
+@pytest.mark.parametrize("what", ["content", "index"])
+def test_after_a_damage_was_found_the_next_backup_writes_the_object_again_and_the_old_one_is_right_too(
+    settings: Settings, what: str
+) -> None:
+    first = _taken(settings, "files")
+    component = first.components[0]
+    assert component.index is not None
+    entries = list(open_repository(settings).source(first, component.name).entries())
+    streams = [component.index] if what == "index" else [one.stream for one in entries if one.stream is not None]
+    name = max((chunk for stream in streams for chunk in stream.chunks), key=lambda one: one.stored_bytes).object
+    path = Path(settings.backups[0]) / "objects" / name[:2] / name
+    sound = path.read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert verify.verify(settings, first.backup_id).exit_code == 1
+
+    second = _taken(settings, "files")
+    assert path.read_bytes() == sound
+    assert verify.verify(settings, second.backup_id).state == "verified"
+    assert verify.verify(settings, first.backup_id).state == "verified"

@@ -128,3 +128,15 @@ def test_the_commands_run_the_flows_and_end_with_their_exit_codes(
     assert main(["backup", "--components", "registry,files"]) == 3
     assert main(["backup", "--components", "files"]) == 1
     assert "files:uploads" in capsys.readouterr().out
+
+
+def test_logs_are_shipped_or_the_run_says_whose_are_not(home: Path, prefect_api: str) -> None:
+    from flows.ship_logs import ship_logs
+
+    state = ship_logs(return_state=True)
+    assert (state.name, state.type.value) == ("Shipped", "COMPLETED"), state.message
+    database = f'[[databases]]\nname = "app"\nurl = "sqlite:///{home}/app.db"\n[backup]\nlogs = ["app"]\n'
+    (home / "modelkeep.toml").write_text(database)
+    state = ship_logs(return_state=True)
+    assert (state.name, state.type.value) == ("Failed", "FAILED")
+    assert "app: NOT SHIPPED" in str(state.message) and "of MariaDB and PostgreSQL only" in str(state.message)

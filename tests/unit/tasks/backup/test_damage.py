@@ -124,3 +124,21 @@ def test_objects_cannot_be_exchanged_though_both_are_whole(tmp_path: Path) -> No
         path.write_bytes(data)
     with pytest.raises(ModelkeepError):
         restored(repository, FIRST)
+
+
+def test_a_location_that_lost_its_keys_is_not_read_as_one_without_while_a_key_is_set(tmp_path: Path) -> None:
+    """Whoever may write there could else have a recovery bring back what he has made up."""
+    place = DirectoryPlace(tmp_path / "backups")
+    key, _ = keyed([place], tmp_path / "key")
+    forged = Repository([DirectoryPlace(tmp_path / "forged")])
+    record = Manifest(
+        "20261121T020000Z-000001", "0" * 64, "complete", "2026-11-21T02:00:00Z", "2026-11-21T02:00:00Z", ("all",), ()
+    )
+    forged.write_manifest(record)
+    for name in [one.name for one in place.list("keys/")]:
+        place.delete(name)
+    name = f"{record.backup_id}.manifest.json"
+    place.put(name, forged.places[0].get(name))
+    with pytest.raises(BackupKeyError, match="holds backups and no keys/"):
+        open_keyring([place], key)
+    assert open_keyring([place], None) is None, "without a key in the settings they are what they are"

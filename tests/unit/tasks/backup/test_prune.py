@@ -13,7 +13,7 @@ import pytest
 
 from registry import clock
 from registry.errors import ConflictError, StorageError
-from tasks.backup import garbage, prune, states
+from tasks.backup import garbage, prune, states, whose
 from tasks.backup.manifest import COMPLETE, Component, Entry, Manifest
 from tasks.backup.places import DirectoryPlace
 from tasks.backup.repository import Repository
@@ -22,7 +22,7 @@ from tasks.backup.retention import Policy
 NOW = dt.datetime(2026, 11, 21, 12, tzinfo=dt.UTC)
 DAY = dt.timedelta(days=1)
 POLICY = Policy(daily=0, weekly=0, monthly=0, minimum_redundancy=1, unverified_days=3)
-INTENT = {"pid": os.getpid(), "host": platform.node(), "boot_id": garbage._boot_id()}
+INTENT = {"pid": os.getpid(), "host": platform.node(), "boot_id": whose.boot_id()}
 
 
 @pytest.fixture
@@ -34,7 +34,14 @@ def backup_id(number: int) -> str:
     return f"202611{number:02}T020000Z-{number:06x}"
 
 
-def take(repository: Repository, number: int, *contents: bytes, verified: bool = True, days_ago: float = 0) -> Manifest:
+def take(
+    repository: Repository,
+    number: int,
+    *contents: bytes,
+    verified: bool = True,
+    days_ago: float = 0,
+    installation: str = "0" * 64,
+) -> Manifest:
     """A backup of one component that holds these contents, each a file."""
     named, at = backup_id(number), clock.text(NOW - days_ago * DAY)
     with repository.writer(named) as writer:
@@ -54,7 +61,7 @@ def take(repository: Repository, number: int, *contents: bytes, verified: bool =
         done.new_bytes,
         done.index,
     )
-    record = Manifest(named, "0" * 64, COMPLETE, at, at, ("all",), (component,), sequence=number)
+    record = Manifest(named, installation, COMPLETE, at, at, ("all",), (component,), sequence=number)
     repository.write_manifest(record)
     if verified:
         repository.note_state(named, states.VERIFIED, {"components": {"files:uploads": {"outcome": "verified"}}})
@@ -126,7 +133,7 @@ def test_a_backup_whose_process_is_dead_holds_nothing_up(repository: Repository)
     take(repository, 1, b"old" * 100, days_ago=9)
     take(repository, 2, b"new" * 100)
     run(repository)
-    repository.begin_intent(backup_id(3), {**INTENT, "boot_id": "of a boot before"})
+    repository.begin_intent(backup_id(3), {**INTENT, "pid": 4_000_000})
     assert run(repository, NOW + 2 * DAY).garbage[0].deleted == 2
 
 
@@ -174,7 +181,7 @@ def test_two_collections_do_not_run_at_once(repository: Repository) -> None:
 
 
 def test_the_flag_of_a_killed_collection_is_no_obstacle(repository: Repository) -> None:
-    repository.places[0].put(garbage.FLAG, json.dumps({"token": "dead", **INTENT, "boot_id": "before"}).encode())
+    repository.places[0].put(garbage.FLAG, json.dumps({"token": "dead", **INTENT, "pid": 4_000_000}).encode())
     garbage.collect(repository, now=NOW, grace=DAY)
     assert repository.places[0].stat(garbage.FLAG) is None
 

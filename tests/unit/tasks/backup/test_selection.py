@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 
 import pytest
 
+from registry import clock
 from registry.errors import SettingsError, StorageError, UsageError
 from registry.settings import Settings, build_settings
 from tasks.backup import targets
@@ -144,12 +146,32 @@ def test_a_journal_knows_what_an_earlier_run_has_done_until_its_recovery_has_end
     second = open_journal(tmp_path, "b1", list(reversed(steps)))
     assert second.resumed
     assert second.done("models") == {"files": 3}
-    assert second.begun("registry") and second.done("registry") is None
+    assert second.ours("registry", "9 tables") and second.done("registry") is None
     assert not open_journal(tmp_path, "b2", steps).resumed, "another backup is another recovery"
 
     second.finish("registry", {})
     second.end("recovered")
     assert not open_journal(tmp_path, "b1", steps).resumed
+
+
+def test_a_journal_takes_for_ours_only_what_a_failure_left_and_for_a_day_what_a_kill_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = open_journal(tmp_path, "b1", [("models", "there")])
+    assert not journal.ours("models", "2 files")
+    journal.begin("models")
+    assert journal.ours("models", "2 files"), "killed: what it had written is not known"
+    journal.fail("models", "2 files")
+    assert journal.ours("models", "2 files") and not journal.ours("models", "3 files")
+    now = clock.now()
+    monkeypatch.setattr(clock, "now", lambda: now + dt.timedelta(hours=23))
+    assert journal.ours("models", "2 files")
+    monkeypatch.setattr(clock, "now", lambda: now + dt.timedelta(hours=25))
+    assert not journal.ours("models", "2 files")
+    journal.touch("models")
+    assert journal.ours("models", "2 files")
+    journal.fail("models", None)
+    assert not open_journal(tmp_path, "b1", [("models", "there")]).ours("models", "2 files")
 
 
 def test_a_journal_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def test_what_is_there_is_not_overwritten_unless_it_is_forced(app: Path, tmp_pat
     assert kind.occupied(Target(path=other)) == f"1 tables in {other}"
     assert kind.restore(memory, Target(path=other, force=True))["tables"] == ROWS
     assert kind.occupied(Target(path=tmp_path / "nowhere.db")) is None
+    assert kind.occupied(Target(path=other, only=("mine",))) is None, "a table that is gone stands in nobody's way"
 
 
 def test_single_tables_come_back_beside_what_is_there(app: Path) -> None:
