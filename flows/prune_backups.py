@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from typing import Any
 
 from prefect import flow, task
@@ -12,9 +11,8 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.common import artifact_key, logger, settings_alone
+from flows.common import artifact_key, logger, run_id, settings_alone
 from registry import clock
-from tasks.backup import ledger
 from tasks.backup import prune as pruning
 from tasks.backup.repository import open_repository
 
@@ -30,7 +28,7 @@ class PruneBackups(BaseModel):
 
 
 look = task(name="preview", persist_result=False, cache_policy=NO_CACHE)(pruning.preview)
-delete = task(name="prune", persist_result=False, cache_policy=NO_CACHE)(pruning.apply)
+delete = task(name="prune", persist_result=False, cache_policy=NO_CACHE)(pruning.carry_out)
 
 
 @flow(
@@ -42,13 +40,11 @@ def prune_backups(request: PruneBackups | None = None) -> State[Any]:
     """Ends Completed, or Failed where a place kept a backup that was to go or a manifest cannot be read."""
     request = request or PruneBackups()
     settings = settings_alone()
-    repository, policy, now = open_repository(settings), pruning.policy_of(settings), clock.now()
+    repository, now = open_repository(settings), clock.now()
     if request.apply:
-        grace = dt.timedelta(hours=settings.backup.gc_grace_hours)
-        found = delete(repository, policy, now=now, grace=grace, say=logger().info)
-        ledger.note_removed(settings.home, found.removed)
+        found = delete(settings, repository, now=now, say=logger().info, flow_run_id=run_id())
     else:
-        found = look(repository, policy, now)
+        found = look(repository, pruning.policy_of(settings), now)
     create_markdown_artifact(found.as_markdown(), key=artifact_key("retention"), description="Retention of backups")
     words = (
         f"{len(found.removed)} of {len(found.decisions)} backups removed"

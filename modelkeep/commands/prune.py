@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,21 +21,18 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Show which backups stay and which go, each with its rule; delete them with --apply."""
-    from tasks.backup import ledger
+    from modelkeep.commands.backups import acting
+    from registry import actor
     from tasks.backup import prune as pruning
     from tasks.backup.repository import open_repository
 
-    settings = load_settings()
-    repository, policy, now = open_repository(settings), pruning.policy_of(settings), clock.now()
     if apply:
-        from registry import actor
-
-        actor.current()  # a key that may only look is refused before anything is touched
-        grace = dt.timedelta(hours=settings.backup.gc_grace_hours)
-        found = pruning.apply(repository, policy, now=now, grace=grace)
-        ledger.note_removed(settings.home, found.removed)
+        with acting() as settings:
+            actor.current()  # a key that may only look is refused before anything is touched
+            found = pruning.carry_out(settings, open_repository(settings), now=clock.now())
     else:
-        found = pruning.preview(repository, policy, now)
+        settings = load_settings()
+        found = pruning.preview(open_repository(settings), pruning.policy_of(settings), clock.now())
     if as_json:
         output.document(found.as_dict())
     else:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from registry.errors import StorageError
+from registry.errors import ConflictError, ModelkeepError, StorageError, UnavailableError
 from registry.settings import Settings
-from tasks.backup import garbage, states
+from tasks.backup import garbage, ledger, states
 from tasks.backup.manifest import COMPLETE, FAILED, SUFFIX, Manifest
+from tasks.backup.registry_now import registry_of
 from tasks.backup.retention import Decision, Kept, Policy, decide
 from tasks.backup.states import Note
 
@@ -146,10 +147,39 @@ def apply(
         else:
             refused[decision.backup_id] = why
             say(f"{decision.backup_id} stays: {why}")
-    collected = tuple(garbage.collect(repository, now=now, grace=grace))
+    try:
+        collected = tuple(garbage.collect(repository, now=now, grace=grace))
+    except ConflictError as error:  # another one is at it, and does the same
+        collected = tuple(garbage.Collected(place.shown, waits=str(error)) for place in repository.all_places())
     return Pruned(
         decided.decisions, decided.backups, True, tuple(removed), refused, collected, unreadable=decided.unreadable
     )
+
+
+def carry_out(
+    settings: Settings,
+    repository: Repository,
+    *,
+    now: dt.datetime,
+    say: Callable[[str], None] = lambda _: None,
+    flow_run_id: str | None = None,
+) -> Pruned:
+    """`apply` by the settings, on record in the audit chain where the registry answers. Raises what `apply` does."""
+    grace = dt.timedelta(hours=settings.backup.gc_grace_hours)
+    found = apply(repository, policy_of(settings), now=now, grace=grace, say=say)
+    if not found.removed:
+        return found
+    ledger.note_removed(settings.home, found.removed)
+    rules = {one.backup_id: list(one.rules) for one in found.decisions if one.backup_id in found.removed}
+    with registry_of(settings) as registry:
+        try:
+            if registry.database is None:
+                raise UnavailableError(str(registry.why))
+            with registry.database.write(flow_run_id=flow_run_id) as transaction:
+                transaction.record("backup.pruned", "backups", before={"removed": rules})
+        except ModelkeepError as error:
+            say(f"what was removed is not in the audit chain: {error}")
+    return found
 
 
 def _kept(backup_id: str, manifest: Manifest | None, notes: list[Note]) -> Kept | None:

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
-from registry import clock, versions
+from registry import clock, ledger, versions
 from registry.connect import open_database
 from registry.errors import NotFoundError, RefusedError, UsageError
+from registry.schema import AuditEvent
 from registry.store import DirectoryStore
-from tasks.backup import kinds, recovery, verify
+from tasks.backup import kinds, prune, recovery, verify
+from tasks.backup.repository import open_repository
 from tests.integration.backup.machine import ROWS, Machine
 
 
@@ -226,3 +229,22 @@ def test_recovery_needs_no_prefect(machine: Machine) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert '"state": "recovered"' in done.stdout
+
+
+def test_what_a_prune_removes_is_on_record_with_its_rules(machine: Machine) -> None:
+    first, second = machine.back_up("database"), machine.back_up("database")
+    for one in (first, second):
+        verify.verify(machine.settings, one)
+    sparing = machine.settings.backup.model_copy(
+        update={"keep_daily": 0, "keep_weekly": 0, "keep_monthly": 0, "minimum_redundancy": 1}
+    )
+    settings = machine.settings.model_copy(update={"backup": sparing})
+    found = prune.carry_out(settings, open_repository(settings), now=clock.now())
+    assert found.removed == (first,)
+    database = open_database(settings)
+    with database.read() as session:
+        event = session.scalars(select(AuditEvent).where(AuditEvent.action == "backup.pruned")).one()
+        assert first in event.text
+    database.dispose()
+    known = ledger.read(machine.home)
+    assert known is not None and known["components"]["database:app"]["verified_backup_id"] == second
