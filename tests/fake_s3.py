@@ -326,7 +326,9 @@ class _Handler(BaseHTTPRequestHandler):
                 .isoformat(timespec="milliseconds")
                 .replace("+00:00", "Z")
             )
-            size = "" if one.deleted else f"<Size>{len(one.data)}</Size><ETag>{hashlib.md5(one.data).hexdigest()}</ETag>"
+            size = (
+                "" if one.deleted else f"<Size>{len(one.data)}</Size><ETag>{hashlib.md5(one.data).hexdigest()}</ETag>"
+            )
             rows += (
                 f"<{kind}><Key>{escape(name)}</Key><VersionId>{one.id}</VersionId><IsLatest>{str(latest).lower()}</IsLatest>"
                 f"<LastModified>{at}</LastModified>{size}</{kind}>"

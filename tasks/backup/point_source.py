@@ -41,7 +41,9 @@ def captured(folder: Path, backup: Source, part: Part, people: str) -> PointSour
         sink = writer.component(backup.record.name)
         found = part.capture(sink)
         done = sink.finish()
-    kept: dict[str, Any] = {name: backup.record.facts[name] for name in ("accounts", "role_passwords") if name in backup.record.facts}
+    kept: dict[str, Any] = {
+        name: backup.record.facts[name] for name in ("accounts", "role_passwords") if name in backup.record.facts
+    }
     record = replace(
         backup.record, began_at=at, ended_at=clock.text(clock.now()), entries=done.entries, size_bytes=done.size_bytes,
         stored_bytes=done.stored_bytes, new_bytes=done.new_bytes, index=done.index, facts={**found.facts, **kept},

@@ -206,6 +206,8 @@ def test_nothing_is_replaced_on_a_safety_copy_that_was_not_restored_and_compared
         return verify.Report(named, "complete", found, None, 0.0)
 
     monkeypatch.setattr(verify, "verify", checked)
-    with pytest.raises(RefusedError, match=r"is not verified, so nothing was replaced \(database:app: there is no such"):
+    with pytest.raises(
+        RefusedError, match=r"is not verified, so nothing was replaced \(database:app: there is no such"
+    ):
         machine.recover(source=backup_id, components=("database:app",), force=True)
     assert machine.orders() == 7
