@@ -1,6 +1,6 @@
 # The commands of this repository. Each one sets up what it needs; nothing here asks a question.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-serving test-long test-gpu bench-gpu clean
+.PHONY: help setup demo test lint format bench bench-serving bench-backup test-long test-gpu bench-gpu clean
 PY := .venv/bin/python
 
 help:  ## this list
@@ -37,6 +37,10 @@ bench: setup  ## speed, side by side; figures are printed, never asserted
 bench-serving: setup  ## our server beside Triton and others, in turns: up to 12 minutes (OPTIONS=--quick: 3)
 	@scripts/system-packages
 	@$(PY) -m benchmarks.serving_compare $(OPTIONS)
+
+bench-backup: setup  ## backup and recovery beside mariadb-dump, tar and restic: a long time (OPTIONS=--quick: a minute)
+	@scripts/system-packages
+	@$(PY) -m benchmarks.backup $(OPTIONS)
 
 bench-gpu: setup  ## the same on an NVIDIA device
 	@$(PY) scripts/run_benchmarks.py --gpu

@@ -28,12 +28,15 @@ from tasks.backup.repository import Repository, new_backup_id
 from tasks.backup.source import ComponentSource
 
 MARK = 1.10
+DUMP, LOAD = "mariadb-dump | zstd -1", "zstd -d | mariadb"
+BACKUP, AGAIN = "modelkeep backup", "modelkeep backup, again, nothing changed"
+RECOVER = "modelkeep recover (with all comparisons)"
 OPTIONS = ("--single-transaction", "--quick", "--routines", "--triggers", "--events", "--hex-blob")
 ROW_BYTES = 600
 WORDS = "SELECT seq, concat_ws(' ', md5(seq), md5(seq % 1000), elt(1 + seq % 4, 'open', 'done', 'failed', 'waiting'), seq % 97, "
 FILL = (
     WORDS
-    + "repeat('some words of a prompt ', 1 + seq % 20), md5(seq + 1)), seq / 7, now() - INTERVAL seq SECOND FROM app.seq_1_to_{rows}"
+    + "repeat('some words of a prompt ', 1 + seq % 20), md5(seq + 1)), seq / 7, now() - INTERVAL seq SECOND FROM {database}.seq_1_to_{rows}"
 )
 
 
@@ -67,17 +70,23 @@ def main() -> None:
             print(json.dumps(measured(server, folder, arguments), indent=1))
 
 
-def measured(server: throwaway.Running, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    url = server.database_url("app")
-    rows = arguments.mb * 1_000_000 // ROW_BYTES
-    connection = access(url).connect(database=False)
+def fill_tables(connection: Any, database: str, mb: int) -> None:
+    """A new database of three tables of text; their dump has about two thirds of `mb`."""
+    rows = mb * 1_000_000 // ROW_BYTES
     with connection.cursor() as cursor:
-        cursor.execute("CREATE DATABASE app")
+        cursor.execute(f"CREATE DATABASE {database}")
         for table in ("generations", "users", "requests"):
             cursor.execute(
-                f"CREATE TABLE app.{table} (id INT PRIMARY KEY, body TEXT, cost DOUBLE, made DATETIME, KEY (made))"
+                f"CREATE TABLE {database}.{table} (id INT PRIMARY KEY, body TEXT, cost DOUBLE, made DATETIME, KEY (made))"
             )
-            cursor.execute(f"INSERT INTO app.{table} {FILL.format(rows=rows // 3)}")
+            cursor.execute(f"INSERT INTO {database}.{table} {FILL.format(rows=rows // 3, database=database)}")
+    connection.commit()
+
+
+def measured(server: throwaway.Running, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    url = server.database_url("app")
+    connection = access(url).connect(database=False)
+    fill_tables(connection, "app", arguments.mb)
     socket, zstd = f"--socket={server.socket}", str(find("zstd"))
     dump = [str(find("mariadb-dump")), "--no-defaults", "-uroot", socket, *OPTIONS, "app"]
     load = [str(find("mariadb")), "--no-defaults", "-uroot", socket, "again"]
@@ -92,21 +101,33 @@ def measured(server: throwaway.Running, folder: Path, arguments: argparse.Namesp
     times: dict[str, list[float]] = {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     record = source = None
-    for turn in range(arguments.turns):
+
+    def plain_backup(_turn: int) -> None:
         seconds, _ = timed(lambda: pipe(dump, [zstd, "-1", "-q"], target=packed))
-        times.setdefault("mariadb-dump | zstd -1", []).append(seconds)
+        times.setdefault(DUMP, []).append(seconds)
+
+    def our_backup(turn: int) -> None:
+        nonlocal record, source
         repository = Repository([DirectoryPlace(folder / f"backups{turn}")])
-        seconds, (record, source) = timed(lambda kept=repository: taken(kept, part))
-        times.setdefault("modelkeep backup", []).append(seconds)
-        seconds, _ = timed(lambda kept=repository: taken(kept, part))
-        times.setdefault("modelkeep backup, again, nothing changed", []).append(seconds)
-    for _ in range(arguments.turns):
+        seconds, (record, source) = timed(lambda: taken(repository, part))
+        times.setdefault(BACKUP, []).append(seconds)
+        seconds, _ = timed(lambda: taken(repository, part))
+        times.setdefault(AGAIN, []).append(seconds)
+
+    def plain_restore(_turn: int) -> None:
         fresh()
         seconds, _ = timed(lambda: pipe([zstd, "-d", "-q", "-c"], load, source=packed))
-        times.setdefault("zstd -d | mariadb", []).append(seconds)
+        times.setdefault(LOAD, []).append(seconds)
+
+    def our_restore(_turn: int) -> None:
         fresh()
         seconds, _ = timed(lambda: mariadb.restore(source, Target(url=server.database_url("again"))))
-        times.setdefault("modelkeep recover (with all comparisons)", []).append(seconds)
+        times.setdefault(RECOVER, []).append(seconds)
+
+    for pair in ((plain_backup, our_backup), (plain_restore, our_restore)):
+        for turn in range(arguments.turns):
+            for one in pair if turn % 2 == 0 else reversed(pair):
+                one(turn)
     connection.close()
     assert record is not None
     medians = {what: round(statistics.median(one), 3) for what, one in times.items()}
@@ -116,8 +137,8 @@ def measured(server: throwaway.Running, folder: Path, arguments: argparse.Namesp
         "zstd_bytes": packed.stat().st_size,
         "seconds": medians,
         "all_seconds": {what: [round(value, 3) for value in one] for what, one in times.items()},
-        "backup_ratio": round(medians["modelkeep backup"] / medians["mariadb-dump | zstd -1"], 3),
-        "restore_ratio": round(medians["modelkeep recover (with all comparisons)"] / medians["zstd -d | mariadb"], 3),
+        "backup_ratio": round(medians[BACKUP] / medians[DUMP], 3),
+        "restore_ratio": round(medians[RECOVER] / medians[LOAD], 3),
         "mark": MARK,
         "memory_kb_above_start": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before,
     }
