@@ -7,10 +7,19 @@ from typing import Any
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
+from pydantic import BaseModel, ConfigDict, Field
 
 from flows.common import logger, settings_alone
 from registry.errors import LockedError
 from tasks.backup import ship
+
+
+class ShipLogs(BaseModel):
+    """Whose logs are shipped."""
+
+    model_config = ConfigDict(extra="forbid", title="Logs")
+
+    databases: list[str] = Field(default=[], description="Of those that `[backup] logs` names; empty: all of them.")
 
 
 @flow(
@@ -18,13 +27,19 @@ from tasks.backup import ship
     description="Ship the logs of the databases that [backup] logs names: with them a moment between two backups comes back.",
     persist_result=False,
 )
-def ship_logs() -> State[Any]:
-    """Ends Shipped; or Failed with the name Failed, Gap (shipped, and no backup can use them yet) or Locked (another is at it)."""
+def ship_logs(request: ShipLogs | None = None) -> State[Any]:
+    """Ends Shipped; Refused for a name that `[backup] logs` does not have; or Failed with the name Failed, Gap (shipped, and no
+    backup can use them yet) or Locked (another is at it)."""
+    request = request or ShipLogs()
     settings = settings_alone()
     if not settings.backup.logs:
         return Completed(name="Shipped", message="[backup] logs names no database")
+    if unknown := sorted(set(request.databases) - set(settings.backup.logs)):
+        return Failed(
+            name="Refused", message=f"{', '.join(unknown)}: [backup] logs has {', '.join(settings.backup.logs)}"
+        )
     try:
-        found = ship.ship(settings, tell=logger().info)
+        found = ship.ship(settings, request.databases, tell=logger().info)
     except LockedError as error:
         return Failed(name="Locked", message=str(error))
     message = "; ".join(map(ship.summary, found))

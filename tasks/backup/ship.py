@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,8 +49,10 @@ def exit_code(found: list[Shipment]) -> int:
     return 3 if any(one.gap for one in found) else 0
 
 
-def ship(settings: Settings, *, tell: Callable[[str], None] = lambda _: None) -> list[Shipment]:
-    """Ship the logs of all of them; one that fails keeps no other from it.
+def ship(
+    settings: Settings, names: Sequence[str] = (), *, tell: Callable[[str], None] = lambda _: None
+) -> list[Shipment]:
+    """Ship the logs of all that the settings name, or of these of them; one that fails keeps no other from it.
 
     Raises SettingsError where a name is none of [[databases]], LockedError where another run is at it, StorageError.
     """
@@ -64,7 +66,7 @@ def ship(settings: Settings, *, tell: Callable[[str], None] = lambda _: None) ->
         return []
     with _alone(settings.home) as scratch:
         repository = open_repository(settings, create=True)
-        for name in settings.backup.logs:
+        for name in names or settings.backup.logs:
             try:
                 one = _ship_one(repository, name, urls[name].connection_url(), scratch)
             except ModelkeepError as error:
