@@ -131,7 +131,7 @@ def test_the_commands_run_the_flows_and_end_with_their_exit_codes(
 
 
 def test_logs_are_shipped_or_the_run_says_whose_are_not(home: Path, prefect_api: str) -> None:
-    from flows.ship_logs import ship_logs
+    from flows.ship_logs import ShipLogs, ship_logs
 
     state = ship_logs(return_state=True)
     assert (state.name, state.type.value) == ("Shipped", "COMPLETED"), state.message
@@ -140,3 +140,7 @@ def test_logs_are_shipped_or_the_run_says_whose_are_not(home: Path, prefect_api:
     state = ship_logs(return_state=True)
     assert (state.name, state.type.value) == ("Failed", "FAILED")
     assert "app: NOT SHIPPED" in str(state.message) and "of MariaDB and PostgreSQL only" in str(state.message)
+    state = ship_logs(ShipLogs(databases=["shop"]), return_state=True)
+    assert (state.name, state.type.value) == ("Refused", "FAILED") and "shop: [backup] logs has app" in str(
+        state.message
+    )
