@@ -75,7 +75,14 @@ class Part(Protocol):
 
 
 class Kind(Protocol):
-    """How components of one kind come back. A module that has these two functions."""
+    """How components of one kind come back. A module that has these three functions."""
+
+    @staticmethod
+    def occupied(target: Target) -> str | None:
+        """What stands at the target, in words ("12 tables"); None where it is empty. Changes nothing.
+
+        Raises UnavailableError where a server does not answer.
+        """
 
     @staticmethod
     def restore(source: Source, target: Target) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from registry.errors import StorageError
 from tasks.backup import drill_server
 from tasks.backup.damage import WAYS
-from tasks.backup.progress import duration
+from tasks.backup.progress import duration, size
 
 WIDTH, LEFT, RIGHT = 1000.0, 70.0, 16.0
 PANEL, GAP, TOP = 110.0, 44.0, 22.0
@@ -33,7 +33,7 @@ def render(drills: Sequence[Mapping[str, Any]]) -> str:
         ways=WAYS,
         tones=_TONES,
         duration=_duration,
-        size=_size,
+        size=size,
         chart=chart(drills),
     )
 
@@ -120,11 +120,3 @@ def _duration(seconds: float) -> str:
     if 0 < seconds < 10:
         return f"{seconds:.1f} s"
     return duration(seconds)
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.1f} TB"

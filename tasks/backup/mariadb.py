@@ -59,7 +59,6 @@ _AGAIN = re.compile(r"\b(?:1412|1146|1213|1205|1356|1051)\b")
 DUMP_SILENT_SECONDS = 600.0
 """A dump that gives no byte for so long waits for a lock that somebody holds."""
 _SHOWN = 20
-_PLUGIN_MISSING = 1524
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,9 +31,9 @@ class Moment:
         return None if not self.total_bytes else min(1.0, self.done_bytes / self.total_bytes)
 
     def text(self) -> str:
-        done = f"{self.component}: {_size(self.component_done_bytes)}"
+        done = f"{self.component}: {size(self.component_done_bytes)}"
         if self.component_total_bytes:
-            done += f" of {_size(self.component_total_bytes)}"
+            done += f" of {size(self.component_total_bytes)}"
         if self.share is not None:
             done += f"; in all {self.share:.0%}"
         if self.remaining_seconds is not None:
@@ -137,7 +137,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _size(size_bytes: float) -> str:
+def size(size_bytes: float) -> str:
+    """ "640.0 MB", in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if size_bytes < 1000:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import make_url
 
@@ -35,15 +35,6 @@ TOUCH_SECONDS = 600.0
 """So often a step that is under way says in the journal that it is."""
 
 Say = Callable[[str], None]
-
-
-class Restores(Protocol):
-    """The module of a kind, as recovery uses it; see tasks.backup.components."""
-
-    def restore(self, source: Source, target: Target) -> dict[str, Any]: ...
-
-    def occupied(self, target: Target) -> str | None:
-        """What stands at the target, in words; None where it is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,9 +250,7 @@ def _shown(target: Target) -> str:
 
 def _occupied(one: selection.Chosen, target: Target | None, folder: Path | None) -> str | None:
     if target is not None:
-        module: Any = kinds.kind(one.component.kind)
-        found: str | None = module.occupied(target)
-        return found
+        return kinds.kind(one.component.kind).occupied(target)
     assert folder is not None
     count = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
     return f"{count} file{'' if count == 1 else 's'}" if count else None
