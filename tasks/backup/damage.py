@@ -77,14 +77,22 @@ def look(place: Place, repository: Repository, manifest: Manifest, way: str) -> 
     changed = _changes(repository, manifest, way)
     damaged = Repository([DamagedPlace(place, changed)], repository.keyring, scratch=repository.scratch)
     what = f"{WAYS[way]} ({', '.join(changed)})"
+    names = [name.rpartition("/")[2] for name in changed]
     try:
         record = damaged.manifest(manifest.backup_id)
         found = damaged.check(record)
     except ModelkeepError as error:
-        return Told(way, what, True, str(error))
+        return _told(way, what, names, str(error))
     if found.good:
         return Told(way, what, False, f"{found.objects} objects were read and nothing was noticed")
-    return Told(way, what, True, "; ".join(found.problems[:3]))
+    return _told(way, what, names, "; ".join(found.problems))
+
+
+def _told(way: str, what: str, names: list[str], words: str) -> Told:
+    """Told is who names what was damaged: another trouble of the same backup is no answer to this question."""
+    if any(name in words for name in names):
+        return Told(way, what, True, words)
+    return Told(way, what, False, f"something else was told: {words}")
 
 
 def _changes(repository: Repository, manifest: Manifest, way: str) -> dict[str, Callable[[bytes], bytes] | None]:

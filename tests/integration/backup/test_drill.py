@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from registry import ledger
-from registry.errors import NotFoundError
+from registry.errors import NotFoundError, StorageError
 from serving.backup_metrics import BackupMetrics
 from tasks.backup import damage, drill, drill_page, drill_server, notifying
 from tasks.backup.repository import open_repository
@@ -90,6 +90,22 @@ def test_every_known_damage_is_told_and_the_backup_itself_is_untouched(tmp_path:
         assert told.told, told
     assert {path: path.read_bytes() for path in (tmp_path / "backups").rglob("*") if path.is_file()} == before
     assert repository.check(manifest).good
+
+
+def test_another_trouble_of_the_place_is_not_taken_for_the_damage_being_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(tmp_path)
+    machine.back_up()
+    repository = open_repository(machine.settings)
+    manifest = repository.manifests()[0]
+
+    def gone(self: object, prefix: str = "") -> object:
+        raise StorageError("the store does not answer")
+
+    monkeypatch.setattr(damage.DamagedPlace, "list", gone)
+    told = damage.look(repository.reading()[0], repository, manifest, "flipped-bit")
+    assert not told.told and "something else was told: the store does not answer" in told.words
 
 
 def test_a_damage_that_nobody_notices_fails_the_drill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
