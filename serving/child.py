@@ -23,7 +23,7 @@ from registry.connect import open_database
 from registry.errors import ModelkeepError
 from registry.settings import Settings, load_settings
 from registry.store import open_store
-from serving import cache_page, captured_page, entry, feedback_page, memory_page, operations, rollback_page
+from serving import cache_page, captured_page, entry, feedback_page, memory_page, operations, rollback_page, threads
 from serving.api import create_app, freeze_startup_objects
 from serving.auth import Rules, is_local
 from serving.backup_metrics import BackupMetrics
@@ -182,6 +182,7 @@ async def serve(
     settings: Settings, listener: socket.socket, address: str, folder: Path, pulse: Pulse | None = None
 ) -> None:
     beating = None if pulse is None else asyncio.create_task(pulse.beat())
+    asyncio.get_running_loop().set_default_executor(threads.beside_the_loop())
     serving = Serving(
         replica_id=replica_identity(folder), boot_id=secrets.token_hex(8), environment=settings.environment
     )
