@@ -74,7 +74,10 @@ class DamagedPlace:
 
 def look(place: Place, repository: Repository, manifest: Manifest, way: str) -> Told:
     """Damage the backup in this way, read all of it, and see whether that is told. `repository` is the sound one."""
-    changed = _changes(repository, manifest, way)
+    try:
+        changed = _changes(repository, manifest, way)
+    except ModelkeepError as error:  # the backup itself is damaged: that is told by the drill's other half
+        return Told(way, WAYS[way], False, f"no copy could be damaged: {error}")
     damaged = Repository([DamagedPlace(place, changed)], repository.keyring, scratch=repository.scratch)
     what = f"{WAYS[way]} ({', '.join(changed)})"
     names = [name.rpartition("/")[2] for name in changed]

@@ -144,3 +144,64 @@ def test_logs_are_shipped_or_the_run_says_whose_are_not(home: Path, prefect_api:
     assert (state.name, state.type.value) == ("Refused", "FAILED") and "shop: [backup] logs has app" in str(
         state.message
     )
+
+
+def test_a_recovery_is_planned_unless_told_otherwise_then_carried_out_and_refused_over_what_is_there(
+    home: Path, prefect_api: str, tmp_path: Path
+) -> None:
+    from flows.recover import Recover, recover
+
+    backup_id = _data(_back_up(components="files"))["backup_id"]
+    asked = {"source": backup_id, "components": ["files:uploads"]}
+    refused = recover(Recover(**asked, dry_run=False), return_state=True)
+    assert (refused.name, refused.type.value) == ("Refused", "FAILED") and "is not empty" in str(refused.message)
+
+    picture = tmp_path / "uploads" / "one"
+    picture.unlink()
+    picture.parent.rmdir()
+    planned = recover(Recover(**asked), return_state=True)
+    assert (planned.name, planned.type.value) == ("Planned", "COMPLETED"), planned.message
+    assert not picture.exists()
+    done = recover(Recover(**asked, dry_run=False, reason="the disk died"), return_state=True)
+    assert (done.name, done.type.value) == ("Recovered", "COMPLETED"), done.message
+    assert picture.read_bytes() == b"picture" * 1000
+    assert "files:uploads" in _page(prefect_api, f"recovered-{backup_id.lower()}")
+    with open_database(load_settings()).read() as session:
+        (event,) = session.query(AuditEvent).filter(AuditEvent.action == "backup.restored")
+        assert "the disk died" in event.text
+
+
+def test_a_prune_shows_its_rules_and_fails_where_a_manifest_cannot_be_read(home: Path, prefect_api: str) -> None:
+    from flows.prune_backups import PruneBackups, prune_backups
+
+    backup_id = _data(_back_up(components="files"))["backup_id"]
+    looked = prune_backups(PruneBackups(apply=False), return_state=True)
+    assert looked.type.value == "COMPLETED" and looked.message == "0 of 1 backups would go"
+    assert f"| {backup_id} | complete | stays |" in _page(prefect_api, "retention")
+    pruned = prune_backups(return_state=True)
+    assert pruned.type.value == "COMPLETED" and pruned.message == "0 of 1 backups removed"
+    (home / "backups" / "20200101T000000Z-aaaaaa.manifest.json").write_text("{")
+    failed = prune_backups(return_state=True)
+    assert failed.type.value == "FAILED" and "20200101T000000Z-aaaaaa" in str(failed.message)
+
+
+def test_a_drill_ends_passed_with_its_page_and_failed_where_the_location_is_damaged(
+    home: Path, prefect_api: str
+) -> None:
+    from flows.recovery_drill import RecoveryDrill, recovery_drill
+
+    _back_up(components="registry,files")
+    passed = recovery_drill(RecoveryDrill(damage="cut-object"), return_state=True)
+    # Without models nothing can be served, and that is said: this installation backs none up here.
+    assert passed.type.value == "FAILED" and "nothing could be served" in str(passed.message)
+    _back_up(components="registry,models,files")
+    passed = recovery_drill(RecoveryDrill(damage="cut-object"), return_state=True)
+    assert (passed.name, passed.type.value) == ("Passed", "COMPLETED"), passed.message
+    page = _page(prefect_api, "recovery-drill")
+    assert "| files:uploads |" in page and "an object ends in its middle" in page and (home / "drill.html").exists()
+    for path in (home / "backups" / "objects").rglob("*"):
+        if path.is_file():
+            path.chmod(0o600)
+            path.write_bytes(path.read_bytes()[:-1])
+    failed = recovery_drill(return_state=True)
+    assert failed.type.value == "FAILED" and "files:uploads" in str(failed.message)
