@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,6 +21,9 @@ keys_app = typer.Typer(help="API keys: create, list, revoke. Servers follow with
 
 _SPAN = re.compile(r"(\d+)([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_FOLLOW_SECONDS = 5.0
+"""How long a server has to follow before it counts as one that says nothing."""
+_AGAIN_SECONDS = 0.1
 
 
 @keys_app.command("create")
@@ -82,7 +86,7 @@ def keys_revoke(
     reason: Reason = None,
     as_json: Json = False,
 ) -> None:
-    """End a key. Exit 3 where a server did not say that it refuses it from now on."""
+    """End a key. Exit 3 where a server did not say within 5 s that it refuses it from now on."""
     from registry import keys
     from tasks import servers
 
@@ -119,12 +123,24 @@ def _tell(context: Context, before: Access) -> dict[str, list[str]]:
     yesterday = clock.text(clock.now() - dt.timedelta(days=1))
     rows = [row for row in rows if row["reported_at"] > yesterday]
     servers.nudge([row["address"] for row in rows], access=before)
-    shown = servers.access(context.database)
     told: dict[str, list[str]] = {"follow": [], "silent": []}
-    for row in rows:
-        info = servers.model_info(row["address"], access=shown, timeout_seconds=1.0)
-        there = info is not None and info.get("replica") == row["id"] and (info.get("keys") or 0) >= wanted
-        told["follow" if there else "silent"].append(row["id"])
+    deadline = time.monotonic() + _FOLLOW_SECONDS
+    while rows:
+        # Read each time: where the internal key was revoked, the servers agree on another, and take only that one.
+        shown, silent = servers.access(context.database), []
+        for row in rows:
+            info = servers.model_info(row["address"], access=shown, timeout_seconds=1.0)
+            there = info is not None and info.get("replica") == row["id"] and (info.get("keys") or 0) >= wanted
+            if there:
+                told["follow"].append(row["id"])
+            else:
+                silent.append(row)
+        rows = silent
+        if time.monotonic() >= deadline:
+            told["silent"] = [row["id"] for row in rows]
+            break
+        if rows:
+            time.sleep(_AGAIN_SECONDS)
     return told
 
 

@@ -72,13 +72,14 @@ class DamagedPlace:
         pass
 
 
-def look(place: Place, repository: Repository, manifest: Manifest, way: str) -> Told:
-    """Damage the backup in this way, read all of it, and see whether that is told. `repository` is the sound one."""
+def look(repository: Repository, manifest: Manifest, way: str) -> Told:
+    """Damage the backup in this way wherever it is, read all of it, and see whether that is told. `repository` is the sound one."""
     try:
         changed = _changes(repository, manifest, way)
     except ModelkeepError as error:  # the backup itself is damaged: that is told by the drill's other half
         return Told(way, WAYS[way], False, f"no copy could be damaged: {error}")
-    damaged = Repository([DamagedPlace(place, changed)], repository.keyring, scratch=repository.scratch)
+    places = [DamagedPlace(place, changed) for place in repository.reading()]
+    damaged = Repository(places, repository.keyring, scratch=repository.scratch)
     what = f"{WAYS[way]} ({', '.join(changed)})"
     names = [name.rpartition("/")[2] for name in changed]
     try:
@@ -116,9 +117,17 @@ def _changes(repository: Repository, manifest: Manifest, way: str) -> dict[str, 
         case "cut-object":
             return {_object(one): lambda data: data[: len(data) // 2]}
         case "swapped-object":
-            instead = next(place for place in repository.reading()).get(_object(other))
+            instead = _stored(repository, _object(other))
             return {_object(one): lambda _: instead}
     raise ValueError(f"{way!r} is no way of damage: there are {', '.join(WAYS)}")
+
+
+def _stored(repository: Repository, name: str) -> bytes:
+    """As the first place that has it does. Raises NotFoundError, StorageError."""
+    for place in repository.reading():
+        if place.stat(name) is not None:
+            return place.get(name)
+    raise NotFoundError(f"{name} is in no place of the backups")
 
 
 def _object(chunk: Chunk) -> str:

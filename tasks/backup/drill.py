@@ -130,7 +130,7 @@ def run(
         served = _serve(room, settings, components)
         way = way or list(damage.WAYS)[len(before) % len(damage.WAYS)]
         say(f"negative drill: {damage.WAYS[way]}")
-        negative = damage.look(repository.reading()[0], repository, manifest, way)
+        negative = damage.look(repository, manifest, way)
     drill = Drill(
         drill_id,
         manifest.backup_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from registry import ledger
 from registry.errors import NotFoundError, StorageError
 from serving.backup_metrics import BackupMetrics
 from tasks.backup import damage, drill, drill_page, drill_server, notifying
-from tasks.backup.repository import open_repository
+from tasks.backup.places import DirectoryPlace
+from tasks.backup.repository import Repository, open_repository
 from tests.integration.backup.machine import Machine
 
 
@@ -86,10 +88,24 @@ def test_every_known_damage_is_told_and_the_backup_itself_is_untouched(tmp_path:
     manifest = repository.manifests()[0]
     before = {path: path.read_bytes() for path in (tmp_path / "backups").rglob("*") if path.is_file()}
     for way in damage.WAYS:
-        told = damage.look(repository.reading()[0], repository, manifest, way)
+        told = damage.look(repository, manifest, way)
         assert told.told, told
     assert {path: path.read_bytes() for path in (tmp_path / "backups").rglob("*") if path.is_file()} == before
     assert repository.check(manifest).good
+
+
+def test_each_damage_is_told_where_the_nearest_place_has_nothing_of_it_and_where_two_have_all(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.back_up()
+    whole = open_repository(machine.settings)
+    manifest = whole.manifests()[0]
+    shutil.copytree(tmp_path / "backups", tmp_path / "second")
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "second"):
+        repository = Repository([DirectoryPlace(tmp_path / name), *whole.places], whole.keyring)
+        for way in damage.WAYS:
+            told = damage.look(repository, manifest, way)
+            assert told.told, (name, told)
 
 
 def test_another_trouble_of_the_place_is_not_taken_for_the_damage_being_told(
@@ -104,7 +120,7 @@ def test_another_trouble_of_the_place_is_not_taken_for_the_damage_being_told(
         raise StorageError("the store does not answer")
 
     monkeypatch.setattr(damage.DamagedPlace, "list", gone)
-    told = damage.look(repository.reading()[0], repository, manifest, "flipped-bit")
+    told = damage.look(repository, manifest, "flipped-bit")
     assert not told.told and "something else was told: the store does not answer" in told.words
 
 
