@@ -27,6 +27,8 @@ SMALL_BYTES = 1 << 20
 """A stream of at most this size is encoded on the spot; only its upload is left to the pool."""
 _LOCKS = 64
 _PIECE = 1 << 20
+_SMALL_PIECE = 4 << 10
+"""Smaller pieces are put together as they come: a hundred thousand of them are much to hold."""
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -339,16 +341,26 @@ class _Budget:
 
 
 def cut(pieces: Iterable[bytes], size: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """The same bytes in pieces of `size`, the last one shorter; none where there are none."""
-    buffer = bytearray()
+    """The same bytes in pieces of `size`, the last one shorter; none where there are none. A piece is not changed by its giver later."""
+    held: list[bytes | memoryview] = []
+    small, length = bytearray(), 0
     for piece in pieces:
+        if len(piece) < _SMALL_PIECE and length + len(piece) < size:
+            small += piece
+            length += len(piece)
+            continue
+        if small:
+            held.append(bytes(small))
+            small.clear()
         view = memoryview(piece)
-        while len(view):
-            room = size - len(buffer)
-            buffer += view[:room]
-            view = view[room:]
-            if len(buffer) == size:
-                yield bytes(buffer)
-                buffer = bytearray()
-    if buffer:
-        yield bytes(buffer)
+        while length + len(view) >= size:
+            held.append(view[: size - length])
+            view = view[size - length :]
+            yield b"".join(held)
+            held, length = [], 0
+        if len(view):
+            held.append(view)
+            length += len(view)
+    held.append(bytes(small))
+    if length:
+        yield b"".join(held)
