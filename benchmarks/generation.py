@@ -40,7 +40,8 @@ async def serve(folder: Path, descriptor: int) -> None:
     import uvicorn
 
     from registry.sections import TextSection
-    from serving.api import create_app, freeze_startup_objects
+    from serving.api import create_app
+    from serving.collector import freeze_startup_objects
     from serving.routing import Route
     from serving.runtimes import load_runtime
     from serving.state import Serving

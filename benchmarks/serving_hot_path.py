@@ -94,8 +94,9 @@ async def serve(descriptor: int, path: Path, *, guarded: bool) -> None:
     import uvicorn
 
     from registry import keys
-    from serving.api import create_app, freeze_startup_objects
+    from serving.api import create_app
     from serving.auth import Guard, Rules
+    from serving.collector import freeze_startup_objects
     from serving.engine import LoadedVersion
     from serving.keyring import Keyring
     from serving.protocol import bounded_protocol

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import itertools
 import logging
 import time
@@ -52,8 +51,6 @@ _JSON = (b"content-type", b"application/json")
 _OCTETS = (b"content-type", b"application/octet-stream")
 _RETRY_AFTER = (b"retry-after", b"1")
 _VARY = (b"vary", b"accept-encoding")
-_YOUNG_OBJECTS = 5000
-"""Containers made and still there, before the garbage collector looks for those that only hold each other."""
 
 
 class _ServerLimits(Protocol):
@@ -94,19 +91,6 @@ def create_app(
     pages = create_pages(serving, nudge=nudge, info=info, routers=routers, aliases=own_paths, backups=backups)
     limit = settings.server.max_body_bytes
     return Application(V2(serving, settings), pages, max_body_bytes=limit, aliases=own_paths.by_path)
-
-
-def freeze_startup_objects() -> None:
-    """Take everything that exists now out of the garbage collector's sight. Call once, when the server is built.
-
-    A full collection walks all that the imported packages have made (60,000 containers) while every request waits: it
-    was the p99 of 50 ms at 64 connections, which is 8 ms without. What is created later is collected as ever, but only when
-    there is more of it than many requests at once have: 64 of them made the collector look at each of them several times, and
-    a request leaves nothing behind that it would find.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
 
 class Application:

@@ -72,7 +72,34 @@ def _families(document: Mapping[str, Any], now: dt.datetime) -> Iterator[Metric]
         for name in _STATES:
             state.add_metric([name], float(name == last["state"]))
         yield state
+    yield from _logs(_mapping(document.get("logs")), now)
     yield from _drill(_mapping(document.get("drill")), now)
+
+
+def _logs(logs: Mapping[str, Any], now: dt.datetime) -> Iterator[Metric]:
+    if not logs:
+        return
+    age = GaugeMetricFamily(
+        "modelkeep_backup_logs_age_seconds",
+        "Time since the moment up to which the database's logs are shipped.",
+        labels=["database"],
+    )
+    gap = GaugeMetricFamily(
+        "modelkeep_backup_logs_gap",
+        "1 where no backup can use the logs that are shipped now: something before them is lost.",
+        labels=["database"],
+    )
+    failed = GaugeMetricFamily(
+        "modelkeep_backup_logs_failed", "1 where the last run shipped nothing of it.", labels=["database"]
+    )
+    for name, found in sorted(logs.items())[:MOST_COMPONENTS]:
+        row = _mapping(found)
+        value = _age(row.get("covers_until"), now)
+        if value is not None:
+            age.add_metric([name], value)
+            gap.add_metric([name], float(bool(row.get("gap"))))
+        failed.add_metric([name], float(bool(row.get("failed"))))
+    yield from (age, gap, failed)
 
 
 def _drill(drill: Mapping[str, Any], now: dt.datetime) -> Iterator[Metric]:

@@ -24,12 +24,13 @@ from registry.errors import ModelkeepError
 from registry.settings import Settings, load_settings
 from registry.store import open_store
 from serving import cache_page, captured_page, entry, feedback_page, memory_page, operations, rollback_page, threads
-from serving.api import create_app, freeze_startup_objects
+from serving.api import create_app
 from serving.auth import Rules, is_local
 from serving.backup_metrics import BackupMetrics
 from serving.cache import ResponseCache
 from serving.cache_shared import SharedStore
 from serving.capture import Capture
+from serving.collector import collect_young, freeze_startup_objects
 from serving.emergency import REGISTRY_SECONDS, Emergency
 from serving.handshakes import Handshakes
 from serving.keyring import Keyring
@@ -230,6 +231,7 @@ async def serve(
     loop.call_later(_CATCH_UP_SECONDS, setattr, serving, "catching_up", False)
     loop.remove_signal_handler(signal.SIGTERM)
     polling = asyncio.create_task(reconciler.run())
+    collecting = asyncio.create_task(collect_young())
     watching = asyncio.create_task(reconciler.watchdog.run(lambda: serving.loaded.values()))
     looking = asyncio.create_task(reconciler.memory.watch(measure=performance.measure, then=performance.sample))
     following = asyncio.create_task(tls.follow()) if tls is not None else None
@@ -239,6 +241,7 @@ async def serve(
         if following is not None:
             following.cancel()
         await entry.end(serving)
+        collecting.cancel()
         watching.cancel()
         looking.cancel()
         polling.cancel()
