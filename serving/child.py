@@ -30,7 +30,7 @@ from serving.backup_metrics import BackupMetrics
 from serving.cache import ResponseCache
 from serving.cache_shared import SharedStore
 from serving.capture import Capture
-from serving.collector import collect_young, freeze_startup_objects
+from serving.collector import collect, freeze_startup_objects
 from serving.emergency import REGISTRY_SECONDS, Emergency
 from serving.handshakes import Handshakes
 from serving.keyring import Keyring
@@ -231,7 +231,7 @@ async def serve(
     loop.call_later(_CATCH_UP_SECONDS, setattr, serving, "catching_up", False)
     loop.remove_signal_handler(signal.SIGTERM)
     polling = asyncio.create_task(reconciler.run())
-    collecting = asyncio.create_task(collect_young())
+    collecting = asyncio.create_task(collect())
     watching = asyncio.create_task(reconciler.watchdog.run(lambda: serving.loaded.values()))
     looking = asyncio.create_task(reconciler.memory.watch(measure=performance.measure, then=performance.sample))
     following = asyncio.create_task(tls.follow()) if tls is not None else None

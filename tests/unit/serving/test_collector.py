@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from serving.collector import collect_young
+from serving.collector import collect
 
 
 class Ring:
@@ -18,7 +18,7 @@ class Ring:
 
 def test_what_only_holds_itself_goes_without_anything_being_made() -> None:
     async def story() -> None:
-        collecting = asyncio.create_task(collect_young(0.01))
+        collecting = asyncio.create_task(collect(0.01))
         gone = weakref.ref(Ring())
         deadline = asyncio.get_running_loop().time() + 30
         while gone() is not None and asyncio.get_running_loop().time() < deadline:
