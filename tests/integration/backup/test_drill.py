@@ -54,7 +54,11 @@ def test_a_drill_against_a_damaged_location_fails_loudly(tmp_path: Path) -> None
     path.write_bytes(damage._flipped(path.read_bytes()))
     found = drill.run(machine.settings)
     assert not found.passed
-    assert any(one.object in why for why in found.failed)
+    [broken] = [part for part in found.components if part.failed is not None]
+    assert one.object in str(broken.failed)
+    assert f"{broken.component}: {broken.failed}" in found.failed, (
+        "by the component itself, whatever the negative drill says"
+    )
     assert drill.history(machine.home)[0]["state"] == "failed"
     assert "The drill failed" in drill_page.render(drill.history(machine.home))
 

@@ -198,6 +198,8 @@ def test_after_a_promotion_during_the_backup_registry_and_artifacts_agree(lived_
     kit.canary(lived_in.database, operation, 0.5)
     artifacts = taken(part)
     kit.promote(lived_in.database, operation)
+    assert artifacts.record.facts["artifacts"] == registry.record.facts["artifacts"]["count"]
+    assert artifacts.record.facts["sha256"] == registry.record.facts["artifacts"]["sha256"]
     back = tmp_path / "back"
     url = f"sqlite:///{back / 'registry.db'}"
     registry_part.restore(registry, Target(url, back, options={"backup_id": "20261121T020000Z-0a1b2c"}))

@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tasks.backup.keyring import BackupKeyError, new_key, open_keyring, read_key
 from tasks.backup.manifest import Entry, ManifestError
 from tasks.backup.places import DirectoryPlace, check_name
 from tasks.backup.repository import Repository, locate
-from tasks.backup.writer import cut
+from tasks.backup.writer import Writer, cut
 from tests.backup_content import FIRST, NAME, SECOND, THIRD, back_up, content, keyed, restored
 
 
@@ -227,11 +228,17 @@ def test_two_backups_of_the_same_content_at_once_both_restore(place: DirectoryPl
     ready = threading.Barrier(2)
     failed: list[BaseException] = []
 
+    class Together(Repository):
+        """None begins to write before both have looked at what is there: each then writes all of it."""
+
+        def writer(self, *given: Any, **more: Any) -> Writer:
+            found = super().writer(*given, **more)
+            ready.wait(30)
+            return found
+
     def write(backup_id: str) -> None:
-        repository = Repository([place], keyring)
-        ready.wait(30)
         try:
-            back_up(repository, backup_id, files)
+            back_up(Together([place], keyring), backup_id, files)
         except BaseException as error:
             failed.append(error)
 

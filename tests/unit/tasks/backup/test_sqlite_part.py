@@ -179,16 +179,21 @@ def test_a_database_that_somebody_holds_is_told_and_not_changed(
     assert ask(app, "SELECT count(*) FROM books") == [(0,)]
 
 
-def _flipped(path: Path, place: int) -> None:
+def _flipped(path: Path, place: int, count: int = 64) -> None:
     data = bytearray(path.read_bytes())
-    data[place : place + 64] = bytes(255 - byte for byte in data[place : place + 64])
+    data[place : place + count] = bytes(255 - byte for byte in data[place : place + count])
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("place", [0, 4096 + 8, 3 * 4096 + 8], ids=["header", "schema", "table"])
-def test_a_damaged_database_is_no_backup(app: Path, place: int) -> None:
+@pytest.mark.parametrize("place", [0, 4096 + 8, 3 * 4096 + 8, None], ids=["header", "schema", "table", "index"])
+def test_a_damaged_database_is_no_backup(app: Path, place: int | None) -> None:
     ask(app, "PRAGMA wal_checkpoint(TRUNCATE)")
-    _flipped(app, place)
+    if place is None:
+        # A letter of a key: every row is still read and counted, and only SQLite's own check sees it.
+        [(page,)] = ask(app, "SELECT rootpage * 4096 FROM sqlite_master WHERE name = 'titles'")
+        _flipped(app, int(str(page)) - 1, 1)
+    else:
+        _flipped(app, place)
     with pytest.raises(ArtifactError, match="damaged"):
         part(app).capture(taken_sink := _sink())
     assert taken_sink.index == []
