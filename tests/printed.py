@@ -21,6 +21,7 @@ CONTINUED = " " * 8
 VARIABLE: tuple[tuple[str, str], ...] = (
     (r"\s+", " "),
     (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)?", "<time>"),
+    (r"#\d{6} \d{1,2}:\d\d:\d\d\b", "#<time>"),
     (r"\b\d\d:\d\d:\d\d\b", "<time>"),
     (r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", "<id>"),
     (r"\b[0-9a-f]{32}\b", "<id>"),
@@ -33,6 +34,13 @@ VARIABLE: tuple[tuple[str, str], ...] = (
     (r"\b(tables|rows|events|artifacts|bytes|files|settings|names|file|golden_cases) \d+\b", r"\1 <number>"),
     (r"\b\d+ (names looked at|deleted ones|overwritten ones)", r"<number> \1"),
     (r"\b(\d+ h )?\d+ (min|days)\b", "<seconds>"),
+    # what a database's server wrote to its log, as its own programs show it
+    (r"\bend_log_pos \d+ CRC32 0x[0-9a-f]+", "end_log_pos <number>"),
+    (r"\b(thread_id|exec_time|xid)=\d+", r"\1=<number>"),
+    (r"^(\w+\.\d{6}) \d+$", r"\1 <size>"),
+    (r"\b\d+ transactions?\b", "<number> transactions"),
+    (r"\b[0-9A-F]{24}\b", "<segment>"),
+    (r"\bbase/\d+/\d+( base/\d+/\d+)*", "<files>"),
     # how long something took or lasts, and sizes
     (r"\b\d+(\.\d+)? (ms|s)\b", "<seconds>"),
     (r"\b\d+(\.\d+)? (B|KB|MB|GB)\b", "<size>"),
@@ -40,7 +48,9 @@ VARIABLE: tuple[tuple[str, str], ...] = (
     (r"\b\d+/\d+\b", "<counts>"),
     (r"\b\d+ (of \d+ )?(requests|copies|cases)\b", "<counts>"),
     (r"\b\d+ of \d+\b", "<counts>"),
-    (r"\b\d+ (events|anchors)\b", r"<number> \1"),
+    (r"\b\d+ (events|anchors|rows)\b", r"<number> \1"),
+    (r'"seq": \d+', '"seq": <number>'),
+    (r"schema revision \d{4}\b", "schema revision <number>"),
     (r"\b\d+\.\d+ ?%", "<share>"),
     # evidence: as a number of a few digits, and in which stream it is highest
     (r"evidence of (over a million|\S+)", "evidence of <number>"),

@@ -173,7 +173,10 @@ def _ready(process: subprocess.Popen[bytes], runtime: Path, superuser: str, data
     if process.poll() is not None:
         return True
     try:
-        with psycopg.connect(host=str(runtime), user=superuser, dbname=database, connect_timeout=5) as connection:
+        # The port is named, or PGPORT of whoever runs this has its say.
+        with psycopg.connect(
+            host=str(runtime), port=5432, user=superuser, dbname=database, connect_timeout=5
+        ) as connection:
             return connection.execute("SELECT pg_is_in_recovery()").fetchone() == (False,)
     except psycopg.OperationalError:
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from registry.errors import SettingsError, UsageError
 from registry.settings import Settings
@@ -23,6 +23,7 @@ _SERVERS: Mapping[str, tuple[str, ...]] = {
     "https": ("vectors",),
 }
 """By the scheme of a URL, the kinds of components that can be put there."""
+_PORTS = {"mysql": 3306, "mariadb": 3306, "postgresql": 5432}
 
 
 def live(chosen: Chosen, settings: Settings, *, force: bool, backup_id: str) -> Target:
@@ -79,6 +80,37 @@ def into(chosen: Chosen, place: str, *, backup_id: str, environment: str) -> Tar
     if kind == "sqlite":
         return Target(f"sqlite:///{folder / 'databases' / name}.db", None, chosen.only, False, options)
     return None
+
+
+def with_known_password(place: str, settings: Settings) -> str:
+    """`place` with the password that [[databases]] has for that user of that server, where it names none: a password in a
+    command's arguments is seen by everybody on the machine, and kept by the shell.
+    """
+    wanted = _account(place)
+    if wanted is None or urlsplit(place).password is not None:
+        return place
+    for database in settings.databases:
+        if _account(database.url) != wanted:
+            continue
+        secret = urlsplit(database.connection_url()).password
+        if secret is not None:
+            parts = urlsplit(place)
+            user, _, host = parts.netloc.rpartition("@")
+            return urlunsplit(parts._replace(netloc=f"{user}:{quote(unquote(secret), safe='')}@{host}"))
+    return place
+
+
+def _account(url: str) -> tuple[str, str, int, str] | None:
+    """(kind of server, host, port, user) of a URL; None where it names no server or no user."""
+    parts = urlsplit(url)
+    scheme = parts.scheme.partition("+")[0]
+    if scheme not in _PORTS or not parts.hostname or not parts.username:
+        return None
+    try:
+        port = parts.port or _PORTS[scheme]
+    except ValueError:  # it is said by what connects, which names the place
+        return None
+    return scheme.replace("mariadb", "mysql"), parts.hostname, port, unquote(parts.username)
 
 
 def _set(value: str | None, setting: str, chosen: Chosen) -> str:

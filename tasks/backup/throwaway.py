@@ -293,7 +293,8 @@ def _postgresql_answers(folder: Path) -> bool:
     import psycopg
 
     try:
-        psycopg.connect(host=str(folder), user=POSTGRESQL_USER, dbname="postgres", connect_timeout=5).close()
+        # The port is named, or PGPORT of whoever runs this has its say.
+        psycopg.connect(host=str(folder), port=5432, user=POSTGRESQL_USER, dbname="postgres", connect_timeout=5).close()
     except psycopg.OperationalError:
         return False
     return True

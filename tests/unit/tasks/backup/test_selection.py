@@ -135,6 +135,36 @@ def test_a_url_takes_only_what_belongs_to_such_a_server() -> None:
         targets.into(of("database:stats"), "mysql+pymysql://root@db/look", backup_id="b", environment="production")
 
 
+@pytest.mark.parametrize(
+    ("place", "found"),
+    [
+        ("mysql+pymysql://app@db/look", "mysql+pymysql://app:s%233cret@db/look"),
+        ("mariadb://app@DB:3306/look", "mariadb://app:s%233cret@DB:3306/look"),
+        ("mysql+pymysql://app:other@db/look", "mysql+pymysql://app:other@db/look"),
+        ("mysql+pymysql://app@db:3307/look", "mysql+pymysql://app@db:3307/look"),
+        ("mysql+pymysql://app@db:33o6/look", "mysql+pymysql://app@db:33o6/look"),
+        ("mysql+pymysql://root@db/look", "mysql+pymysql://root@db/look"),
+        ("mysql+pymysql://app@elsewhere/look", "mysql+pymysql://app@elsewhere/look"),
+        ("postgresql+psycopg://app@db/look", "postgresql+psycopg://app@db/look"),
+        ("sqlite:///look.db", "sqlite:///look.db"),
+        ("/srv/look", "/srv/look"),
+    ],
+)
+def test_a_place_beside_what_is_live_gets_the_password_of_that_user_of_that_server_and_no_other(
+    place: str, found: str, tmp_path: Path
+) -> None:
+    text = """
+        [[databases]]
+        name = "other"
+        url = "sqlite:////srv/other.db"
+        [[databases]]
+        name = "app"
+        url = "mysql+pymysql://app@db/app"
+        password = "s#3cret"
+    """
+    assert targets.with_known_password(place, settings(tmp_path, text)) == found
+
+
 def test_a_journal_knows_what_an_earlier_run_has_done_until_its_recovery_has_ended(tmp_path: Path) -> None:
     steps = [("registry", "here"), ("models", "there")]
     first = open_journal(tmp_path, "b1", steps)
