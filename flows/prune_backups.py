@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
 from prefect import flow, task
@@ -37,19 +38,20 @@ delete = task(name="prune", persist_result=False, cache_policy=NO_CACHE)(pruning
     persist_result=False,
 )
 def prune_backups(request: PruneBackups | None = None) -> State[Any]:
-    """Ends Completed, or Failed where a place kept a backup that was to go or a manifest cannot be read."""
+    """Ends Completed, or Failed where a place kept a backup that was to go, or a manifest or the documents of logs cannot be read."""
     request = request or PruneBackups()
     settings = settings_alone()
     repository, now = open_repository(settings), clock.now()
     if request.apply:
         found = delete(settings, repository, now=now, say=logger().info, flow_run_id=run_id())
     else:
-        found = look(repository, pruning.policy_of(settings), now)
+        found = look(repository, pruning.policy_of(settings), now, dt.timedelta(hours=settings.backup.gc_grace_hours))
     create_markdown_artifact(found.as_markdown(), key=artifact_key("retention"), description="Retention of backups")
     words = (
         f"{len(found.removed)} of {len(found.decisions)} backups removed"
         if found.applied
         else f"{len(found.goes)} of {len(found.decisions)} backups would go"
     )
-    troubles = [f"{one}: {why}" for one, why in {**found.unreadable, **found.kept_by_place}.items()]
+    words = "; ".join([words, *found.logs.lines(applied=found.applied)])
+    troubles = [f"{one}: {why}" for one, why in found.troubles.items()]
     return Failed(message="; ".join([words, *troubles])) if troubles else Completed(message=words)

@@ -186,9 +186,34 @@ def backups(found: dict[str, Any] | None) -> None:
         empty="no component was ever backed up",
     )
     last = found["last"]
-    say(f"the last backup, {last['backup_id']}, is {last['state']}")
-    for name, why in {**(last["errors"] or {}), **found["damaged"]}.items():
+    if last is None:
+        say("no backup was ever taken from here; take one: modelkeep backup")
+    else:
+        say(f"the last backup, {last['backup_id']}, is {last['state']}")
+    for name, why in {**((last or {}).get("errors") or {}), **found["damaged"]}.items():
         say(f"  {name or 'backup'}: {why}")
+    for name, row in found["logs"].items():
+        _logs(name, row)
+
+
+def _logs(name: str, row: dict[str, Any]) -> None:
+    from tasks.backup.progress import duration
+
+    if row["covers_until"] is None:
+        say(f"logs of {name}: none was shipped yet; the deployment ship-logs does it, or modelkeep backups ship-logs")
+    else:
+        say(f"logs of {name}: shipped up to {row['covers_until']}, {duration(row['age_seconds'])} ago")
+        if row["late"]:
+            say(
+                "  that is more than three runs ago: look at the deployment ship-logs, or run modelkeep backups ship-logs"
+            )
+    if row["failed"]:
+        say(f"  not shipped: {row['failed']}")
+    if row["gap"]:
+        say(f"  {row['gap']}")
+    if row["lost"]:
+        lost = row["lost"]
+        say(f"  between {lost['from']} and {lost['until']} it cannot be brought back to a moment: {lost['why']}")
 
 
 def findings(rows: Sequence[Any]) -> None:

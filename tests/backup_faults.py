@@ -142,6 +142,18 @@ FAULTS: dict[tuple[str, str], tuple[str, ...]] = {
         f"{U}/test_prune.py::test_while_an_index_is_damaged_nothing_is_deleted",
         f"{U}/test_prune.py::test_nothing_is_decided_while_a_place_does_not_answer",
         f"{U}/test_prune.py::test_an_object_written_between_its_mark_and_the_deletion_stays",
+        f"{U}/test_prune_logs.py::test_nothing_goes_while_a_backup_or_a_shipment_is_under_way",
+        f"{U}/test_prune_logs.py::test_nothing_goes_while_a_manifest_cannot_be_read",
+        f"{U}/test_prune_logs.py::test_nothing_goes_while_a_place_does_not_answer",
+    ),
+    ("databases", PRUNE): (
+        f"{I}/test_point_in_time.py::test_logs_that_no_kept_backup_needs_go_and_a_prune_that_is_killed_at_each_step_leaves_the_way_to_a_moment",
+        f"{I}/test_logs_in_a_bucket.py::test_shipped_logs_are_locked_and_a_bucket_that_keeps_them_fails_nothing",
+        f"{U}/test_prune_logs.py::test_killed_at_any_deletion_the_ways_are_the_same_and_the_next_run_finishes",
+        f"{U}/test_prune_logs.py::test_nothing_goes_while_the_log_in_which_a_backup_stands_is_damaged",
+        f"{U}/test_prune_logs.py::test_a_backup_whose_own_log_is_not_there_keeps_what_follows_it",
+        f"{U}/test_prune_logs.py::test_a_deletion_whose_flag_was_taken_away_stops",
+        f"{U}/test_prune_logs.py::test_logs_stay_in_the_spool_until_every_place_has_them",
     ),
     ("all", DRILL): (
         f"{I}/test_drill.py::test_a_drill_against_a_damaged_location_fails_loudly",

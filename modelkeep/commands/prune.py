@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +21,7 @@ def prune(
     apply: Annotated[bool, typer.Option("--apply", help="Delete what the preview lets go.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show which backups stay and which go, each with its rule; delete them with --apply."""
+    """Show which backups and which shipped logs stay and which go, with the rule; delete them with --apply."""
     from modelkeep.commands.backups import acting
     from registry import actor
     from tasks.backup import prune as pruning
@@ -32,12 +33,13 @@ def prune(
             found = pruning.carry_out(settings, open_repository(settings), now=clock.now())
     else:
         settings = load_settings()
-        found = pruning.preview(open_repository(settings), pruning.policy_of(settings), clock.now())
+        grace = dt.timedelta(hours=settings.backup.gc_grace_hours)
+        found = pruning.preview(open_repository(settings), pruning.policy_of(settings), clock.now(), grace)
     if as_json:
         output.document(found.as_dict())
     else:
         _show(found)
-    raise typer.Exit(3 if found.kept_by_place or found.unreadable else 0)
+    raise typer.Exit(3 if found.troubles else 0)
 
 
 def _shortened(rules: Sequence[str]) -> str:
@@ -70,9 +72,12 @@ def _show(found: Pruned) -> None:
         output.problem(f"{backup_id} stays, and no object is deleted, while its manifest cannot be read: {why}")
     for backup_id, why in found.kept_by_place.items():
         output.problem(f"{backup_id} could not be removed: {why}")
+    for what, why in found.logs.troubles.items():
+        output.problem(f"the {what} all stay: {why}")
     if not found.applied:
         goes = len(found.goes)
         output.say(f"{goes} of {len(found.decisions)} go with --apply" if goes else "nothing is to go")
+        _show_logs(found)
         return
     output.say(f"{len(found.removed)} removed")
     for one in found.garbage:
@@ -80,3 +85,13 @@ def _show(found: Pruned) -> None:
             f"{one.place}: {one.deleted} objects deleted ({output.size(one.deleted_bytes)}), {one.marked} marked for the next time"
             + (f"; nothing else is deleted: {one.waits}" if one.waits else "")
         )
+    _show_logs(found)
+
+
+def _show_logs(found: Pruned) -> None:
+    for one in found.logs.databases:
+        if one.unreadable is None:
+            size = one.removed_bytes if found.applied else sum(item.size_bytes for item in one.goes)
+            output.say(one.text(applied=found.applied) + (f" ({output.size(size)})" if size else ""))
+    if found.logs.waits is not None:
+        output.say(f"no log is deleted: {found.logs.waits}")

@@ -53,7 +53,7 @@ def status(as_json: Json = False) -> None:
             if row["id"] in living or row["reported_at"] > yesterday
         ],
         "promotions_running": running,
-        "backups": ledger.summary(context.settings.home),
+        "backups": ledger.summary(context.settings.home, context.settings.backup.logs),
     }  # fmt: skip
     if as_json:
         output.document(document)

@@ -7,6 +7,7 @@ deletion). A backup never uses a marked object without writing it again, and a r
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import secrets
@@ -68,22 +69,26 @@ def collect(
     Raises StorageError where a place fails in the middle; another call goes on.
     """
     with Known(repository.scratch) as known:
-        flags = [_Flag(place, monotonic) for place in repository.all_places()]
-        try:
-            for flag in flags:
-                flag.raise_it()
-            running = _living(repository, flags)
+        with deleting(repository, monotonic) as ours:
             why = _learn(repository, known)
             if why is not None:
                 return [Collected(place.shown, waits=why) for place in repository.all_places()]
-            found = []
-            for flag in flags:
-                waits = f"backup {running} is under way" if running else None
-                found.append(_delete_due(flag, known, now - grace, waits))
-        finally:
-            for flag in flags:
-                flag.lower()
-        return [_mark(flag.place, known, one, now) for flag, one in zip(flags, found, strict=True)]
+            waits = f"backup {ours.running} is under way" if ours.running else None
+            found = [_delete_due(flag, known, now - grace, waits) for flag in ours.flags]
+        return [_mark(flag.place, known, one, now) for flag, one in zip(ours.flags, found, strict=True)]
+
+
+@contextlib.contextmanager
+def deleting(repository: Repository, monotonic: Callable[[], float] = time.monotonic) -> Iterator[Deletion]:
+    """Announce a deletion at every place, and look for backups after that. Raises ConflictError where another is at work, StorageError."""
+    flags = [_Flag(place, monotonic) for place in repository.all_places()]
+    try:
+        for flag in flags:
+            flag.raise_it()
+        yield Deletion(flags, _living(repository, flags))
+    finally:
+        for flag in flags:
+            flag.lower()
 
 
 def distrust(repository: Repository, damaged: Iterable[tuple[str, str]], *, now: dt.datetime) -> int:
@@ -182,6 +187,17 @@ class _Flag:
         value = {"token": self._token, "at": clock.text(clock.now()), **whose.identity()}
         self.place.put(FLAG, json.dumps(value).encode(), only_new=only_new)
         self._beaten = self._monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """One that is announced. `running`: a backup that is under way, or may be: then nothing may be deleted."""
+
+    flags: list[_Flag]
+    running: str | None
+
+    def still_ours(self) -> bool:
+        return all(flag.still_ours() for flag in self.flags)
 
 
 def _age(stat: Stat) -> float:

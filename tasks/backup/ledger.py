@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,45 @@ def note_removed(home: Path, backup_ids: Iterable[str]) -> None:
     _change(home, alter)
 
 
+SHIP_SECONDS = 300.0
+"""Between two runs of the deployment ship-logs."""
+LATE_RUNS = 3
+"""Logs that are older than so many runs are late."""
+
+
+def note_shipped(home: Path, shipment: Mapping[str, Any], configured: Collection[str]) -> None:
+    """What came of a database's logs, as `Shipment.as_dict`. Databases that are not `configured` any more go. Raises StorageError."""
+
+    def alter(document: dict[str, Any]) -> None:
+        rows = document.setdefault("logs", {})
+        for name in set(rows) - set(configured):
+            del rows[name]
+        row = rows.setdefault(shipment["database"], {})
+        row["failed"] = shipment["failed"]
+        if shipment["failed"] is None:
+            row.update(covers_until=shipment["covers_until"], gap=shipment["gap"], shipped_at=clock.text(clock.now()))
+            row["lost"] = shipment["lost"] or row.get("lost")
+
+    _change(home, alter)
+
+
+def forget_logs(home: Path) -> None:
+    """No logs are shipped any more. Raises StorageError."""
+    if document(home).get("logs"):
+        _change(home, lambda found: found.pop("logs", None))
+
+
+def note_logs_begin(home: Path, database: str, series: int) -> None:
+    """Its logs of before this series were deleted: what is lost between two older ones is no news any more. Raises StorageError."""
+
+    def alter(document: dict[str, Any]) -> None:
+        row = document.get("logs", {}).get(database, {})
+        if row.get("lost") and row["lost"]["series"] <= series:
+            row["lost"] = None
+
+    _change(home, alter)
+
+
 def document(home: Path) -> dict[str, Any]:
     """What is known; empty where there was no backup."""
     return ledger.read(home) or {}
@@ -123,17 +162,21 @@ def of_installation(manifests: Iterable[Manifest], installation: str | None) -> 
     return [one for one in known if one.installation == installation] or known
 
 
-def summary(home: Path) -> dict[str, Any] | None:
-    """For `status`: how old the last backup and the last verified one are, by component; None where there never was one."""
+def summary(home: Path, shipped: Sequence[str] = ()) -> dict[str, Any] | None:
+    """For `status`: how old the last backup and the last verified one are, by component, and how far the logs of the databases reach that
+    are `shipped`; None where there never was any of it. `last` is None where only logs are known.
+    """
     known = document(home)
-    if "last" not in known:
+    if "last" not in known and not shipped:
         return None
-    last = known["last"]
+    last = known.get("last")
     return {
-        "last": {
+        "last": last
+        and {
             key: last.get(key)
             for key in ("backup_id", "state", "began_at", "size_bytes", "new_bytes", "errors", "places")
         },
+        "logs": {name: _logs(known.get("logs", {}).get(name, {})) for name in sorted(shipped)},
         "components": {
             name: {
                 "age_seconds": _age(row.get("backed_up_at")),
@@ -145,6 +188,18 @@ def summary(home: Path) -> dict[str, Any] | None:
         },
         "damaged": known.get("last_check", {}).get("damaged", {}),
         "drill": known.get("drill"),
+    }
+
+
+def _logs(row: Mapping[str, Any]) -> dict[str, Any]:
+    age = _age(row.get("covers_until"))
+    return {
+        "covers_until": row.get("covers_until"),
+        "age_seconds": age,
+        "late": age is None or age > LATE_RUNS * SHIP_SECONDS,
+        "gap": row.get("gap"),
+        "lost": row.get("lost"),
+        "failed": row.get("failed"),
     }
 
 

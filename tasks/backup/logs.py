@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 import re
@@ -17,6 +18,8 @@ from tasks.backup.places import Place, is_name
 from tasks.backup.repository import Repository
 
 ROOT = "logs"
+BASE = ".base"
+"""How the name of a base backup of a PostgreSQL cluster ends."""
 _DOCUMENT = re.compile(r"(\d{6})/([^/]+)\.json")
 _LOG = re.compile(r"(.+)\.(\d+)")
 _SEGMENT = re.compile(r"([0-9A-F]{24})(\.base)?")
@@ -131,8 +134,9 @@ def base(log: str) -> str:
 class Shelf:
     """The logs of one database in a repository."""
 
-    def __init__(self, repository: Repository, database: str) -> None:
-        self.repository, self.database = repository, database
+    def __init__(self, repository: Repository, database: str, *, keep_until: dt.datetime | None = None) -> None:
+        """`keep_until`: what is put stays until then, where a bucket has object lock."""
+        self.repository, self.database, self.keep_until = repository, database, keep_until
 
     # reading
 
@@ -261,10 +265,13 @@ class Shelf:
         self._put(head_name(self.database), documents.text(head.as_dict(), self.repository.keyring))
 
     def forget(self, one: Shipped, pieces: Iterable[Chunk]) -> None:
-        """Pieces of what a longer copy has replaced. What cannot be deleted lies there, and harms nothing."""
+        """Pieces of what a longer copy has replaced. One that a place does not let go (an object lock) lies there and harms nothing: it
+        goes with its log.
+        """
         for place in self._places(self.repository.up()):
             for piece in pieces:
-                place.delete(one.piece_name(piece))
+                with contextlib.suppress(StorageError):
+                    place.delete(one.piece_name(piece))
 
     def copy_missing(self) -> int:
         """Bring logs to the places that were away when they were shipped. Returns how many copies. Raises StorageError."""
@@ -285,17 +292,36 @@ class Shelf:
                 try:
                     for piece in found.pieces:
                         encoded = self._encoded(self._piece(found, piece))
-                        place.put(found.piece_name(piece), encoded.data)
-                    place.put(name, documents.text(found.as_dict(), repository.keyring))
+                        place.put(found.piece_name(piece), encoded.data, keep_until=self.keep_until)
+                    text = documents.text(found.as_dict(), repository.keyring)
+                    place.put(name, text, keep_until=self.keep_until)
                 except StorageError as error:
                     repository.is_down(one, error)
                 else:
                     copied += 1
+        self._empty_spool()
         return copied
+
+    def _empty_spool(self) -> None:
+        """Take out of the spool the logs of which every place has the very same document."""
+        repository = self.repository
+        if repository.spool is None or repository.down:
+            return
+        names = {one.name for one in repository.spool.list(folder(self.database))}
+        for name in sorted(names):
+            if _DOCUMENT.fullmatch(name.removeprefix(folder(self.database))) is None:
+                continue
+            text = repository.spool.get(name)
+            if all(place.stat(name) is not None and place.get(name) == text for place in repository.places):
+                repository.spool.delete(name)
+                pieces = f"{name.removesuffix('.json')}.pieces/"
+                for piece in sorted(one for one in names if one.startswith(pieces)):
+                    repository.spool.delete(piece)
 
     def _put(self, name: str, data: bytes) -> None:
         """Put, and read back. Raises StorageError."""
-        for place in self._places(self.repository.put_at(self.repository.up(), name, data)):
+        where = self.repository.put_at(self.repository.up(), name, data, keep_until=self.keep_until)
+        for place in self._places(where):
             place.flush()
             try:
                 same = place.get(name) == data

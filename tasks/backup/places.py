@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from registry import clock
 from registry.errors import ConflictError, NotFoundError, SettingsError, StorageError, UsageError
 from tasks.backup.heap import return_large_blocks
 
@@ -197,6 +198,16 @@ class DirectoryPlace:
             raise self._error(error, name, "deleted") from error
         return True
 
+    def remove_empty(self, name: str) -> None:
+        """The folder of names that are all deleted; one that holds something stays. Raises StorageError."""
+        try:
+            self._path(name).rmdir()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise self._error(error, name, "removed") from error
+
     def flush(self) -> None:
         with self._lock:
             folders, self._unsynced = self._unsynced, set()
@@ -275,6 +286,13 @@ def open_places(settings: Settings) -> list[Place]:
     return [
         open_place(location, endpoint_url=settings.s3_endpoint_url, lock_mode=mode) for location in settings.backups
     ]
+
+
+def keep_until(settings: Settings) -> dt.datetime | None:
+    """Until when a bucket with object lock keeps what it is given now, whoever has its credentials."""
+    if settings.backup.object_lock is None:
+        return None
+    return clock.now() + dt.timedelta(days=settings.backup.object_lock_days)
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,13 @@ class Point:
         }
 
 
-def holding(shelf: Shelf, start: dict[str, Any]) -> Shipped | None:
-    """The shipped log in which a backup's position lies. That its GTIDs are those at that very place is seen at the replay."""
+def holding(shelf: Shelf, start: dict[str, Any], names: Sequence[tuple[int, str]] | None = None) -> Shipped | None:
+    """The shipped log in which a backup's position lies. That its GTIDs are those at that very place is seen at the replay.
+
+    `names`: those of the shelf, where they are known already.
+    """
     at = binlog.state(str(start.get("gtid", "")))
-    for series, log in reversed(shelf.names()):
+    for series, log in reversed(shelf.names() if names is None else names):
         if log != start.get("file"):
             continue
         found = shelf.read(series, log)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from registry.errors import ConflictError, ModelkeepError, StorageError, UnavailableError
 from registry.settings import Settings
-from tasks.backup import garbage, ledger, states
+from tasks.backup import garbage, ledger, prune_logs, states
 from tasks.backup.manifest import COMPLETE, FAILED, SUFFIX, Manifest
+from tasks.backup.prune_logs import Logs
 from tasks.backup.registry_now import registry_of
 from tasks.backup.retention import Decision, Kept, Policy, decide
 from tasks.backup.states import Note
@@ -33,6 +34,8 @@ class Pruned:
     garbage: tuple[garbage.Collected, ...] = ()
     unreadable: dict[str, str] = field(default_factory=dict)
     """Manifests that cannot be believed: they stay, and so does all that may be theirs."""
+    logs: Logs = field(default_factory=Logs)
+    """Shipped logs of databases that the backups which stay do not need."""
 
     @property
     def goes(self) -> list[str]:
@@ -46,7 +49,13 @@ class Pruned:
             "kept_by_place": self.kept_by_place,
             "unreadable": self.unreadable,
             "garbage": [one.as_dict() for one in self.garbage],
+            "logs": self.logs.as_dict(),
         }
+
+    @property
+    def troubles(self) -> dict[str, str]:
+        """What somebody must look at: it will not be better by itself."""
+        return {**self.unreadable, **self.kept_by_place, **self.logs.troubles}
 
     def as_markdown(self) -> str:
         lines = ["| backup | state | | rule |", "|---|---|---|---|"]
@@ -61,6 +70,8 @@ class Pruned:
         for collected in self.garbage:
             lines += ["", f"{collected.place}: {collected.deleted} objects deleted, {collected.marked} marked"]
             lines[-1] += f"; the rest waits: {collected.waits}" if collected.waits else ""
+        for line in self.logs.lines(applied=self.applied):
+            lines += ["", line]
         return "\n".join(lines)
 
 
@@ -75,8 +86,22 @@ def policy_of(settings: Settings) -> Policy:
     )
 
 
-def preview(repository: Repository, policy: Policy, now: dt.datetime) -> Pruned:
-    """What would go, and why the others stay. Changes nothing. Raises StorageError where a place does not answer."""
+def preview(
+    repository: Repository, policy: Policy, now: dt.datetime, grace: dt.timedelta = dt.timedelta(days=1)
+) -> Pruned:
+    """What would go, and why the others stay. Logs that only a backup needs which goes now follow after `grace`. Changes nothing.
+
+    Raises StorageError where a place does not answer.
+    """
+    found, manifests = _look(repository, policy, now)
+    logs = prune_logs.preview(repository, manifests, now - grace)
+    if found.unreadable:
+        logs = replace(logs, waits=prune_logs.unread(found.unreadable))
+    return replace(found, logs=logs)
+
+
+def _look(repository: Repository, policy: Policy, now: dt.datetime) -> tuple[Pruned, Sequence[Manifest]]:
+    """(the decisions on backups, all of them)."""
     scan = repository.scan()
     if scan.unread:
         raise StorageError(
@@ -95,7 +120,7 @@ def preview(repository: Repository, policy: Policy, now: dt.datetime) -> Pruned:
         if backup_id not in scan.broken
         and (kept := _kept(backup_id, manifests.get(backup_id), notes.get(backup_id, []))) is not None
     }
-    return Pruned(
+    found = Pruned(
         tuple(_decided(known, manifests, policy, now)),
         {
             one.backup_id: {"state": one.state, "ended_at": one.at.isoformat(), "components": sorted(one.components)}
@@ -103,6 +128,7 @@ def preview(repository: Repository, policy: Policy, now: dt.datetime) -> Pruned:
         },
         unreadable=dict(scan.broken),
     )
+    return found, scan.manifests
 
 
 def _decided(
@@ -134,13 +160,14 @@ def apply(
 
     A backup is noted as pruned first, and is none as soon as its manifest is gone; its objects go when nobody needs them.
     """
-    decided = preview(repository, policy, now)
+    decided, there = _look(repository, policy, now)
+    manifests = {one.backup_id: one for one in there}
     removed: list[str] = []
     refused: dict[str, str] = {}
     for decision in decided.decisions:
         if decision.keep:
             continue
-        why = _remove(repository, decision)
+        why = _remove(repository, decision, manifests.get(decision.backup_id))
         if why is None:
             removed.append(decision.backup_id)
             say(f"{decision.backup_id} is removed: {decision.rules[0]}")
@@ -164,19 +191,24 @@ def carry_out(
     say: Callable[[str], None] = lambda _: None,
     flow_run_id: str | None = None,
 ) -> Pruned:
-    """`apply` by the settings, on record in the audit chain where the registry answers. Raises what `apply` does."""
+    """`apply` by the settings, then the shipped logs that no backup needs any more, on record in the audit chain where the registry answers.
+
+    Raises what `apply` does.
+    """
     grace = dt.timedelta(hours=settings.backup.gc_grace_hours)
     found = apply(repository, policy_of(settings), now=now, grace=grace, say=say)
-    if not found.removed:
+    found = replace(found, logs=prune_logs.carry_out(repository, settings.home, now=now, grace=grace, say=say))
+    if not found.removed and not found.logs.removed:
         return found
-    ledger.note_removed(settings.home, found.removed)
+    if found.removed:
+        ledger.note_removed(settings.home, found.removed)
     rules = {one.backup_id: list(one.rules) for one in found.decisions if one.backup_id in found.removed}
     with registry_of(settings) as registry:
         try:
             if registry.database is None:
                 raise UnavailableError(str(registry.why))
             with registry.database.write(flow_run_id=flow_run_id) as transaction:
-                transaction.record("backup.pruned", "backups", before={"removed": rules})
+                transaction.record("backup.pruned", "backups", before={"removed": rules, "logs": found.logs.removed})
         except ModelkeepError as error:
             say(f"what was removed is not in the audit chain: {error}")
     return found
@@ -205,10 +237,11 @@ def _kept(backup_id: str, manifest: Manifest | None, notes: list[Note]) -> Kept 
     )
 
 
-def _remove(repository: Repository, decision: Decision) -> str | None:
+def _remove(repository: Repository, decision: Decision, manifest: Manifest | None) -> str | None:
     """Why a place did not let it go; None where it is gone everywhere."""
     backup_id = decision.backup_id
-    repository.note_state(backup_id, states.PRUNED, {"rules": list(decision.rules)})
+    facts = {"rules": list(decision.rules), "logs": [] if manifest is None else prune_logs.stands(manifest)}
+    repository.note_state(backup_id, states.PRUNED, facts)
     problems = []
     for place in repository.all_places():
         try:

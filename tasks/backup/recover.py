@@ -208,6 +208,7 @@ def _aim(
     if into is None:
         target = targets.live(one, settings, force=force, backup_id=manifest.backup_id)
         return one, (target, None, _shown(target))
+    into = targets.with_known_password(into, settings)
     aside = targets.into(one, into, backup_id=manifest.backup_id, environment=settings.environment)
     if aside is not None:
         return one, (aside, None, _shown(aside))
@@ -236,7 +237,6 @@ def _points(
                 remarks.append(f"{name}: only the backup of {one.component.began_at} comes back: {error}")
             continue
         points[name] = found
-        remarks.append(f"{name}: then the logs are applied: {found.text}")
         if found.short is not None:
             remarks.append(f"{name}: what was written after {found.reaches} is lost: {found.short}")
     return points, remarks

@@ -29,6 +29,7 @@ from tasks.backup.hiding import hider
 from tasks.backup.locking import HomeLock, home_lock, release_lease, take_lease
 from tasks.backup.manifest import COMPLETE, FAILED, PARTIAL, Component, Manifest
 from tasks.backup.outcome import STORED, Outcome
+from tasks.backup.places import keep_until
 from tasks.backup.progress import Moment, Progress
 from tasks.backup.registry_now import RegistryNow, registry_of
 from tasks.backup.repository import Repository, new_backup_id, open_repository
@@ -163,15 +164,13 @@ class _Backup:
     def _capture_all(self) -> list[Component]:
         with sweeping.work_folder(self.settings.home, self.backup_id) as folder, _temporary_files_in(folder):
             self.repository.scratch = folder
-            keep_until = self._locked_until()
-            with self.repository.writer(self.backup_id, progress=self._progressed, keep_until=keep_until) as writer:
+            locked = self._locked_until()
+            with self.repository.writer(self.backup_id, progress=self._progressed, keep_until=locked) as writer:
                 return [self._capture(writer, part) for part in self.parts]
 
     def _locked_until(self) -> dt.datetime | None:
         """Until when a bucket with object lock keeps what this backup needs, whoever has its credentials."""
-        if self.settings.backup.object_lock is None:
-            return None
-        return clock.now() + dt.timedelta(days=self.settings.backup.object_lock_days)
+        return keep_until(self.settings)
 
     def _progressed(self, _component: str, done_bytes: int, total_bytes: int | None) -> None:
         self.progress.update(done_bytes, total_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import datetime as dt
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,17 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from registry.errors import LockedError, ModelkeepError, RefusedError, SettingsError, StorageError
+from registry.errors import ModelkeepError, RefusedError, SettingsError, StorageError
 from registry.redaction import redact
 from registry.settings import Settings
-from tasks.backup import point, postgresql_access, ship_mariadb, ship_postgresql
+from tasks.backup import ledger, point, postgresql_access, ship_mariadb, ship_postgresql
 from tasks.backup.hiding import hider
+from tasks.backup.keyring import PREFIX as KEYS
+from tasks.backup.log_lock import shipping
 from tasks.backup.logs import Head, Shelf
 from tasks.backup.manifest import FAILED
 from tasks.backup.mariadb_access import access
+from tasks.backup.places import keep_until
 from tasks.backup.repository import Repository, open_repository
 
-LOCK = "ship-logs.lock"
 WORK = "ship-logs-work"
 
 
@@ -37,6 +39,8 @@ class Shipment:
     gap: str | None = None
     warnings: tuple[str, ...] = ()
     failed: str | None = None
+    lost: dict[str, Any] | None = None
+    """{"why", "from", "until", "series"}: of a PostgreSQL, between which moments nothing comes back, where that is since this run."""
 
     def as_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -63,15 +67,20 @@ def ship(
         )
     hide, found = hider(settings), []
     if not settings.backup.logs:
+        ledger.forget_logs(settings.home)
         return []
     with _alone(settings.home) as scratch:
         repository = open_repository(settings, create=True)
         for name in names or settings.backup.logs:
             try:
-                one = _ship_one(repository, name, urls[name].connection_url(), scratch)
+                one = _ship_one(repository, name, urls[name].connection_url(), scratch, keep_until(settings))
             except ModelkeepError as error:
                 one = Shipment(name, failed=hide(redact(str(error))))
             found.append(one)
+            try:
+                ledger.note_shipped(settings.home, one.as_dict(), settings.backup.logs)
+            except StorageError as error:  # they are shipped all the same
+                tell(f"{name}: `status` does not know of it: {error}")
             tell(summary(one))
             for text in one.warnings:
                 tell(f"{name}: {text}")
@@ -81,16 +90,24 @@ def ship(
 def summary(one: Shipment) -> str:
     if one.failed:
         return f"{one.database}: NOT SHIPPED: {one.failed}"
-    what = f"{len(one.logs)} logs with {one.transactions} transactions shipped" if one.logs else "nothing new"
+    what = "nothing new"
+    if one.logs:
+        what = f"{_counted(len(one.logs), 'log')} shipped"
+        if one.transactions:  # of a PostgreSQL they are not counted
+            what = f"{_counted(len(one.logs), 'log')} with {_counted(one.transactions, 'transaction')} shipped"
     return f"{one.database}: {what}, whole until {one.covers_until}" + (f"; {one.gap}" if one.gap else "")
 
 
-def _ship_one(repository: Repository, name: str, url: str, scratch: Path) -> Shipment:
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _ship_one(repository: Repository, name: str, url: str, scratch: Path, locked_until: dt.datetime | None) -> Shipment:
     if not url.startswith(("mysql", "mariadb", "postgresql")):
         raise RefusedError(
             f"{name} is at {url.partition(':')[0]}://…: logs are shipped of MariaDB and PostgreSQL only; take it out of [backup] logs"
         )
-    shelf = Shelf(repository, name)
+    shelf = Shelf(repository, name, keep_until=locked_until)
     copied = shelf.copy_missing()
     before = shelf.head()
     gap: dict[str, Any] | None = None
@@ -101,6 +118,9 @@ def _ship_one(repository: Repository, name: str, url: str, scratch: Path) -> Shi
         found = ship_mariadb.ship(access(url), shelf, scratch, starts)
         gap = _gap(shelf, before, found.head, starts)
     shelf.put_head(replace(found.head, gap=gap))
+    if found.shipped and locked_until is not None and repository.keyring is not None:
+        # Without the wrapped data key all that is locked would be worth nothing.
+        repository.keep_at(f"{KEYS}{repository.keyring.key_id}.json", locked_until)
     warnings = list(found.warnings)
     if copied:
         warnings.append(f"{copied} logs are now in places that lacked them")
@@ -115,6 +135,7 @@ def _ship_one(repository: Repository, name: str, url: str, scratch: Path) -> Shi
         found.head.covers_until,
         None if gap is None else words(name, gap),
         tuple(warnings),
+        lost=found.lost,
     )
 
 
@@ -168,18 +189,7 @@ def _reached(shelf: Shelf, head: Head, start: dict[str, Any]) -> bool:
 @contextlib.contextmanager
 def _alone(home: Path) -> Iterator[Path]:
     """A folder for what is on its way, ours alone. Raises LockedError, StorageError."""
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        file = (home / LOCK).open("a")
-    except OSError as error:
-        raise StorageError(
-            f"{home / LOCK} cannot be opened: {error.strerror or error}; make {home} writable"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LockedError(f"logs are being shipped from {home} already: wait for it to end") from error
+    with shipping(home):
         folder = home / WORK
         try:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed

@@ -51,6 +51,8 @@ class Found:
     head: Head
     warnings: tuple[str, ...]
     broke: str | None = None
+    lost: dict[str, Any] | None = None
+    """{"why", "from", "until", "series"}, where a base backup was taken at once and the gap has an end."""
 
 
 def ship(where: Access, shelf: Shelf, scratch: Path, starts: Callable[[], Sequence[dict[str, Any]]]) -> Found:

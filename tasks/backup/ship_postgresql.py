@@ -79,7 +79,10 @@ def ship(where: Access, shelf: Shelf, scratch: Path) -> Found:
         )
     newest = new[-1] if new else previous or base
     head = Head(shelf.database, KIND, cluster.server, newest.series, newest.log, covers, clock.text(clock.now()), {})
-    return Found(tuple(shipped), head, tuple(warnings), broke)
+    lost = None
+    if broke:
+        lost = {"why": broke, "from": begins["lost_from"], "until": base.covers_until, "series": base.series}
+    return Found(tuple(shipped), head, tuple(warnings), broke, lost)
 
 
 def _newest(shelf: Shelf, series: int, *, base: bool) -> Shipped | None:

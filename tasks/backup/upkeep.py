@@ -236,11 +236,13 @@ def _copy_small(repository: Repository, place: Place, prefix: str, unread: Mappi
 
 
 def _empty_spool(spool: DirectoryPlace, repository: Repository) -> None:
-    """Every place has all of it now. The keys stay: with them a backup can begin while the store does not answer."""
+    """Every place has all of it now. The keys stay: with them a backup can begin while the store does not answer. Shipped logs are no
+    part of it: `logs.Shelf.copy_missing` brings them there, and takes them away here.
+    """
     if any(True for _ in spool.list("intents/")):
         return
     for one in list(spool.list()):
-        if not one.name.startswith("keys/"):
+        if not one.name.startswith(("keys/", "logs/")):
             spool.delete(one.name)
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from registry import clock
 from registry.errors import LockedError, NotFoundError
 from registry.settings import Settings, build_settings
-from tasks.backup import logs, recover, recovery, run, ship, ship_mariadb
+from tasks.backup import logs, places, prune, recover, recovery, run, ship, ship_mariadb, states
 from tasks.backup.keyring import new_key
 from tasks.backup.manifest import ManifestError
 from tasks.backup.mariadb_access import access, rows
+from tasks.backup.repository import open_repository
 from tests.registry_servers import PASSWORD, Server, starter
 
 LOGGING = ("--log-bin=binlog", "--server-id=7", "--binlog-format=ROW", "--sync-binlog=0")
@@ -172,7 +174,7 @@ def test_a_dropped_table_comes_back_as_it_was_in_the_second_before(shop: Shop) -
     assert plan.manifest.backup_id == backup_id and plan.problems == ()
     assert step.point is not None and step.point.short is None and len(step.point.logs) >= 2
     assert plan.lost_since == step.point.reaches and dt.datetime.fromisoformat(plan.lost_since) == moment
-    assert any("then the logs are applied: binlog." in warning for warning in plan.warnings)
+    assert step.point.text.startswith("binlog.") and not any("logs" in warning for warning in plan.warnings)
     outcome = shop.recover(moment, into=aside)
     assert outcome.state == "recovered", outcome.failed
     point = outcome.restored["database:app"]["point"]
@@ -330,6 +332,74 @@ def test_ship_logs_is_killed_at_each_step_and_the_next_run_leaves_nothing_out(
     assert shop.orders() == texts
     assert shop.run("SHOW TABLES") == [("orders",), ("users",)]  # what else is there was left alone
     assert not (shop.folder / "home" / ship.WORK).exists()
+
+
+def test_logs_that_no_kept_backup_needs_go_and_a_prune_that_is_killed_at_each_step_leaves_the_way_to_a_moment(
+    shop: Shop,
+) -> None:
+    old = shop.back_up()
+    for text in ("one", "two"):
+        shop.order(text)
+        shop.ship()
+    new = shop.back_up()
+    shop.order("three")
+    moment = shop.next_second()
+    shop.order("too late")
+    shop.ship()
+    aside = shop.aside()
+    before = shop.plan(moment, into=aside).steps[0].point
+    assert before is not None and before.short is None
+    settings = only_the_newest(shop.settings)
+    repository = open_repository(settings)
+    for backup_id in (old, new):
+        facts = {"components": {"database:app": {"outcome": "verified"}}}
+        repository.note_state(backup_id, states.VERIFIED, facts)
+    first = prune.carry_out(settings, repository, now=clock.now())
+    assert first.removed == (old,) and first.logs.removed == {}, "somebody may be restoring it"
+    tomorrow = clock.now() + dt.timedelta(days=1.1)
+    [logs_shown] = prune.preview(repository, prune.policy_of(settings), tomorrow).logs.databases
+    assert 2 <= len(logs_shown.goes) < logs_shown.count and new in logs_shown.rule
+    step = 0
+    while pruned_until(settings, step, tomorrow):
+        assert step < 50
+        assert shop.plan(moment, into=aside).steps[0].point == before
+        assert shop.ship().failed is None
+        step += 1
+    assert step >= 4, "a document and a piece of each of two logs"
+    left = shop_logs(shop)
+    assert not set(left) & {one.log for one in logs_shown.goes} and set(left) >= {one.log for one in before.logs}
+    assert not [path for path in shop.pieces() if path.parent.name.removesuffix(".pieces") not in left]
+    [again] = prune.carry_out(settings, open_repository(settings), now=tomorrow).logs.databases
+    assert again.goes == ()
+    assert shop.recover(moment, into=aside).state == "recovered"
+    assert shop.orders(aside) == ["one", "two", "three"]
+
+
+def only_the_newest(settings: Settings) -> Settings:
+    section = {"keep_daily": 0, "keep_weekly": 0, "keep_monthly": 0, "minimum_redundancy": 1, "unverified_days": 0.0}
+    return settings.model_copy(update={"backup": settings.backup.model_copy(update=section)})
+
+
+def pruned_until(settings: Settings, step: int, now: dt.datetime) -> bool:
+    """In a child: SIGKILL before the so many-th name below logs/ is deleted. False where there were not so many."""
+    child = os.fork()
+    if child == 0:
+        try:
+            count, delete = iter(range(999)), places.DirectoryPlace.delete
+
+            def dying(self: places.DirectoryPlace, name: str) -> bool:
+                if name.startswith("logs/") and next(count) == min(step, 1):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return delete(self, name)
+
+            places.DirectoryPlace.delete = dying  # type: ignore[method-assign]
+            prune.carry_out(settings, open_repository(settings), now=now)
+            os._exit(0)
+        finally:
+            os._exit(7)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
 
 
 def killed_at(shop: Shop, step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from registry import clock
 from registry.settings import Settings, build_settings
-from tasks.backup import logs, recover, recovery, run, ship
+from tasks.backup import logs, prune, recover, recovery, run, ship, ship_postgresql, states
 from tasks.backup.keyring import new_key
 from tasks.backup.postgresql_access import access
+from tasks.backup.repository import open_repository
 from tests.registry_servers import PASSWORD, Server, starter
 
 LOGGING = ("-c", "wal_level=replica", "-c", "max_wal_senders=5", "-c", "max_replication_slots=20")
@@ -75,9 +77,10 @@ class Shop:
         assert isinstance(now, dt.datetime)
         return now
 
-    def back_up(self) -> None:
+    def back_up(self) -> str:
         found = run.back_up(self.settings, run.Request(("database",)))
         assert found.state == "complete", found
+        return found.backup_id
 
     def ship(self) -> ship.Shipment:
         [found] = ship.ship(self.settings)
@@ -156,6 +159,43 @@ def test_a_damaged_or_a_missing_log_is_told_and_nothing_is_restored(shop: Shop) 
     plan = shop.plan(moment, into=aside)
     assert any("is lost: a log before" in one for one in plan.warnings)
     assert dt.datetime.fromisoformat(plan.lost_since) < moment
+
+
+def test_bases_and_logs_that_no_kept_backup_needs_go_and_a_moment_after_the_oldest_comes_back(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.order("one")
+    old = shop.back_up()
+    first = shop.ship()
+    shop.order("two")
+    with monkeypatch.context() as patch:
+        patch.setattr(ship_postgresql, "BASE_DAYS", 0.0)
+        second = shop.ship()
+    assert first.logs[0].endswith(".base") and second.logs[0].endswith(".base")
+    new = shop.back_up()
+    shop.order("three")
+    moment = shop.now()
+    shop.order("too late")
+    shop.ship()
+    aside = shop.server.create()
+    before = shop.plan(moment, into=aside).steps[0].point
+    section = {"keep_daily": 0, "keep_weekly": 0, "keep_monthly": 0, "minimum_redundancy": 1, "unverified_days": 0.0}
+    settings = shop.settings.model_copy(update={"backup": shop.settings.backup.model_copy(update=section)})
+    repository = open_repository(settings)
+    assert prune.carry_out(settings, repository, now=clock.now()).logs.removed == {}, "the old backup needs them"
+    for backup_id in (old, new):
+        facts = {"components": {"database:app": {"outcome": "verified"}}}
+        repository.note_state(backup_id, states.VERIFIED, facts)
+    found = prune.carry_out(settings, repository, now=clock.now())
+    assert found.removed == (old,) and found.logs.removed == {}, "somebody may be restoring it"
+    found = prune.carry_out(settings, repository, now=clock.now() + dt.timedelta(days=1.1))
+    assert found.logs.waits is None
+    assert found.logs.databases[0].removed[0] == f"000001/{first.logs[0]}"
+    left = [log for _, log in logs.Shelf(repository, "app").names()]
+    assert left[0] == second.logs[0] and not set(first.logs) & set(left)
+    assert shop.plan(moment, into=aside).steps[0].point == before
+    assert shop.recover(moment, into=aside).state == "recovered"
+    assert shop.orders(aside) == ["one", "two", "three"]
 
 
 @pytest.mark.long

@@ -13,6 +13,9 @@ from modelkeep.cli import main
 from registry.connect import open_database
 from registry.schema import AuditEvent
 from registry.settings import load_settings
+from tasks.backup import ledger
+from tasks.backup.places import DirectoryPlace
+from tests.unit.tasks.backup.test_prune_logs import three_days
 
 Run = Callable[..., Any]
 
@@ -173,3 +176,48 @@ def test_a_key_that_may_only_look_backs_up_nothing_and_pins_nothing(
     assert "view" in _back_up(run, code=1)
     assert "view" in run("backups", "pin", backup_id, code=1)
     assert len(run("backups", "list")) == 1
+
+
+def test_logs_that_no_backup_needs_are_shown_and_go_with_apply(
+    run: Run, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history = three_days()
+    for name, data in history.places[0].names.items():
+        DirectoryPlace(home / "backups").put(name, data)
+    [shown] = run("backups", "prune")["logs"]["databases"]
+    assert [one["log"] for one in shown["goes"]] == ["000001/binlog.000001", "000001/binlog.000002"]
+    assert all(one["size_bytes"] > 0 for one in shown["goes"]) and shown["removed"] == []
+    assert main(["backups", "prune"]) == 0
+    assert "logs of app: 2 of 6 go (000001/binlog.000001 to 000001/binlog.000002)" in capsys.readouterr().out
+    [done] = run("backups", "prune", "--apply")["logs"]["databases"]
+    assert done["removed"] == ["000001/binlog.000001", "000001/binlog.000002"] and done["removed_bytes"] > 0
+    assert sorted(path.name for path in (home / "backups/logs/app/000001").iterdir() if path.is_dir()) == [
+        f"binlog.{number:06d}.pieces" for number in (3, 4, 5, 6)
+    ]
+    assert main(["backups", "prune"]) == 0
+    assert "logs of app: 4 stay" in capsys.readouterr().out
+    document = home / "backups/logs/app/000001/binlog.000003.json"
+    document.write_bytes(document.read_bytes()[:-9])
+    assert "cannot be told" in run("backups", "prune", code=3)["logs"]["databases"][0]["unreadable"]
+
+
+def test_status_tells_how_old_the_shipped_logs_are_and_warns(
+    run: Run, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (home / "modelkeep.toml").open("a") as file:
+        file.write('[[databases]]\nname = "app"\nurl = "mysql+pymysql://keeper@db/app"\n[backup]\nlogs = ["app"]\n')
+    assert run("status")["backups"]["logs"]["app"]["late"] is True
+    main(["status"])
+    printed = capsys.readouterr().out
+    assert "no backup was ever taken" in printed and "logs of app: none was shipped yet" in printed
+    row = {"database": "app", "covers_until": "2026-11-01T00:00:00.000000Z", "gap": "purged", "failed": None}
+    lost = {"why": "another timeline", "from": "then", "until": "later", "series": 2}
+    ledger.note_shipped(home, {**row, "lost": lost}, ["app"])
+    ledger.note_shipped(home, {**row, "failed": "it is away"}, ["app"])
+    main(["status"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "logs of app: shipped up to 2026-11-01T00:00:00.000000Z", "more than three runs ago", "not shipped: it is away",
+        "purged", "between then and later it cannot be brought back to a moment: another timeline",
+    ):  # fmt: skip
+        assert text in printed

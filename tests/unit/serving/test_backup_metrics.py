@@ -86,6 +86,24 @@ def test_age_of_the_last_verified_backup_sizes_last_result_and_drill_are_shown(t
     assert found[("modelkeep_drill_rpo_seconds", "registry")] == 9.5
 
 
+def test_the_age_of_shipped_logs_a_gap_and_a_failure_are_shown_by_database(tmp_path: Path) -> None:
+    _write(
+        tmp_path,
+        logs={
+            "app": {"covers_until": clock.text(NOW - dt.timedelta(minutes=4)), "gap": None, "failed": None},
+            "shop": {"covers_until": clock.text(NOW - dt.timedelta(hours=2)), "gap": "purged", "failed": "it is away"},
+            "new": {"failed": "it is away"},
+            "odd": 3,
+        },
+    )
+    found = _samples(BackupMetrics(tmp_path))
+    name = "modelkeep_backup_logs_"
+    assert found[(f"{name}age_seconds", "app")] == 240 and found[(f"{name}age_seconds", "shop")] == 7200
+    assert found[(f"{name}gap", "app")] == 0 and found[(f"{name}gap", "shop")] == 1
+    assert [found[(f"{name}failed", one)] for one in ("app", "shop", "new")] == [0, 1, 1]
+    assert (f"{name}age_seconds", "new") not in found
+
+
 def test_a_changed_file_is_seen_and_an_unchanged_one_is_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from registry import clock
 from registry import ledger as document
 from registry.errors import StorageError
 from tasks.backup import ledger
@@ -95,3 +97,43 @@ def test_a_damaged_file_is_written_anew_and_a_folder_in_its_place_is_told(tmp_pa
     document.path_of(tmp_path).mkdir()
     with pytest.raises(StorageError, match=r"backups\.json"):
         ledger.note_backup(tmp_path, _manifest(), places={})
+
+
+def _shipped(**changed: Any) -> dict[str, Any]:
+    at = clock.text(clock.now())
+    return {"database": "app", "covers_until": at, "gap": None, "lost": None, "failed": None, **changed}
+
+
+def test_status_tells_how_far_the_logs_reach_and_whether_that_is_late(tmp_path: Path) -> None:
+    assert ledger.summary(tmp_path, ["app"]) == {
+        "last": None, "components": {}, "damaged": {}, "drill": None,
+        "logs": {"app": {"covers_until": None, "age_seconds": None, "late": True, "gap": None, "lost": None, "failed": None}},
+    }  # fmt: skip
+    ledger.note_shipped(tmp_path, _shipped(), ["app"])
+    known = ledger.summary(tmp_path, ["app"])
+    assert known is not None and known["logs"]["app"]["late"] is False and known["logs"]["app"]["age_seconds"] >= 0
+    old = clock.now() - dt.timedelta(seconds=ledger.LATE_RUNS * ledger.SHIP_SECONDS + 1)
+    ledger.note_shipped(tmp_path, _shipped(covers_until=clock.text(old), gap="a gap"), ["app"])
+    known = ledger.summary(tmp_path, ["app"])
+    assert known is not None and known["logs"]["app"]["late"] is True and known["logs"]["app"]["gap"] == "a gap"
+
+
+def test_a_run_that_ships_nothing_keeps_what_is_known_and_says_why(tmp_path: Path) -> None:
+    ledger.note_shipped(tmp_path, _shipped(covers_until="2026-11-01T00:00:00.000000Z"), ["app"])
+    ledger.note_shipped(tmp_path, _shipped(covers_until=None, failed="the server is away"), ["app"])
+    row = (document.read(tmp_path) or {})["logs"]["app"]
+    assert row["covers_until"] == "2026-11-01T00:00:00.000000Z" and row["failed"] == "the server is away"
+
+
+def test_a_database_whose_logs_are_shipped_no_more_is_forgotten(tmp_path: Path) -> None:
+    ledger.note_shipped(tmp_path, _shipped(), ["app"])
+    ledger.note_shipped(tmp_path, _shipped(database="other"), ["other"])
+    assert set((document.read(tmp_path) or {})["logs"]) == {"other"}
+    ledger.forget_logs(tmp_path)
+    assert "logs" not in (document.read(tmp_path) or {})
+
+
+def test_logs_are_late_by_the_schedule_that_ships_them() -> None:
+    text = (Path(__file__).parents[4] / "prefect.yaml").read_text(encoding="utf-8")
+    minutes = int(ledger.SHIP_SECONDS) // 60
+    assert f'cron: "*/{minutes} * * * *"' in text.partition("name: ship-logs")[2].partition("- name:")[0]

@@ -1,0 +1,409 @@
+"""Logs go only where no backup that stays could ever use them: whatever happened before, each goes on to where it went before."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from registry import clock
+from registry import ledger as ledger_file
+from registry.errors import StorageError
+from tasks.backup import garbage, ledger, log_retention, prune, prune_logs, states, whose
+from tasks.backup.log_lock import shipping
+from tasks.backup.log_retention import Need
+from tasks.backup.logs import Shelf
+from tasks.backup.retention import Policy
+from tests.unit.tasks.backup.log_history import BEGIN, History, MariaDB, PostgreSQL
+
+LIVING = {"pid": os.getpid(), "host": platform.node(), "boot_id": whose.boot_id()}
+STEPS = ("write", "ship", "back_up", "write", "ship", "lose", "reset", "replace")
+
+
+class Killed(BaseException):
+    pass
+
+
+DAY = dt.timedelta(days=1)
+
+
+def run(
+    history: History, home: Path, *, days: float = 0, monotonic: Callable[[], float] = time.monotonic
+) -> prune_logs.Logs:
+    now = clock.now() + days * DAY
+    return prune_logs.carry_out(history.repository, home, now=now, grace=DAY, wait_seconds=0, monotonic=monotonic)
+
+
+def look(history: History) -> tuple[prune_logs.OfDatabase, ...]:
+    return prune_logs.preview(history.repository, history.repository.manifests(), clock.now() - DAY).databases
+
+
+def three_days(make: Callable[[int], History] = MariaDB, places: int = 1) -> History:
+    """Three backups, with two logs that were shipped after each; the first backup is gone by now."""
+    history = make(places)
+    for _ in range(3):
+        history.back_up()
+        if isinstance(history, PostgreSQL):
+            history.base()
+        for _ in range(2):
+            history.write()
+            history.ship()
+    history.drop(history.backups[0])
+    return history
+
+
+@given(
+    there=some.lists(some.tuples(some.integers(1, 3), some.integers(1, 9)), unique=True),
+    needs=some.lists(some.none() | some.tuples(some.integers(1, 3), some.integers(1, 9))),
+)
+def test_what_a_kept_backup_needs_and_all_after_it_stays_and_the_last_in_any_case(
+    there: list[tuple[int, int]], needs: list[tuple[int, int] | None]
+) -> None:
+    found = log_retention.decide(there, [Need(f"{number}", first) for number, first in enumerate(needs)])
+    goes = {one for one in there if found.goes(one)}
+    assert found.rule and (not there or max(there) not in goes)
+    known = [one for one in needs if one is not None]
+    assert not any(first <= one for one in goes for first in known)
+    if not known:
+        assert goes == set()
+    elif there:
+        assert all(one in goes for one in there if one < min(*known, max(there)))
+
+
+@pytest.mark.parametrize("make", [MariaDB, PostgreSQL])
+@settings(max_examples=40, deadline=None)
+@given(steps=some.lists(some.sampled_from(STEPS), min_size=4, max_size=24), data=some.data())
+def test_every_kept_backup_goes_on_to_where_it_went_before_whatever_happened(
+    make: type[MariaDB] | type[PostgreSQL],
+    steps: list[str],
+    data: some.DataObject,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    history = make()
+    for step in ("ship", *steps):
+        getattr(history, step)()
+    for backup in list(history.backups):
+        if data.draw(some.booleans()):
+            history.drop(backup)
+    before, there = history.ways(), history.places[0].logs()
+    home = tmp_path_factory.getbasetemp() / "home"
+    shown = look(history)
+    done = run(history, home)
+    assert done.waits is None and done.troubles == {}
+    assert history.ways() == before
+    assert [len(one.goes) for one in shown] == [len(one.removed) for one in done.databases]
+    left = history.places[0].logs()
+    assert left == there[len(there) - len(left) :] and left[-1] == there[-1], "a gapless end of what was there"
+    assert sum(len(one.removed) for one in done.databases) == len(there) - len(left)
+    if not history.backups:
+        assert left == there
+    history.ship()  # goes on as if nothing had happened
+    later = history.ways()
+    run(history, home)
+    assert history.ways() == later
+
+
+def test_logs_of_before_the_oldest_kept_backup_go_with_their_pieces(tmp_path: Path) -> None:
+    history = three_days()
+    [shown] = look(history)
+    assert [one.log for one in shown.goes] == ["binlog.000001", "binlog.000002"] and shown.size_bytes > 0
+    assert history.backups[0].backup_id in shown.rule and "2 of 6 go" in shown.text(applied=False)
+    place = history.places[0]
+    assert len(place.logs()) == 6  # a preview deletes nothing
+    [done] = run(history, tmp_path).databases
+    assert done.removed == ("000001/binlog.000001", "000001/binlog.000002") and done.removed_bytes > 0
+    assert place.logs() == [f"000001/binlog.{number:06d}" for number in (3, 4, 5, 6)]
+    assert not [name for name in place.names if "binlog.000001" in name or "binlog.000002" in name]
+    assert run(history, tmp_path).databases[0].removed == ()
+
+
+def test_of_a_postgresql_the_base_that_the_oldest_backup_needs_stays_with_all_after_it(tmp_path: Path) -> None:
+    history = three_days(PostgreSQL)
+    before = history.ways()
+    [done] = run(history, tmp_path).databases
+    # The second base is younger than the second backup: moments between the two need the first.
+    assert done.removed == ()
+    history.drop(history.backups[0])
+    [done] = run(history, tmp_path).databases
+    assert [one.rpartition("/")[2] for one in done.removed] == [
+        f"{1:08X}{0:08X}{1:08X}.base",
+        f"{1:08X}{0:08X}{1:08X}",
+        f"{1:08X}{0:08X}{2:08X}",
+    ]
+    assert history.ways() == {key: way for key, way in before.items() if key[0] == history.backups[0].backup_id}
+
+
+def test_a_backup_that_was_pruned_just_now_keeps_its_logs_for_the_grace(tmp_path: Path) -> None:
+    """Somebody may be restoring it."""
+    history = three_days()
+    oldest = history.backups[0]
+    history.repository.note_state(oldest.backup_id, states.PRUNED, {"logs": prune_logs.stands(oldest)})
+    before = history.ways()
+    history.drop(oldest)
+    assert run(history, tmp_path).databases[0].removed == ("000001/binlog.000001", "000001/binlog.000002")
+    assert run(history, tmp_path).databases[0].removed == ()
+    for place in history.places:
+        place.put(f"{oldest.backup_id}.manifest.json", history.repository.signed(oldest).text())
+    history.backups.insert(0, oldest)
+    assert history.ways() == before
+    history.drop(oldest)
+    assert run(history, tmp_path, days=1.1).databases[0].removed == ("000001/binlog.000003", "000001/binlog.000004")
+
+
+def test_while_the_note_of_a_backup_that_was_pruned_just_now_is_damaged_nothing_goes(tmp_path: Path) -> None:
+    history = three_days()
+    oldest = history.backups[0]
+    history.repository.note_state(oldest.backup_id, states.PRUNED, {"logs": prune_logs.stands(oldest)})
+    history.drop(oldest)
+    [name] = [one for one in history.places[0].names if one.startswith("states/")]
+    history.places[0].names[name] = history.places[0].names[name][:-9]
+    assert "cannot be read" in str(run(history, tmp_path).waits)
+    assert len(history.places[0].logs()) == 6
+
+
+def test_without_a_backup_that_is_kept_or_one_that_stands_in_them_all_logs_stay(tmp_path: Path) -> None:
+    history = three_days()
+    for backup in list(history.backups):
+        history.drop(backup)
+    [done] = run(history, tmp_path).databases
+    assert "no backup of it is kept" in done.rule and len(history.places[0].logs()) == 6
+    elsewhere = MariaDB()
+    elsewhere.snapshot = lambda at: {"began_at": at}  # type: ignore[method-assign]
+    elsewhere.back_up()
+    for _ in range(3):
+        elsewhere.write()
+        elsewhere.ship()
+    [done] = run(elsewhere, tmp_path).databases
+    assert "stands in its logs" in done.rule and len(elsewhere.places[0].logs()) == 3
+
+
+def test_a_backup_whose_own_log_is_not_there_keeps_what_follows_it(tmp_path: Path) -> None:
+    """Its document was deleted by mistake, say, and can be put back from a bucket with versions."""
+    history = three_days()
+    del history.places[0].names["logs/app/000001/binlog.000003.json"]
+    [done] = run(history, tmp_path).databases
+    assert "000001/binlog.000003" in done.removed, "its pieces: the document was gone already"
+    assert history.places[0].logs() == [f"000001/binlog.{number:06d}" for number in (4, 5, 6)]
+
+
+@pytest.mark.parametrize("make", [MariaDB, PostgreSQL])
+@pytest.mark.parametrize("places", [1, 2])
+def test_killed_at_any_deletion_the_ways_are_the_same_and_the_next_run_finishes(
+    make: Callable[[int], History], places: int, tmp_path: Path
+) -> None:
+    for limit in range(99):
+        history = three_days(make, places)
+        if make is PostgreSQL:
+            history.drop(history.backups[0])
+        before, steps = history.ways(), iter(range(99))
+
+        def die(name: str, limit: int = limit, steps: object = steps) -> None:
+            if name.startswith("logs/") and next(steps) == limit:  # type: ignore[call-overload]
+                raise Killed
+
+        for place in history.places:
+            place.before_delete = die
+        killed = False
+        try:
+            run(history, tmp_path)
+        except Killed:
+            killed = True
+        for place in history.places:
+            place.before_delete = lambda _: None
+            place.names.pop(garbage.FLAG, None)  # a process that was killed is dead: here it is this one
+        assert history.ways() == before
+        assert Shelf(history.repository, "app").copy_missing() <= 1  # the one that was being deleted; no error
+        assert run(history, tmp_path).waits is None
+        assert history.ways() == before
+        assert not any(one.goes for one in look(history))
+        whole = three_days(make, places)
+        if make is PostgreSQL:
+            whole.drop(whole.backups[0])
+        run(whole, tmp_path)
+        assert [sorted(one.names) for one in history.places] == [sorted(one.names) for one in whole.places]
+        if not killed:
+            assert limit >= 4
+            return
+    raise AssertionError("it deletes without an end")
+
+
+def test_nothing_goes_while_a_backup_or_a_shipment_is_under_way(tmp_path: Path) -> None:
+    history = three_days()
+    running = "20261120T020000Z-0a1b2c"
+    history.repository.begin_intent(running, LIVING)
+    assert running in str(run(history, tmp_path).waits)
+    history.repository.end_intent(running)
+    with shipping(tmp_path):
+        assert "being shipped" in str(run(history, tmp_path).waits)
+    history.places[0].put(garbage.FLAG, json.dumps({"token": "another", **LIVING}).encode())
+    assert "garbage is being collected" in str(run(history, tmp_path).waits)
+    assert len(history.places[0].logs()) == 6
+    del history.places[0].names[garbage.FLAG]
+    assert len(run(history, tmp_path).databases[0].removed) == 2
+
+
+def test_nothing_goes_while_a_manifest_cannot_be_read(tmp_path: Path) -> None:
+    history = three_days()
+    history.places[0].names["20261109T020000Z-0a1b2c.manifest.json"] = b'{"format": "modelkeep-backup"'
+    assert "20261109T020000Z-0a1b2c cannot be read" in str(run(history, tmp_path).waits)
+    assert "cannot be read" in str(prune.preview(history.repository, Policy(), BEGIN).logs.waits)
+    assert len(history.places[0].logs()) == 6
+
+
+@pytest.mark.parametrize("prefix", ["2", "logs/", "intents/", "states/"])
+def test_nothing_goes_while_a_place_does_not_answer(prefix: str, tmp_path: Path) -> None:
+    history = three_days(places=2)
+
+    def gone(asked: str) -> None:
+        if asked == prefix:
+            raise StorageError("the bucket does not answer")
+
+    history.places[1].before_list = gone
+    found = run(history, tmp_path)
+    assert "the bucket does not answer" in str(found.waits)
+    assert all(len(place.logs()) == 6 for place in history.places)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(MariaDB, "logs/app/000001/binlog.000003.json"), (PostgreSQL, f"logs/app/000001/{1:08X}{0:08X}{3:08X}.base.json")],
+)
+def test_nothing_goes_while_the_log_in_which_a_backup_stands_is_damaged(
+    make: Callable[[int], History], name: str, tmp_path: Path
+) -> None:
+    history = three_days(make)
+    there = len(history.places[0].logs())
+    history.places[0].names[name] = history.places[0].names[name][:-20]
+    found = run(history, tmp_path)
+    assert list(found.troubles) == ["logs of app"] and "all stay" in found.lines(applied=True)[0]
+    assert len(history.places[0].logs()) == there
+
+
+def test_a_name_that_cannot_be_ordered_lets_nothing_go(tmp_path: Path) -> None:
+    history = three_days()
+    history.places[0].names["logs/app/000001/odd.json"] = b"{}"
+    assert "odd" in run(history, tmp_path).troubles["logs of app"]
+    assert len(history.places[0].logs()) == 7
+
+
+def test_a_locked_log_stays_everywhere_and_is_told_and_the_rest_goes(tmp_path: Path) -> None:
+    history = three_days(places=2)
+    bucket = history.places[1]
+    bucket.can_lock = lambda: True  # type: ignore[attr-defined]
+    bucket.refuse("binlog.000001")
+    [done] = run(history, tmp_path).databases
+    assert list(done.refused) == ["000001/binlog.000001"] and done.removed == ("000001/binlog.000002",)
+    assert "it is locked" in done.text(applied=True)
+    assert all("000001/binlog.000001" in place.logs() for place in history.places), "else it would come back each time"
+    bucket.before_delete = lambda _: None
+    assert run(history, tmp_path).databases[0].removed == ("000001/binlog.000001",)
+
+
+def test_after_three_that_are_locked_in_a_row_the_rest_waits(tmp_path: Path) -> None:
+    history = MariaDB()
+    for _ in range(6):
+        history.write()
+        history.ship()
+    history.back_up()
+    history.write()
+    history.ship()
+    asked: list[str] = []
+
+    def no(name: str) -> None:
+        if name.startswith("logs/"):
+            asked.append(name)
+            raise StorageError("it is locked")
+
+    history.places[0].before_delete = no
+    [done] = run(history, tmp_path).databases
+    assert len(asked) == len(done.refused) == 3 and "in a row" in str(done.waits)
+
+
+def test_a_run_that_takes_long_leaves_the_rest_to_the_next(tmp_path: Path) -> None:
+    history = three_days()
+    passed = [0.0]
+
+    def slow(name: str) -> None:
+        passed[0] += prune_logs.SECONDS if name.startswith("logs/") else 0
+
+    history.places[0].before_delete = slow
+    done = run(history, tmp_path, monotonic=lambda: passed[0])
+    assert len(done.databases[0].removed) == 1 and "are over" in str(done.databases[0].waits)
+    assert len(run(history, tmp_path, monotonic=lambda: 0.0).databases[0].removed) == 1
+
+
+def test_a_deletion_whose_flag_was_taken_away_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(garbage, "_BEAT_SECONDS", 0.0)
+    history = three_days()
+
+    def steal(name: str) -> None:
+        if name.startswith("logs/"):
+            history.places[0].names.pop(garbage.FLAG, None)
+
+    history.places[0].before_delete = steal
+    [done] = run(history, tmp_path).databases
+    assert len(done.removed) == 1 and "flag was taken away" in str(done.waits)
+
+
+def test_a_lock_is_put_on_pieces_documents_and_the_head() -> None:
+    history = MariaDB()
+    history.shelf.keep_until = BEGIN
+    history.write()
+    history.ship()
+    assert {name for name, until in history.places[0].kept.items() if until == BEGIN} == set(history.places[0].names)
+
+
+def test_logs_stay_in_the_spool_until_every_place_has_them(tmp_path: Path) -> None:
+    from tasks.backup import upkeep
+    from tasks.backup.repository import Repository
+
+    history = MariaDB()
+    place = history.places[0]
+    history.repository = Repository([place], spool=tmp_path / "spool")
+    history.shelf = Shelf(history.repository, "app")
+    history.repository.is_down(0, StorageError("the bucket does not answer"))
+    history.write()
+    history.ship()
+    fresh = Repository([place], spool=tmp_path / "spool")
+    assert place.logs() == []
+    upkeep.copy_missing(fresh)
+    assert (tmp_path / "spool/logs/app/000001/binlog.000001.json").exists()
+    assert Shelf(fresh, "app").copy_missing() == 1
+    assert place.logs() == ["000001/binlog.000001"]
+    assert not list((tmp_path / "spool/logs/app/000001").rglob("*.json"))
+    assert Shelf(fresh, "app").read(1, "binlog.000001").pieces and len(Shelf(fresh, "app").names()) == 1
+
+
+def test_what_was_lost_before_the_logs_that_stay_is_no_news_any_more(tmp_path: Path) -> None:
+    for series, told in ((1, True), (2, False)):
+        shipped = {
+            "database": "app", "failed": None, "covers_until": "2026-11-01T00:00:00.000000Z", "gap": None,
+            "lost": {"why": "another timeline", "from": "a", "until": "b", "series": 2},
+        }  # fmt: skip
+        ledger.note_shipped(tmp_path, shipped, ["app"])
+        ledger.note_logs_begin(tmp_path, "app", series)
+        assert bool((ledger_file.read(tmp_path) or {})["logs"]["app"]["lost"]) is told
+
+
+def test_one_who_ships_waits_for_nobody_and_a_deletion_waits_for_a_shipment(tmp_path: Path) -> None:
+    history, waits = three_days(), [0]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(shipping(tmp_path))
+
+        def sleep(_: float) -> None:
+            waits[0] += 1
+            if waits[0] == 2:
+                stack.close()
+
+        with shipping(tmp_path, wait_seconds=60, sleep=sleep):
+            assert waits[0] == 2
+    assert len(run(history, tmp_path).databases[0].removed) == 2
