@@ -1,12 +1,17 @@
-"""Runs the test layers one after another with pytest and prints one table of totals, with the reasons for skipping."""
+"""Runs the test layers with pytest and prints one table of totals, with the reasons for skipping.
+
+Where there are two cores, the registry's tests on MariaDB and PostgreSQL run beside those of the first layers; end to end is alone.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -39,6 +44,10 @@ LAYERS = {
     "long": Layer(("tests",), "long and not gpu", 0),
     "gpu": Layer(("tests",), "gpu", 600),
 }
+BESIDE = ("mariadb", "postgresql")
+"""They wait for their servers much of the time, and measure nothing."""
+NOT_BESIDE = ("e2e", "long", "gpu")
+"""They have the machine to themselves."""
 
 
 @dataclass
@@ -57,12 +66,13 @@ class Outcome:
         return self.exit_code == 0
 
 
-def run_layer(name: str, extra: list[str]) -> Outcome:
-    """Runs one layer and reads its counts from pytest's own XML report."""
+def run_layer(name: str, extra: list[str], *, aside: bool = False) -> Outcome:
+    """Runs one layer and reads its counts from pytest's own XML report. `aside`: what it prints is shown when it is done."""
     layer = LAYERS[name]
     report = RESULTS / f"{name}.xml"
     report.unlink(missing_ok=True)
-    print(f"\n== {name} tests", flush=True)
+    if not aside:
+        print(f"\n== {name} tests", flush=True)
     started = time.monotonic()
     command = [
         sys.executable,
@@ -76,8 +86,16 @@ def run_layer(name: str, extra: list[str]) -> Outcome:
         f"--timeout={layer.timeout_seconds}",
     ]
     command += [f"--junitxml={report}", "-o", "junit_family=xunit2", *extra]
-    exit_code = subprocess.run(command, cwd=ROOT, check=False).returncode
-    outcome = Outcome(name, exit_code, time.monotonic() - started)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        check=False,
+        stdout=subprocess.PIPE if aside else None,
+        stderr=subprocess.STDOUT if aside else None,
+    )
+    if aside:
+        print(f"\n== {name} tests, which ran beside\n{done.stdout.decode(errors='replace')}", flush=True)
+    outcome = Outcome(name, done.returncode, time.monotonic() - started)
     if not report.exists():
         return outcome
     for case in ElementTree.parse(report).iter("testcase"):
@@ -89,6 +107,19 @@ def run_layer(name: str, extra: list[str]) -> Outcome:
         else:
             outcome.passed += 1
     return outcome
+
+
+def run_layers(names: list[str], extra: list[str]) -> list[Outcome]:
+    """All of them, in this order; those of BESIDE at the side of the first, where there are cores for both."""
+    beside = [name for name in names if name in BESIDE]
+    first = [name for name in names if name not in BESIDE + NOT_BESIDE]
+    if (os.cpu_count() or 1) < 2 or not beside or not first:
+        return [run_layer(name, extra) for name in names]
+    with ThreadPoolExecutor(1) as side:
+        running = side.submit(lambda: [run_layer(name, extra, aside=True) for name in beside])
+        outcomes = [run_layer(name, extra) for name in first]
+        outcomes += running.result()
+    return outcomes + [run_layer(name, extra) for name in names if name in NOT_BESIDE]
 
 
 def print_totals(outcomes: list[Outcome]) -> None:
@@ -117,7 +148,7 @@ def main() -> int:
         print("SKIPPED all GPU tests: this machine has no NVIDIA device that its driver answers for")
         return 0
     RESULTS.mkdir(exist_ok=True)
-    outcomes = [run_layer(name, extra) for name in arguments.layers]
+    outcomes = run_layers(arguments.layers, extra)
     print_totals(outcomes)
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
