@@ -11,7 +11,6 @@ from benchmarks._turns import Mark, Spread, at_most, marks_table, spread, table,
 from benchmarks.backup_database import AGAIN, BACKUP, DUMP, LOAD, RECOVER
 from benchmarks.backup_database import MARK as DATABASE_RATIO
 
-BEGIN, END = "<!-- bench-backup: begin -->", "<!-- bench-backup: end -->"
 MEMORY_MB = 200
 FLAT_MB = 32
 """Two chunks: so much more than at the least size of the comparison may the largest one take."""
@@ -185,12 +184,3 @@ def _recovery(found: Mapping[str, Any]) -> str:
         rate = row["size_bytes"] / 1e6 / seconds.median if seconds.median else 0.0
         rows.append((row["component"], _megabytes(row["size_bytes"]), _seconds(row["seconds"]), f"{rate:,.0f}"))
     return table(("recovery to an empty home, compared", "MB", "seconds", "MB/s"), rows)
-
-
-def put_into(page: str, tables: str) -> str:
-    """A page with the tables between its two marks. Raises ValueError where it has them not, once each and in this order."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"the page must have {BEGIN} and then {END}, once each")
-    return f"{before}{BEGIN}\n{tables.strip()}\n{END}{after}"

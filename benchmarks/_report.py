@@ -150,18 +150,6 @@ def markdown(found: Found, marks: Sequence[Mark], about: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-BEGIN, END = "<!-- bench-serving: begin -->", "<!-- bench-serving: end -->"
-
-
-def put_into(page: str, tables: str) -> str:
-    """A page with the tables between its two marks. Raises ValueError where it has them not, once each and in this order."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"the page must have {BEGIN} and then {END}, once each")
-    return f"{before}{BEGIN}\n{tables.strip()}\n{END}{after}"
-
-
 def features_table(features: dict[str, dict[str, list[Turn]]]) -> str:
     """What a request costs more with a feature, in microseconds of CPU: with it less without it, in the same round."""
     rows = []

@@ -8,9 +8,7 @@ be had on this machine is named there, with why.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime as dt
-import json
 import os
 import re
 import subprocess
@@ -18,14 +16,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import _backup_memory, _backup_models, _backup_prune, _backup_recovery, backup_database
+from benchmarks import _tell as tell
 from benchmarks._backup_home import NotMeasuredError, room
-from benchmarks._backup_report import PARTS, Found, document, judge, markdown, put_into
+from benchmarks._backup_report import PARTS, Found, document, judge, markdown
 from registry.errors import NotFoundError
 from tasks.backup import throwaway
 
@@ -65,7 +64,7 @@ def measure(plan: Plan, folder: Path, parts: Sequence[str]) -> Found:
         place = folder / name
         place.mkdir()
         try:
-            with _say(name):
+            with tell.say(name):
                 found.parts[name] = works[name](place)
         except (NotMeasuredError, NotFoundError) as why:
             found.absent[name] = str(why)
@@ -84,13 +83,6 @@ def _database(folder: Path, plan: Plan) -> dict[str, Any]:
     asked = argparse.Namespace(mb=plan.database_mb * 3 // 2, turns=plan.rounds, levels=False)
     with throwaway.mariadb(folder, options=["--innodb-buffer-pool-size=512M"]) as server:
         return backup_database.measured(server, folder, asked)
-
-
-@contextlib.contextmanager
-def _say(what: str) -> Iterator[None]:
-    began = time.monotonic()
-    yield
-    print(f"{time.strftime('%H:%M:%S')} {what}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
 
 
 def size_of(text: str) -> int:
@@ -139,9 +131,7 @@ def asked(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, P
     parser.add_argument("--objects", type=at_least_one, help=f"objects there (default {FULL.objects})")
     parser.add_argument("--recovery-mb", type=numbers_of, help="sizes of each component (default 50,500)")
     parser.add_argument("--folder", type=Path, help="where all of it is written: the disk that is measured")
-    parser.add_argument("--json", type=Path, help="where the document goes; absent: standard output")
-    parser.add_argument("--markdown", type=Path, help="where the tables go; absent: standard error")
-    parser.add_argument("--into", type=Path, help="put the tables into this page too, between its marks")
+    tell.add_outputs(parser)
     options = parser.parse_args(arguments)
     base = QUICK if options.quick else FULL
     given = {
@@ -157,29 +147,17 @@ def main() -> int:
     began, load = time.monotonic(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="bench-backup-", dir=options.folder) as folder:
         found = measure(plan, Path(folder), options.parts)
-    from benchmarks.serving_compare import _commit, _machine
-
     about = {
         "date": dt.date.today().isoformat(),
-        "commit": _commit(),
-        "machine": _machine(),
+        "commit": tell.commit(),
+        "machine": tell.machine(),
         "load_before": round(load, 2),
         "seconds": round(time.monotonic() - began),
         "rounds": plan.rounds,
         "plan": {name: getattr(plan, name) for name in Plan.__slots__},
     }
     marks = judge(found)
-    text = json.dumps(document(found, marks, about), indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
-    tables = markdown(found, marks, about)
-    if options.markdown:
-        options.markdown.write_text(tables)
-    if options.into:
-        options.into.write_text(put_into(options.into.read_text(), tables))
-    print(tables, file=sys.stderr)
+    tell.put_out(options, document(found, marks, about), markdown(found, marks, about), name="bench-backup")
     return 1 if found.failed else 0
 
 

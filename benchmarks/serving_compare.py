@@ -12,22 +12,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime as dt
-import json
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import _peers as peers
 from benchmarks import _servers as servers
+from benchmarks import _tell as tell
 from benchmarks._features import cost_of_features, cost_of_models
 from benchmarks._report import (
     ALONE,
@@ -44,7 +42,6 @@ from benchmarks._report import (
     document,
     judge,
     markdown,
-    put_into,
 )
 from benchmarks._servers import Absent, Alone, Server
 from benchmarks._turns import Driver, Turn, in_turns
@@ -112,11 +109,11 @@ def measure(plan: Plan, folder: Path, cores: tuple[int | None, int | None]) -> F
         heavy(plan, running, alone, driver, found, files[HEAVY], serving_core)
         kept(plan, running, alone, driver, found)
         health(plan, running, alone, driver, found)
-    with _say("cost of features"):
+    with tell.say("cost of features"):
         found.others["features"] = cost_of_features(
             folder / "features", files, driver, serving_core, plan.feature_rounds, plan.kinds
         )
-    with _say("cost of models"):
+    with tell.say("cost of models"):
         found.others["growth"] = cost_of_models(
             folder / "growth", files[SMALL], driver, serving_core, plan.growth, plan.registered, plan.feature_rounds
         )
@@ -153,10 +150,10 @@ def start_all(
     for name, start in starters.items():
         if name not in (OURS, TRITON, BATCHER, *wanted):
             continue
-        with _say(f"start of {name}"):
+        with tell.say(f"start of {name}"):
             try:
                 running[name] = stack.enter_context(start())
-                found.versions[name] = packages.get(name, _commit())
+                found.versions[name] = packages.get(name, tell.commit())
             except Absent as why:
                 if name == OURS:
                     raise
@@ -170,7 +167,7 @@ def take(
 ) -> None:
     """The turns of a case."""
     few = {peer: plan.peer_rounds for peer in among if peer not in (OURS, TRITON, BATCHER)}
-    with _say(name):
+    with tell.say(name):
         found.cases[name] = in_turns(among, rounds or plan.rounds, one, fewer=few)
 
 
@@ -235,7 +232,7 @@ def health(plan: Plan, running: dict[str, Server], alone: Alone, driver: Driver,
                 if name not in running:
                     continue
                 with (
-                    _say(f"health: {name} {path} while {model}"),
+                    tell.say(f"health: {name} {path} while {model}"),
                     alone.turn(name) as server,
                     ThreadPoolExecutor(1) as pool,
                 ):
@@ -253,14 +250,14 @@ def starts(plan: Plan, folder: Path, files: dict[str, Path], core: int | None, f
     """From the start of the process to the first answer of a model; and Triton with one model, and from the start to ready."""
     from benchmarks.server_start import measure as measure_start
 
-    with _say("start of the server"):
+    with tell.say("start of the server"):
         ours = measure_start(plan.starts)
     found.others["start"] = {
         key: ours[key] for key in ("first_answer_seconds_median", "first_answer_seconds", "listening_seconds_median")
     }
     if TRITON in found.versions:
         times = []
-        with _say("start of Triton"):
+        with tell.say("start of Triton"):
             for number in range(min(3, plan.starts)):
                 began = time.perf_counter()
                 with servers.triton(folder / f"start-{number}", {SMALL: files[SMALL]}, None) as server:
@@ -274,46 +271,18 @@ def swaps(plan: Plan, folder: Path, found: Found) -> None:
     """Swaps of the version in traffic; then with memory for one version only."""
     from tests.e2e.test_swaps import figures, swapped
 
-    with _say("swaps"):
+    with tell.say("swaps"):
         found.others["swaps"] = figures(swapped(folder / "swaps", plan.swaps))
-    with _say("swaps with memory for one version"):
+    with tell.say("swaps with memory for one version"):
         found.others["swaps_one_version"] = figures(
             swapped(folder / "swaps-one", max(3, plan.swaps // 6), ballast_mb=30, budget_mb=50)
         )
 
 
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=servers.ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def _machine() -> str:
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    return f"{os.cpu_count()} cores ({model}), Python {platform.python_version()}"
-
-
-@contextlib.contextmanager
-def _say(what: str) -> Iterator[None]:
-    began = time.monotonic()
-    yield
-    print(f"{time.strftime('%H:%M:%S')} {what}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few rounds: below three minutes, and noisy")
-    parser.add_argument("--json", type=Path, help="where the document goes; absent: standard output")
-    parser.add_argument("--markdown", type=Path, help="where the tables go; absent: standard error")
-    parser.add_argument("--into", type=Path, help="put the tables into this page too, between its marks")
+    tell.add_outputs(parser)
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         print("SKIPPED: wrk is not installed (Debian: apt-get install wrk), so nothing was measured")
@@ -327,25 +296,15 @@ def main() -> int:
         found = measure(plan, Path(folder), pair)
     about = {
         "date": dt.date.today().isoformat(),
-        "commit": _commit(),
-        "machine": _machine(),
+        "commit": tell.commit(),
+        "machine": tell.machine(),
         "load_before": round(load, 2),
         "seconds": round(time.monotonic() - began),
         "rounds": plan.rounds,
         "peer_rounds": plan.peer_rounds,
     }
     marks = judge(found)
-    text = json.dumps(document(found, marks, about), indent=1)
-    if options.json:
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
-    tables = markdown(found, marks, about)
-    if options.markdown:
-        options.markdown.write_text(tables)
-    if options.into:
-        options.into.write_text(put_into(options.into.read_text(), tables))
-    print(tables, file=sys.stderr)
+    tell.put_out(options, document(found, marks, about), markdown(found, marks, about), name="bench-serving")
     return 0
 
 

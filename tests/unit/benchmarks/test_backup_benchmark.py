@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import _backup_prune
 from benchmarks._backup_models import OURS, RESTIC, TAR
-from benchmarks._backup_report import BEGIN, END, Found, document, judge, markdown, put_into
+from benchmarks._backup_report import Found, document, judge, markdown
 from benchmarks._turns import Mark
 from benchmarks.backup import FULL, QUICK, asked, measure
 from benchmarks.backup_database import AGAIN, BACKUP, DUMP, LOAD, RECOVER
@@ -126,14 +126,6 @@ def test_the_document_is_json_with_all_parts() -> None:
     assert {"about", "marks", "database", "models", "memory", "prune", "recovery", "absent", "failed"} == set(
         json.loads(text)
     )
-
-
-def test_tables_go_between_the_marks_of_the_page_and_nowhere_else() -> None:
-    assert put_into(f"a\n{BEGIN}\nold\n{END}\nb", "new\n") == f"a\n{BEGIN}\nnew\n{END}\nb"
-    with pytest.raises(ValueError, match="once each"):
-        put_into("a page without marks", "new")
-    page = Path(__file__).resolve().parents[3] / "docs/PERFORMANCE.md"
-    assert "| new |" in put_into(page.read_text(encoding="utf-8"), "| new |")
 
 
 def test_options_change_what_they_name_and_leave_the_rest() -> None:

@@ -183,16 +183,6 @@ def test_everything_found_is_in_the_tables_and_in_the_document() -> None:
     assert whole["cases"][case(SMALL, "json", 16)][OURS][0]["requests_per_second"] == 3000.0
 
 
-def test_tables_go_between_the_marks_of_a_page_and_into_no_other_page() -> None:
-    page = f"# Before\n{_report.BEGIN}\nold\n{_report.END}\nafter\n"
-    once = _report.put_into(page, "new\n")
-    assert once == f"# Before\n{_report.BEGIN}\nnew\n{_report.END}\nafter\n"
-    assert _report.put_into(once, "new\n") == once
-    for wrong in ("no marks", page + page, f"{_report.END}\n{_report.BEGIN}"):
-        with pytest.raises(ValueError, match="once each"):
-            _report.put_into(wrong, "new")
-
-
 def test_the_models_are_the_same_for_everybody_and_take_what_the_requests_send(tmp_path: Path) -> None:
     import numpy as np
     import onnxruntime
