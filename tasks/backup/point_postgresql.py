@@ -173,9 +173,9 @@ def _ready(process: subprocess.Popen[bytes], runtime: Path, superuser: str, data
     if process.poll() is not None:
         return True
     try:
-        # The port is named, or PGPORT of whoever runs this has its say.
+        # Both are named, or PGPORT and PGHOSTADDR of whoever runs this have their say.
         with psycopg.connect(
-            host=str(runtime), port=5432, user=superuser, dbname=database, connect_timeout=5
+            host=str(runtime), hostaddr="", port=5432, user=superuser, dbname=database, connect_timeout=5
         ) as connection:
             return connection.execute("SELECT pg_is_in_recovery()").fetchone() == (False,)
     except psycopg.OperationalError:

@@ -53,7 +53,8 @@ class Access:
         """In autocommit. Raises UnavailableError: it does not answer, or takes neither user nor password."""
         import psycopg
 
-        options: dict[str, Any] = {"connect_timeout": str(CONNECT_SECONDS), **self.options}
+        # An empty hostaddr is none; without it PGHOSTADDR of whoever runs this would name another server.
+        options: dict[str, Any] = {"connect_timeout": str(CONNECT_SECONDS), "hostaddr": "", **self.options}
         try:
             connection = psycopg.connect(
                 host=self.host, port=self.port, user=self.user, password=self.password or None, dbname=self.database,

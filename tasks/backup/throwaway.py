@@ -293,8 +293,10 @@ def _postgresql_answers(folder: Path) -> bool:
     import psycopg
 
     try:
-        # The port is named, or PGPORT of whoever runs this has its say.
-        psycopg.connect(host=str(folder), port=5432, user=POSTGRESQL_USER, dbname="postgres", connect_timeout=5).close()
+        # Both are named, or PGPORT and PGHOSTADDR of whoever runs this have their say.
+        psycopg.connect(
+            host=str(folder), hostaddr="", port=5432, user=POSTGRESQL_USER, dbname="postgres", connect_timeout=5
+        ).close()
     except psycopg.OperationalError:
         return False
     return True

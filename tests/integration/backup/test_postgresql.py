@@ -134,3 +134,13 @@ def test_a_server_that_is_older_or_lacks_an_extension_verifies_nothing(backup: M
         assert compared.unverifiable is not None and "no_such_extension" in compared.unverifiable
     finally:
         backup.record.facts.update(kept)
+
+
+def test_what_the_environment_names_is_not_asked_where_the_url_names_a_server(
+    postgresql: Server, fresh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGHOSTADDR", "127.0.0.77")  # nobody listens there
+    monkeypatch.setenv("PGPORT", "1")
+    with contextlib.closing(access(fresh).connect()) as connection:
+        assert connection.info.port == postgresql.port
+    assert part(fresh).capture(Memory()).facts["tables"] == {}
