@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import secrets
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import psutil
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
@@ -88,10 +90,15 @@ class Server:
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """SIGKILL, as the out-of-memory killer would."""
+        """SIGKILL of all its processes: PostgreSQL has one for each connection, which answers on for a while without its parent."""
         assert self.process is not None
+        family = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         self.process.wait(timeout=30)
+        psutil.wait_procs(family, timeout=30)
 
     def log(self) -> str:
         path = self.folder / "log"
