@@ -33,6 +33,7 @@ def ship_logs(request: ShipLogs | None = None) -> State[Any]:
     request = request or ShipLogs()
     settings = settings_alone()
     if not settings.backup.logs:
+        ship.ship(settings)  # what was known of those that were shipped goes
         return Completed(name="Shipped", message="[backup] logs names no database")
     if unknown := sorted(set(request.databases) - set(settings.backup.logs)):
         return Failed(

@@ -94,9 +94,10 @@ def _logs(logs: Mapping[str, Any], now: dt.datetime) -> Iterator[Metric]:
     )
     for name, found in sorted(logs.items())[:MOST_COMPONENTS]:
         row = _mapping(found)
-        value = _age(row.get("covers_until"), now)
-        if value is not None:
-            age.add_metric([name], value)
+        # The first is by the clock of the database's server, which may be ahead of ours.
+        ages = [value for key in ("covers_until", "shipped_at") if (value := _age(row.get(key), now)) is not None]
+        if ages:
+            age.add_metric([name], max(ages))
             gap.add_metric([name], float(bool(row.get("gap"))))
         failed.add_metric([name], float(bool(row.get("failed"))))
     yield from (age, gap, failed)

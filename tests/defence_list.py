@@ -291,7 +291,10 @@ WHOLE_RUNS = (
             f"{B}/drill.py", "if not negative.told:", "if False:", "a damage that was not told fails the drill"),
 )
 
-_PIECES = "    for number, place in places:\n        for name in item.pieces.get(number, ()):\n            place.delete(name)\n"
+_PIECES = (
+    "    for number, place in places:\n        for name in item.pieces.get(number, ()):\n            if (why := going.stops()) is not None:\n"
+    "                return why\n            place.delete(name)\n        _tidy(place, item)\n"
+)
 _DOCUMENTS = (
     "    for number, place in places:\n        if (name := item.documents.get(number)) is not None:\n            place.delete(name)\n"
 )
@@ -316,7 +319,7 @@ PRUNED_LOGS = (
     Defence(f"{U}/test_prune_logs.py::test_a_backup_whose_own_log_is_not_there_keeps_what_follows_it",
             f"{B}/prune_logs.py", "return min(later, default=None)", "return None", "what could follow a backup stays, its own log there or not"),
     Defence(f"{U}/test_prune_logs.py::test_a_deletion_whose_flag_was_taken_away_stops",
-            f"{B}/prune_logs.py", "elif not flags.still_ours():", "elif False:", "the flag is looked at between two deletions"),
+            f"{B}/prune_logs.py", "self.flags.still_ours() else", "True else", "the flag is looked at between two deletions"),
     Defence(f"{U}/test_prune_logs.py::test_logs_stay_in_the_spool_until_every_place_has_them",
             f"{B}/upkeep.py", 'startswith(("keys/", "logs/"))', 'startswith("keys/")', "a backup takes no logs out of the spool"),
 )

@@ -73,7 +73,7 @@ def _show(found: Pruned) -> None:
     for backup_id, why in found.kept_by_place.items():
         output.problem(f"{backup_id} could not be removed: {why}")
     for what, why in found.logs.troubles.items():
-        output.problem(f"the {what} all stay: {why}")
+        output.problem(f"{what}: {why}")
     if not found.applied:
         goes = len(found.goes)
         output.say(f"{goes} of {len(found.decisions)} go with --apply" if goes else "nothing is to go")
@@ -93,5 +93,5 @@ def _show_logs(found: Pruned) -> None:
         if one.unreadable is None:
             size = one.removed_bytes if found.applied else sum(item.size_bytes for item in one.goes)
             output.say(one.text(applied=found.applied) + (f" ({output.size(size)})" if size else ""))
-    if found.logs.waits is not None:
-        output.say(f"no log is deleted: {found.logs.waits}")
+    if found.logs.waiting is not None:
+        output.say(found.logs.waiting)

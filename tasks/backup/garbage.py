@@ -82,13 +82,11 @@ def collect(
 def deleting(repository: Repository, monotonic: Callable[[], float] = time.monotonic) -> Iterator[Deletion]:
     """Announce a deletion at every place, and look for backups after that. Raises ConflictError where another is at work, StorageError."""
     flags = [_Flag(place, monotonic) for place in repository.all_places()]
-    try:
+    with contextlib.ExitStack() as stack:  # one that cannot be taken down keeps no other up
         for flag in flags:
+            stack.callback(flag.lower)
             flag.raise_it()
         yield Deletion(flags, _living(repository, flags))
-    finally:
-        for flag in flags:
-            flag.lower()
 
 
 def distrust(repository: Repository, damaged: Iterable[tuple[str, str]], *, now: dt.datetime) -> int:

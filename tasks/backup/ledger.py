@@ -192,7 +192,9 @@ def summary(home: Path, shipped: Sequence[str] = ()) -> dict[str, Any] | None:
 
 
 def _logs(row: Mapping[str, Any]) -> dict[str, Any]:
-    age = _age(row.get("covers_until"))
+    # The first is by the clock of the server, which may be ahead of ours.
+    known = [age for key in ("covers_until", "shipped_at") if (age := _age(row.get(key))) is not None]
+    age = max(known, default=None)
     return {
         "covers_until": row.get("covers_until"),
         "age_seconds": age,

@@ -137,6 +137,8 @@ class Shelf:
     def __init__(self, repository: Repository, database: str, *, keep_until: dt.datetime | None = None) -> None:
         """`keep_until`: what is put stays until then, where a bucket has object lock."""
         self.repository, self.database, self.keep_until = repository, database, keep_until
+        self.damaged: dict[str, str] = {}
+        """Logs that `copy_missing` could not read anywhere, and why."""
 
     # reading
 
@@ -274,7 +276,9 @@ class Shelf:
                     place.delete(one.piece_name(piece))
 
     def copy_missing(self) -> int:
-        """Bring logs to the places that were away when they were shipped. Returns how many copies. Raises StorageError."""
+        """Bring logs to the places that were away when they were shipped. Returns how many copies. One that is damaged keeps none that come
+        after it from being shipped. Raises StorageError.
+        """
         repository, copied = self.repository, 0
         there: dict[int, set[str]] = {}
         for one in repository.up():
@@ -288,13 +292,18 @@ class Shelf:
             for one in [
                 number for number, names in there.items() if name not in names and number not in repository.down
             ]:
-                found, place = self.read(series, log), repository.all_places()[one]
+                place = repository.all_places()[one]
                 try:
+                    found = self.read(series, log)
                     for piece in found.pieces:
                         encoded = self._encoded(self._piece(found, piece))
                         place.put(found.piece_name(piece), encoded.data, keep_until=self.keep_until)
                     text = documents.text(found.as_dict(), repository.keyring)
                     place.put(name, text, keep_until=self.keep_until)
+                except (ArtifactError, ManifestError) as error:
+                    self.damaged[name] = str(error)
+                except NotFoundError:
+                    continue  # another installation has just deleted it: no backup needs it
                 except StorageError as error:
                     repository.is_down(one, error)
                 else:

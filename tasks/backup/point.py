@@ -59,13 +59,15 @@ class Point:
         }
 
 
-def holding(shelf: Shelf, start: dict[str, Any], names: Sequence[tuple[int, str]] | None = None) -> Shipped | None:
-    """The shipped log in which a backup's position lies. That its GTIDs are those at that very place is seen at the replay.
+def holding(shelf: Shelf, start: dict[str, Any]) -> Shipped | None:
+    """The shipped log in which a backup's position lies. That its GTIDs are those at that very place is seen at the replay."""
+    return next(holders(shelf, start, shelf.names()), None)
 
-    `names`: those of the shelf, where they are known already.
-    """
+
+def holders(shelf: Shelf, start: dict[str, Any], names: Sequence[tuple[int, str]]) -> Iterator[Shipped]:
+    """All in which it may lie, newest first: after a RESET MASTER another may have that name, and GTIDs that include its own."""
     at = binlog.state(str(start.get("gtid", "")))
-    for series, log in reversed(shelf.names() if names is None else names):
+    for series, log in reversed(names):
         if log != start.get("file"):
             continue
         found = shelf.read(series, log)
@@ -76,8 +78,7 @@ def holding(shelf: Shelf, start: dict[str, Any], names: Sequence[tuple[int, str]
             and _reaches(at, before)
             and _reaches(after, at)
         ):
-            return found
-    return None
+            yield found
 
 
 def _reaches(there: binlog.State, wanted: binlog.State) -> bool:

@@ -197,7 +197,9 @@ def carry_out(
     """
     grace = dt.timedelta(hours=settings.backup.gc_grace_hours)
     found = apply(repository, policy_of(settings), now=now, grace=grace, say=say)
-    found = replace(found, logs=prune_logs.carry_out(repository, settings.home, now=now, grace=grace, say=say))
+    locked_for = dt.timedelta(days=settings.backup.object_lock_days) if settings.backup.object_lock else None
+    logs = prune_logs.carry_out(repository, settings.home, now=now, grace=grace, say=say, locked_for=locked_for)
+    found = replace(found, logs=logs)
     if not found.removed and not found.logs.removed:
         return found
     if found.removed:

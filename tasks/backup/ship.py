@@ -70,7 +70,13 @@ def ship(
         ledger.forget_logs(settings.home)
         return []
     with _alone(settings.home) as scratch:
-        repository = open_repository(settings, create=True)
+        try:
+            repository = open_repository(settings, create=True)
+        except ModelkeepError as error:
+            why = hide(redact(str(error)))
+            for name in names or settings.backup.logs:
+                ledger.note_shipped(settings.home, Shipment(name, failed=why).as_dict(), settings.backup.logs)
+            raise
         for name in names or settings.backup.logs:
             try:
                 one = _ship_one(repository, name, urls[name].connection_url(), scratch, keep_until(settings))
@@ -124,6 +130,8 @@ def _ship_one(repository: Repository, name: str, url: str, scratch: Path, locked
     warnings = list(found.warnings)
     if copied:
         warnings.append(f"{copied} logs are now in places that lacked them")
+    if shelf.damaged:
+        warnings.append(f"{len(shelf.damaged)} logs are not in every place: {next(iter(shelf.damaged.values()))}")
     warnings += [
         f"{repository.all_places()[number].shown} did not take them: {why}" for number, why in repository.down.items()
     ]

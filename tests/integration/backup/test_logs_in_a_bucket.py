@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from registry import clock
-from tasks.backup import prune_logs
+from tasks.backup import prune_logs, states, undelete
 from tasks.backup.logs import Shelf
 from tasks.backup.places import DirectoryPlace
 from tasks.backup.repository import Repository
@@ -61,3 +61,34 @@ def test_shipped_logs_are_locked_and_a_bucket_that_keeps_them_fails_nothing(own:
     assert done.removed == ("000001/binlog.000001", "000001/binlog.000002")
     for place in (folder, bucket):
         assert {one.name.split("/")[3].split(".")[1] for one in place.list("logs/app/000001/")} == {"000003"}
+
+
+def test_a_backup_that_is_put_back_after_its_logs_went_has_them_again_and_keeps_them(
+    own: Server, tmp_path: Path
+) -> None:
+    own.store.versions = True
+    history = MariaDB()
+    history.repository = Repository([S3Place("s3://bucket", endpoint_url=own.url, sleep=lambda _: None)])
+    history.shelf = Shelf(history.repository, "app")
+    for _ in range(2):
+        history.back_up()
+        for _ in range(2):
+            history.write()
+            history.ship()
+    first, second = history.backups
+    ways, moment = history.ways(), clock.now()
+    for versions in own.store.buckets["bucket"].values():
+        for version in versions:
+            version.modified = (moment - dt.timedelta(hours=1)).timestamp()
+    history.repository.note_state(first.backup_id, states.PRUNED, {"logs": prune_logs.stands(first)})
+    history.repository.places[0].delete(f"{first.backup_id}.manifest.json")
+    history.backups.remove(first)
+    after = clock.now() + dt.timedelta(days=2)
+    [done] = prune_logs.carry_out(history.repository, tmp_path, now=after, grace=dt.timedelta(days=1)).databases
+    assert done.removed == ("000001/binlog.000001", "000001/binlog.000002")
+    [back] = undelete.put_back(history.repository.places, moment - dt.timedelta(minutes=1))
+    assert len(back.deleted) == 5 and not back.lost
+    history.backups = [first, second]
+    assert history.ways() == ways
+    [done] = prune_logs.carry_out(history.repository, tmp_path, now=after, grace=dt.timedelta(days=1)).databases
+    assert done.removed == () and history.ways() == ways

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from registry import ledger
 from registry.connect import open_database
 from registry.schema import AuditEvent
 from registry.settings import load_settings
@@ -144,6 +145,9 @@ def test_logs_are_shipped_or_the_run_says_whose_are_not(home: Path, prefect_api:
     assert (state.name, state.type.value) == ("Refused", "FAILED") and "shop: [backup] logs has app" in str(
         state.message
     )
+    assert set((ledger.read(home) or {})["logs"]) == {"app"}
+    (home / "modelkeep.toml").write_text("")
+    assert ship_logs(return_state=True).name == "Shipped" and "logs" not in (ledger.read(home) or {})
 
 
 def test_a_recovery_is_planned_unless_told_otherwise_then_carried_out_and_refused_over_what_is_there(

@@ -104,6 +104,12 @@ def test_the_age_of_shipped_logs_a_gap_and_a_failure_are_shown_by_database(tmp_p
     assert (f"{name}age_seconds", "new") not in found
 
 
+def test_a_database_server_whose_clock_is_ahead_hides_no_late_logs(tmp_path: Path) -> None:
+    row = {"covers_until": "2026-11-24T12:00:00.000000Z", "shipped_at": "2026-11-21T11:00:00.000000Z", "gap": None}
+    _write(tmp_path, logs={"app": row})
+    assert _samples(BackupMetrics(tmp_path))[("modelkeep_backup_logs_age_seconds", "app")] == 3600
+
+
 def test_a_changed_file_is_seen_and_an_unchanged_one_is_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,10 +73,12 @@ class History:
 
     kind = "mariadb"
 
-    def __init__(self, places: int = 1) -> None:
-        self.places = [MemoryPlace(f"memory {number}") for number in range(places)]
-        self.repository = Repository(list(self.places))
-        self.shelf = Shelf(self.repository, "app")
+    def __init__(self, places: int = 1, *, database: str = "app", beside: History | None = None) -> None:
+        """`beside`: whose places it shares."""
+        fresh = [MemoryPlace(f"memory {number}") for number in range(places)]
+        self.places: list[MemoryPlace] = beside.places if beside else fresh
+        self.repository: Repository = beside.repository if beside else Repository(list(self.places))
+        self.database, self.shelf = database, Shelf(self.repository, database)
         self.now, self.series, self.count = BEGIN, 1, 0
         self.moments: list[dt.datetime] = []
         self.backups: list[Manifest] = []
@@ -89,10 +91,10 @@ class History:
     def snapshot(self, at: str) -> dict[str, Any]:
         return {"began_at": at}
 
-    def back_up(self, name: str = "database:app") -> Manifest:
+    def back_up(self) -> Manifest:
         at, self.count = self.tick(), self.count + 1
-        component = Component(name, self.kind, COMPLETE, at, at, snapshot=self.snapshot(at))
-        backup_id = f"202611{self.count:02}T020000Z-{self.count:06x}"
+        component = Component(f"database:{self.database}", self.kind, COMPLETE, at, at, snapshot=self.snapshot(at))
+        backup_id = f"2026{self.count:04}T020000Z-{sum(map(ord, self.database)):06x}"
         record = Manifest(backup_id, "0" * 64, COMPLETE, at, at, ("all",), (component,), sequence=self.count)
         self.repository.write_manifest(record)
         self.backups.append(record)
@@ -107,7 +109,7 @@ class History:
         self, log: str, *, begins_with: str, ends_with: str, size: int, covers: str, begins: dict[str, Any] | None
     ) -> None:
         one = Shipped(
-            "app", self.kind, self.server, self.series, log, True, size, "0" * 64, begins_with, ends_with, 1, covers, covers, covers,
+            self.database, self.kind, self.server, self.series, log, True, size, "0" * 64, begins_with, ends_with, 1, covers, covers, covers,
             covers, self.shelf.put_pieces(self.series, log, [f"{self.series} {log}".encode() * 9]), begins,
         )  # fmt: skip
         self.shelf.put(one)
@@ -138,8 +140,8 @@ class History:
 
 
 class MariaDB(History):
-    def __init__(self, places: int = 1) -> None:
-        super().__init__(places)
+    def __init__(self, places: int = 1, *, database: str = "app", beside: History | None = None) -> None:
+        super().__init__(places, database=database, beside=beside)
         self.uid, self.file, self.position, self.sequence, self.fresh = 1, 1, 4, 0, True
         self.file_began = ""
 
@@ -175,7 +177,7 @@ class MariaDB(History):
         )
         self._next_file()
         position = {"gtid": self.gtid, "file": self.log}
-        self.shelf.put_head(Head("app", "mariadb", self.server, self.series, log, covers, covers, position))
+        self.shelf.put_head(Head(self.database, "mariadb", self.server, self.series, log, covers, covers, position))
 
     def _begin_anew(self) -> None:
         if not self.fresh:
@@ -201,8 +203,8 @@ class MariaDB(History):
 class PostgreSQL(History):
     kind = "postgresql"
 
-    def __init__(self, places: int = 1) -> None:
-        super().__init__(places)
+    def __init__(self, places: int = 1, *, database: str = "app", beside: History | None = None) -> None:
+        super().__init__(places, database=database, beside=beside)
         self.timeline, self.segment, self.fresh = 1, 1, True
 
     @property
@@ -231,7 +233,7 @@ class PostgreSQL(History):
             name, begins_with=self._name(self.segment - 1), ends_with=name, size=SEGMENT, covers=covers, begins=None
         )
         self.segment += 1
-        self.shelf.put_head(Head("app", "postgresql", self.server, self.series, name, covers, covers))
+        self.shelf.put_head(Head(self.database, "postgresql", self.server, self.series, name, covers, covers))
 
     def lose(self) -> None:
         self.tick()

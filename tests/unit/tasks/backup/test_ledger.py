@@ -118,6 +118,16 @@ def test_status_tells_how_far_the_logs_reach_and_whether_that_is_late(tmp_path: 
     assert known is not None and known["logs"]["app"]["late"] is True and known["logs"]["app"]["gap"] == "a gap"
 
 
+def test_a_database_server_whose_clock_is_ahead_hides_no_late_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.note_shipped(tmp_path, _shipped(covers_until=clock.text(clock.now() + dt.timedelta(days=3))), ["app"])
+    later = clock.now() + dt.timedelta(hours=1)
+    monkeypatch.setattr(clock, "now", lambda: later)
+    known = ledger.summary(tmp_path, ["app"])
+    assert known is not None and known["logs"]["app"]["late"] is True and known["logs"]["app"]["age_seconds"] >= 3599
+
+
 def test_a_run_that_ships_nothing_keeps_what_is_known_and_says_why(tmp_path: Path) -> None:
     ledger.note_shipped(tmp_path, _shipped(covers_until="2026-11-01T00:00:00.000000Z"), ["app"])
     ledger.note_shipped(tmp_path, _shipped(covers_until=None, failed="the server is away"), ["app"])

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import errno
+import fcntl
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +21,9 @@ from hypothesis import strategies as some
 
 from registry import clock
 from registry import ledger as ledger_file
-from registry.errors import StorageError
+from registry.errors import LockedError, StorageError
 from tasks.backup import garbage, ledger, log_retention, prune, prune_logs, states, whose
-from tasks.backup.log_lock import shipping
+from tasks.backup.log_lock import DELETING, DELETION_SECONDS, LOCK, SHIPPING, shipping
 from tasks.backup.log_retention import Need
 from tasks.backup.logs import Shelf
 from tasks.backup.retention import Policy
@@ -27,6 +31,8 @@ from tests.unit.tasks.backup.log_history import BEGIN, History, MariaDB, Postgre
 
 LIVING = {"pid": os.getpid(), "host": platform.node(), "boot_id": whose.boot_id()}
 STEPS = ("write", "ship", "back_up", "write", "ship", "lose", "reset", "replace")
+LIFE = tuple(one for one in STEPS if one != "reset")
+"""After RESET MASTER a log of before may be taken for one of the same name until that is shipped; where it is gone it is not."""
 
 
 class Killed(BaseException):
@@ -37,10 +43,17 @@ DAY = dt.timedelta(days=1)
 
 
 def run(
-    history: History, home: Path, *, days: float = 0, monotonic: Callable[[], float] = time.monotonic
+    history: History,
+    home: Path,
+    *,
+    days: float = 0,
+    monotonic: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = lambda _: None,
 ) -> prune_logs.Logs:
     now = clock.now() + days * DAY
-    return prune_logs.carry_out(history.repository, home, now=now, grace=DAY, wait_seconds=0, monotonic=monotonic)
+    return prune_logs.carry_out(
+        history.repository, home, now=now, grace=DAY, wait_seconds=0, monotonic=monotonic, sleep=sleep
+    )
 
 
 def look(history: History) -> tuple[prune_logs.OfDatabase, ...]:
@@ -110,6 +123,28 @@ def test_every_kept_backup_goes_on_to_where_it_went_before_whatever_happened(
     later = history.ways()
     run(history, home)
     assert history.ways() == later
+
+
+@pytest.mark.parametrize("make", [MariaDB, PostgreSQL])
+@settings(max_examples=30, deadline=None)
+@given(steps=some.lists(some.sampled_from((*LIFE, "prune", "drop")), min_size=8, max_size=40))
+def test_a_life_with_prunes_goes_to_the_same_moments_as_one_without(
+    make: type[MariaDB] | type[PostgreSQL], steps: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever comes after a prune: what is shipped then follows what was kept, and a hole is told in the same words."""
+    home, (pruned, whole) = tmp_path_factory.getbasetemp() / "home", (make(), make())
+    for history in (pruned, whole):
+        for step in ("ship", *steps):
+            if step == "prune":
+                if history is pruned:
+                    assert run(history, home).waits is None
+            elif step == "drop":
+                if history.backups:
+                    history.drop(history.backups[0])
+            else:
+                getattr(history, step)()
+    assert pruned.ways() == whole.ways()
+    assert pruned.shelf.head() == whole.shelf.head() and pruned.shelf.last() == whole.shelf.last()
 
 
 def test_logs_of_before_the_oldest_kept_backup_go_with_their_pieces(tmp_path: Path) -> None:
@@ -221,7 +256,11 @@ def test_killed_at_any_deletion_the_ways_are_the_same_and_the_next_run_finishes(
             place.before_delete = lambda _: None
             place.names.pop(garbage.FLAG, None)  # a process that was killed is dead: here it is this one
         assert history.ways() == before
-        assert Shelf(history.repository, "app").copy_missing() <= 1  # the one that was being deleted; no error
+        shelf = Shelf(history.repository, "app")
+        for one in (shelf.read(*name) for name in shelf.names()):
+            pieces = {one.piece_name(piece) for piece in one.pieces}
+            assert any(pieces <= place.names.keys() for place in history.places), "what has a document is whole"
+        assert shelf.copy_missing() <= 1 and not shelf.damaged  # the one that was being deleted
         assert run(history, tmp_path).waits is None
         assert history.ways() == before
         assert not any(one.goes for one in look(history))
@@ -269,7 +308,7 @@ def test_nothing_goes_while_a_place_does_not_answer(prefix: str, tmp_path: Path)
 
     history.places[1].before_list = gone
     found = run(history, tmp_path)
-    assert "the bucket does not answer" in str(found.waits)
+    assert "the bucket does not answer" in str(found.waits) and "shipped logs" in found.troubles
     assert all(len(place.logs()) == 6 for place in history.places)
 
 
@@ -328,17 +367,57 @@ def test_after_three_that_are_locked_in_a_row_the_rest_waits(tmp_path: Path) -> 
     assert len(asked) == len(done.refused) == 3 and "in a row" in str(done.waits)
 
 
-def test_a_run_that_takes_long_leaves_the_rest_to_the_next(tmp_path: Path) -> None:
-    history = three_days()
-    passed = [0.0]
+def test_a_run_that_takes_long_goes_on_in_rounds_with_a_turn_for_others_between_them(tmp_path: Path) -> None:
+    history, passed, pauses = three_days(), [0.0], [0]
+    place = history.places[0]
 
     def slow(name: str) -> None:
-        passed[0] += prune_logs.SECONDS if name.startswith("logs/") else 0
+        passed[0] += prune_logs.SECONDS if ".pieces/" in name else 0
+
+    def others(_: float) -> None:
+        pauses[0] += 1
+        assert place.stat(garbage.FLAG) is None
+        with shipping(tmp_path):
+            assert [name[:2] for name in place.logs() if "binlog.000002" in name] == ["00"] * (2 - pauses[0])
+
+    place.before_delete = slow
+    said = run(history, tmp_path, monotonic=lambda: passed[0], sleep=others)
+    [done] = said.databases
+    assert pauses[0] == 1 and done.removed == ("000001/binlog.000001", "000001/binlog.000002")
+    assert (done.count, len(done.goes), done.waits) == (6, 2, None) and said.waits is None
+    assert "2 of 6 deleted" in done.text(applied=True) and said.removed["app"]["count"] == 2
+
+
+def test_after_so_many_rounds_the_rest_is_left_to_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune_logs, "ROUNDS", 1)
+    history, passed = three_days(), [0.0]
+
+    def slow(name: str) -> None:
+        passed[0] += prune_logs.SECONDS if ".pieces/" in name else 0
 
     history.places[0].before_delete = slow
     done = run(history, tmp_path, monotonic=lambda: passed[0])
     assert len(done.databases[0].removed) == 1 and "are over" in str(done.databases[0].waits)
     assert len(run(history, tmp_path, monotonic=lambda: 0.0).databases[0].removed) == 1
+
+
+def test_no_database_waits_for_the_logs_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune_logs, "ROUNDS", 1)
+    first, passed = MariaDB(), [0.0]
+    for history in (first, second := MariaDB(database="shop", beside=first)):
+        for _ in range(9):
+            history.write()
+            history.ship()
+        history.back_up()
+        history.ship()
+
+    def slow(name: str) -> None:
+        passed[0] += prune_logs.SECONDS / 6 if ".pieces/" in name else 0
+
+    first.places[0].before_delete = slow
+    found = run(first, tmp_path, monotonic=lambda: passed[0]).databases
+    assert [(one.database, len(one.removed)) for one in found] == [("app", 3), ("shop", 3)]
+    assert second.ways()
 
 
 def test_a_deletion_whose_flag_was_taken_away_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +430,195 @@ def test_a_deletion_whose_flag_was_taken_away_stops(tmp_path: Path, monkeypatch:
 
     history.places[0].before_delete = steal
     [done] = run(history, tmp_path).databases
-    assert len(done.removed) == 1 and "flag was taken away" in str(done.waits)
+    assert done.removed == () and "flag was taken away" in str(done.waits)
+    assert len(history.places[0].logs()) == 5, "the document of the first was gone by then"
+    history.places[0].before_delete = lambda _: None
+    assert len(run(history, tmp_path).databases[0].removed) == 2
+    assert not any("binlog.000001" in name or "binlog.000002" in name for name in history.places[0].names)
+
+
+def test_a_base_backup_of_many_pieces_is_no_deletion_that_looks_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = three_days(PostgreSQL)
+    history.drop(history.backups[0])
+    place, base = history.places[0], f"logs/app/000001/{1:08X}{0:08X}{1:08X}.base"
+    for number in range(2000):
+        place.names[f"{base}.pieces/{number:064x}"] = b"piece"
+    passed, seen, beats = [0.0], [0.0], list[float]()
+    put = place.put
+
+    def beaten(name: str, data: bytes, **more: object) -> None:
+        if name == garbage.FLAG:
+            beats.append(passed[0] - seen[0])
+            seen[0] = passed[0]
+        put(name, data, **more)  # type: ignore[arg-type]
+
+    def slow(name: str) -> None:
+        passed[0] += 1.0 if ".pieces/" in name else 0
+
+    monkeypatch.setattr(place, "put", beaten)
+    place.before_delete = slow
+    [done] = run(history, tmp_path, monotonic=lambda: passed[0]).databases
+    assert len(done.removed) == 3 and not [name for name in place.names if name.startswith(base)]
+    assert passed[0] > 2000 and max(beats) < garbage.STALE_SECONDS / 2
+
+
+def test_what_went_before_a_place_failed_in_the_middle_is_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(garbage, "_BEAT_SECONDS", 0.0)
+    history = three_days()
+    place = history.places[0]
+    get = place.get
+
+    def away(name: str) -> bytes:
+        if name == garbage.FLAG and not [one for one in place.names if "binlog.000001" in one]:
+            raise StorageError("the bucket does not answer")
+        return get(name)
+
+    monkeypatch.setattr(place, "get", away)
+    found = run(history, tmp_path)
+    assert found.removed["app"] == {"count": 1, "first": "000001/binlog.000001", "last": "000001/binlog.000001"}
+    assert "no more logs are deleted: the bucket does not answer" in found.lines(applied=True)
+    assert "shipped logs" in found.troubles
+
+
+def test_a_flag_that_cannot_be_taken_down_keeps_no_other_up(tmp_path: Path) -> None:
+    for number in range(2):
+        history = three_days(places=2)
+        history.places[number].refuse(garbage.FLAG, "the bucket does not answer")
+        found = run(history, tmp_path)
+        assert len(found.databases[0].removed) == 2 and "shipped logs" in found.troubles
+        assert [place.stat(garbage.FLAG) is None for place in history.places] == [number == 1, number == 0]
+
+
+@pytest.mark.parametrize(
+    ("locks", "locked_for", "days", "told"),
+    [
+        (False, None, 0, True),
+        (False, 30, 0, True),
+        (True, None, 99, False),
+        (True, 30, 29, False),
+        (True, 30, 31, True),
+    ],
+)
+def test_a_log_that_is_not_let_go_and_that_no_lock_keeps_is_told_as_a_trouble(
+    locks: bool, locked_for: int | None, days: int, told: bool, tmp_path: Path
+) -> None:
+    history = three_days()
+    history.places[0].can_lock = lambda: locks  # type: ignore[attr-defined]
+    history.places[0].refuse("binlog.000001", "the credentials do not allow it")
+    for_days, now = None if locked_for is None else locked_for * DAY, clock.now() + days * DAY
+    found = prune_logs.carry_out(history.repository, tmp_path, now=now, grace=DAY, locked_for=for_days)
+    assert ("the credentials do not allow it" in found.troubles.get("logs of app", "")) is told
+
+
+@pytest.mark.parametrize("facts", [{"logs": None}, {"logs": [{"kind": "mariadb"}]}])
+def test_a_note_that_this_release_does_not_understand_stops_the_deletion_and_nothing_else(
+    facts: dict[str, object], tmp_path: Path
+) -> None:
+    history = three_days()
+    history.repository.note_state(history.backups[0].backup_id, states.PRUNED, facts)
+    assert "cannot be read" in str(run(history, tmp_path).waits)
+    history = three_days()
+    name = f"states/odd/{clock.now():%Y%m%dT%H%M%S.%fZ}-{states.PRUNED}.json"
+    history.places[0].names[name] = b"{}"
+    assert "backup odd" in str(run(history, tmp_path).waits) and len(history.places[0].logs()) == 6
+
+
+def test_where_two_logs_may_be_that_of_a_backup_the_older_stays(tmp_path: Path) -> None:
+    """After RESET MASTER numbers and GTIDs begin anew, and reach those of before."""
+    history = MariaDB()
+    history.ship()
+    for _ in range(2):
+        history.write()
+        history.ship()
+    history.write()
+    history.back_up()
+    for _ in range(2):
+        history.write()
+        history.ship()
+    history.reset()
+    for _ in range(5):
+        history.write()
+        history.ship()
+    history.write()
+    history.ship()
+    history.back_up()
+    history.ship()
+    [done] = run(history, tmp_path).databases
+    assert done.removed == ("000001/binlog.000001", "000001/binlog.000002", "000001/binlog.000003")
+
+
+@pytest.mark.parametrize("make", [MariaDB, PostgreSQL])
+def test_for_two_months_of_nights_no_more_stays_than_the_kept_backups_need(
+    make: Callable[[], History], tmp_path: Path
+) -> None:
+    history = make()
+    for night in range(60):
+        if isinstance(history, PostgreSQL) and night % 7 == 0:
+            history.base()
+        history.back_up()
+        if len(history.backups) > 7:
+            history.drop(history.backups[0])
+        for _ in range(6):
+            history.write()
+            history.ship()
+        before = history.places[0].logs()
+        done = run(history, tmp_path)
+        assert done.waits is None and not done.troubles
+        left = history.places[0].logs()
+        assert left == before[len(before) - len(left) :] and len(left) <= 6 * (14 if make is PostgreSQL else 7) + 3
+    history.moments = history.moments[-40:]
+    assert history.ways() and not [way for way in history.ways().values() if isinstance(way, str)]
+
+
+def test_a_backup_that_only_another_place_holds_keeps_its_logs(tmp_path: Path) -> None:
+    history = three_days(places=2)
+    name = f"{history.backups[0].backup_id}.manifest.json"
+    del history.places[1].names[name]
+    before = history.ways()
+    assert run(history, tmp_path).databases[0].removed == ("000001/binlog.000001", "000001/binlog.000002")
+    assert history.ways() == before
+
+
+def test_two_homes_that_ship_two_servers_under_one_name_into_one_place_keep_what_both_need(tmp_path: Path) -> None:
+    """It makes a new series each time, and no sense. What each has is not the other's to delete."""
+    ours = MariaDB()
+    theirs = MariaDB(beside=ours)
+    theirs.uid, theirs.count = 2, 50
+    for _ in range(5):
+        for one in (ours, theirs):
+            last = one.shelf.last()
+            one.fresh = last is None or last.server != one.server
+            one.series = 1 if last is None else last.series + one.fresh
+            one.back_up()
+            for _ in range(2):
+                one.write()
+                one.ship()
+    ours.drop(ours.backups[0])
+    before, of_theirs = ours.ways(), theirs.ways()
+    assert run(ours, tmp_path).databases[0].removed == ("000001/binlog.000001", "000001/binlog.000002")
+    assert ours.ways() == before and theirs.ways() == of_theirs
+    for backup in theirs.backups[:4]:
+        theirs.drop(backup)
+    of_theirs = theirs.ways()
+    run(theirs, tmp_path / "another home")
+    assert ours.ways() == before and theirs.ways() == of_theirs
+
+
+def test_a_log_that_is_damaged_keeps_none_that_come_after_it_from_being_copied(tmp_path: Path) -> None:
+    history = three_days(places=2)
+    second = history.places[1]
+    for name in [one for one in second.names if one.startswith("logs/app/000001/")]:
+        del second.names[name]
+    [piece] = [one for one in history.places[0].names if "binlog.000002.pieces/" in one]
+    history.places[0].names[piece] = b"other bytes"
+    shelf = Shelf(history.repository, "app")
+    assert shelf.copy_missing() == 5 and "binlog.000002 of app is damaged" in next(iter(shelf.damaged.values()))
+    assert list(shelf.damaged) == ["logs/app/000001/binlog.000002.json"]
+    assert second.logs() == [f"000001/binlog.{number:06d}" for number in (1, 3, 4, 5, 6)]
 
 
 def test_a_lock_is_put_on_pieces_documents_and_the_head() -> None:
@@ -394,16 +661,51 @@ def test_what_was_lost_before_the_logs_that_stay_is_no_news_any_more(tmp_path: P
         assert bool((ledger_file.read(tmp_path) or {})["logs"]["app"]["lost"]) is told
 
 
-def test_one_who_ships_waits_for_nobody_and_a_deletion_waits_for_a_shipment(tmp_path: Path) -> None:
-    history, waits = three_days(), [0]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(shipping(tmp_path))
+def test_a_deletion_waits_for_a_shipment_and_a_shipment_for_a_deletion_and_for_nothing_else(tmp_path: Path) -> None:
+    history = three_days()
+    for first, second, patience in ((SHIPPING, DELETING, 60), (DELETING, SHIPPING, 0)):
+        waits = [0]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(shipping(tmp_path, doing=first))
 
-        def sleep(_: float) -> None:
-            waits[0] += 1
-            if waits[0] == 2:
-                stack.close()
+            def sleep(_: float, waits: list[int] = waits, stack: contextlib.ExitStack = stack) -> None:
+                waits[0] += 1
+                if waits[0] == 2:
+                    stack.close()
 
-        with shipping(tmp_path, wait_seconds=60, sleep=sleep):
-            assert waits[0] == 2
+            with shipping(tmp_path, doing=second, wait_seconds=patience, sleep=sleep):
+                assert waits[0] == 2
+    with shipping(tmp_path), pytest.raises(LockedError, match="being shipped"), shipping(tmp_path):
+        raise AssertionError("two have it")
+    times = iter([0.0, 1.0, DELETION_SECONDS])
+    with (
+        shipping(tmp_path, doing=DELETING),
+        pytest.raises(LockedError),
+        shipping(tmp_path, monotonic=lambda: next(times), sleep=lambda _: None),
+    ):
+        raise AssertionError("two have it")
     assert len(run(history, tmp_path).databases[0].removed) == 2
+
+
+def test_a_process_that_was_killed_leaves_no_lock_behind(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys, time\nfrom tasks.backup.log_lock import DELETING, shipping\n"
+        "with shipping(pathlib.Path(sys.argv[1]), doing=DELETING):\n    print('held', flush=True)\n    time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with pytest.raises(LockedError), shipping(tmp_path, doing=DELETING):
+            raise AssertionError("two have it")
+        process.kill()
+        process.wait()
+        with shipping(tmp_path, doing=DELETING):
+            assert (tmp_path / LOCK).read_text() == DELETING
+
+
+def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with pytest.raises(StorageError, match="No locks available"), shipping(tmp_path):
+        raise AssertionError("it is not locked")
