@@ -153,7 +153,7 @@ class Alone:
         _signal(server, signal.SIGCONT)
         try:
             for model in server.models:
-                ask(server.target(model, server.kinds[0]))
+                _awake(server.target(model, server.kinds[0]))
             yield server
         finally:
             _signal(server, signal.SIGSTOP)
@@ -164,8 +164,25 @@ class Alone:
             _signal(server, signal.SIGCONT)
 
 
+def _awake(target: Target) -> None:
+    """It answers again. One that watches its workers may take one for dead that was stopped with it, and start another."""
+    import http.client
+
+    give_up = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            ask(target)
+            return
+        except (OSError, http.client.HTTPException):
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.05)
+
+
 def _signal(server: Server, number: signal.Signals) -> None:
-    for pid in family(server.pid):
+    """To all its processes; those that watch others are stopped first and go on last."""
+    pids = family(server.pid)
+    for pid in reversed(pids) if number == signal.SIGCONT else pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
