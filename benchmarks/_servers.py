@@ -153,7 +153,7 @@ class Alone:
         _signal(server, signal.SIGCONT)
         try:
             for model in server.models:
-                _awake(server.target(model, server.kinds[0]))
+                _awake(server, model)
             yield server
         finally:
             _signal(server, signal.SIGSTOP)
@@ -164,18 +164,20 @@ class Alone:
             _signal(server, signal.SIGCONT)
 
 
-def _awake(target: Target) -> None:
-    """It answers again. One that watches its workers may take one for dead that was stopped with it, and start another."""
+def _awake(server: Server, model: str) -> None:
+    """It answers again. One that watches its workers may take one for dead that was stopped with it, and start another. Raises Absent."""
     import http.client
 
     give_up = time.monotonic() + START_SECONDS
     while True:
         try:
-            ask(target)
+            ask(server.target(model, server.kinds[0]))
             return
-        except (OSError, http.client.HTTPException):
-            if time.monotonic() > give_up:
-                raise
+        except (OSError, http.client.HTTPException) as error:
+            if not psutil.pid_exists(server.pid) or time.monotonic() > give_up:
+                raise Absent(
+                    f"{server.name} (process {server.pid}) does not answer after it was stopped: {error!r}"
+                ) from error
             time.sleep(0.05)
 
 

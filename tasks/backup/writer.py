@@ -356,8 +356,8 @@ def cut(pieces: Iterable[bytes], size: int = CHUNK_BYTES) -> Iterator[bytes]:
         while length + len(view) >= size:
             held.append(view[: size - length])
             view = view[size - length :]
-            yield b"".join(held)
-            held, length = [], 0
+            held, length = [b"".join(held)], 0
+            yield bytes(held.pop())  # no copy, and nothing here holds it, or its pieces, while it is stored
         if len(view):
             held.append(view)
             length += len(view)
