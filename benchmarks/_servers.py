@@ -31,6 +31,7 @@ from tests.integration.serving.parity.models import ParityModel
 from tests.own_environment import ROOT
 
 START_SECONDS = 120.0
+REST_SECONDS = 3.0
 CACHE_MB = parity.CACHE_BYTES >> 20
 
 
@@ -156,6 +157,7 @@ class Alone:
                 _awake(server, model)
             yield server
         finally:
+            _rest(server)
             _signal(server, signal.SIGSTOP)
 
     def end(self) -> None:
@@ -179,6 +181,20 @@ def _awake(server: Server, model: str) -> None:
                     f"{server.name} (process {server.pid}) does not answer after it was stopped: {error!r}"
                 ) from error
             time.sleep(0.05)
+
+
+def _rest(server: Server) -> None:
+    """Returns when it computes nothing. Who drives it has gone with requests still in it, and Triton ends (`lock_exception`)
+    where it is stopped while it waits for a lock that it shares with its Python: the time for that goes on.
+    """
+    give_up = time.monotonic() + REST_SECONDS
+    before = server.cpu_seconds()
+    while time.monotonic() < give_up:
+        time.sleep(0.1)
+        now = server.cpu_seconds()
+        if now == before:
+            return
+        before = now
 
 
 def _signal(server: Server, number: signal.Signals) -> None:
