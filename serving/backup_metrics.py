@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from registry import clock, ledger
 MOST_COMPONENTS = 100
 """Labels are bounded: the first so many by name."""
 _STATES = ("complete", "partial", "failed")
+_Rows = Mapping[str, Mapping[str, Any]]
+"""By the name of what they are about."""
 
 
 class BackupMetrics:
@@ -42,82 +45,79 @@ class BackupMetrics:
 
 
 def _families(document: Mapping[str, Any], now: dt.datetime) -> Iterator[Metric]:
-    rows = dict(sorted(_mapping(document.get("components")).items())[:MOST_COMPONENTS])
-    verified = GaugeMetricFamily(
-        "modelkeep_backup_last_verified_age_seconds",
-        "Age of the newest backup that was restored and compared.",
-        labels=["component"],
-    )
-    taken = GaugeMetricFamily(
-        "modelkeep_backup_last_age_seconds", "Age of the newest complete backup.", labels=["component"]
-    )
-    size = GaugeMetricFamily("modelkeep_backup_bytes", "Size of its content.", labels=["component"])
-    stored = GaugeMetricFamily(
-        "modelkeep_backup_stored_bytes", "What it takes where it is stored.", labels=["component"]
-    )
-    for name, found in rows.items():
-        row = _mapping(found)
-        for family, value in (
-            (verified, _age(row.get("verified_as_of"), now)),
-            (taken, _age(row.get("backed_up_at"), now)),
-            (size, _number(row.get("size_bytes"))),
-            (stored, _number(row.get("stored_bytes"))),
-        ):
-            if value is not None:
-                family.add_metric([name], value)
-    yield from (verified, taken, size, stored)
+    rows = _rows(document.get("components"))
+    for name, what, value in (
+        (
+            "last_verified_age_seconds",
+            "Age of the newest backup that was restored and compared.",
+            lambda row: _age(row.get("verified_as_of"), now),
+        ),
+        ("last_age_seconds", "Age of the newest complete backup.", lambda row: _age(row.get("backed_up_at"), now)),
+        ("bytes", "Size of its content.", lambda row: _number(row.get("size_bytes"))),
+        ("stored_bytes", "What it takes where it is stored.", lambda row: _number(row.get("stored_bytes"))),
+    ):
+        yield _gauge(f"modelkeep_backup_{name}", what, "component", rows, value)
     last = _mapping(document.get("last"))
     if last.get("state") in _STATES:
-        state = GaugeMetricFamily("modelkeep_backup_last_state", "1 for how the last backup ended.", labels=["state"])
-        for name in _STATES:
-            state.add_metric([name], float(name == last["state"]))
-        yield state
-    yield from _logs(_mapping(document.get("logs")), now)
+        states = {name: {"is": float(name == last["state"])} for name in _STATES}
+        yield _gauge(
+            "modelkeep_backup_last_state", "1 for how the last backup ended.", "state", states, lambda row: row["is"]
+        )
+    yield from _logs(_rows(document.get("logs")), now)
     yield from _drill(_mapping(document.get("drill")), now)
 
 
-def _logs(logs: Mapping[str, Any], now: dt.datetime) -> Iterator[Metric]:
+def _logs(logs: _Rows, now: dt.datetime) -> Iterator[Metric]:
     if not logs:
         return
-    age = GaugeMetricFamily(
-        "modelkeep_backup_logs_age_seconds",
-        "Time since the moment up to which the database's logs are shipped.",
-        labels=["database"],
-    )
-    gap = GaugeMetricFamily(
-        "modelkeep_backup_logs_gap",
-        "1 where no backup can use the logs that are shipped now: something before them is lost.",
-        labels=["database"],
-    )
-    failed = GaugeMetricFamily(
-        "modelkeep_backup_logs_failed", "1 where the last run shipped nothing of it.", labels=["database"]
-    )
-    for name, found in sorted(logs.items())[:MOST_COMPONENTS]:
-        row = _mapping(found)
+
+    def age(row: Mapping[str, Any]) -> float | None:
         # The first is by the clock of the database's server, which may be ahead of ours.
         ages = [value for key in ("covers_until", "shipped_at") if (value := _age(row.get(key), now)) is not None]
-        if ages:
-            age.add_metric([name], max(ages))
-            gap.add_metric([name], float(bool(row.get("gap"))))
-        failed.add_metric([name], float(bool(row.get("failed"))))
-    yield from (age, gap, failed)
+        return max(ages, default=None)
+
+    for name, what, value in (
+        ("age_seconds", "Time since the moment up to which the database's logs are shipped.", age),
+        (
+            "gap",
+            "1 where no backup can use the logs that are shipped now: something before them is lost.",
+            lambda row: None if age(row) is None else float(bool(row.get("gap"))),
+        ),
+        ("failed", "1 where the last run shipped nothing of it.", lambda row: float(bool(row.get("failed")))),
+    ):
+        yield _gauge(f"modelkeep_backup_logs_{name}", what, "database", logs, value)
 
 
 def _drill(drill: Mapping[str, Any], now: dt.datetime) -> Iterator[Metric]:
     if not isinstance(drill.get("passed"), bool):
         return
     yield GaugeMetricFamily("modelkeep_drill_passed", "1 where the last drill passed.", value=float(drill["passed"]))
-    age = _age(drill.get("at"), now)
-    if age is not None:
-        yield GaugeMetricFamily("modelkeep_drill_age_seconds", "Time since the last drill.", value=age)
-    rto = GaugeMetricFamily("modelkeep_drill_rto_seconds", "How long recovery took in it.", labels=["component"])
-    rpo = GaugeMetricFamily("modelkeep_drill_rpo_seconds", "Age of what it recovered.", labels=["component"])
-    for name, row in sorted(_mapping(drill.get("components")).items())[:MOST_COMPONENTS]:
-        for family, key in ((rto, "rto_seconds"), (rpo, "rpo_seconds")):
-            value = _number(_mapping(row).get(key))
-            if value is not None:
-                family.add_metric([name], value)
-    yield from (rto, rpo)
+    passed_at = _age(drill.get("at"), now)
+    if passed_at is not None:
+        yield GaugeMetricFamily("modelkeep_drill_age_seconds", "Time since the last drill.", value=passed_at)
+    rows = _rows(drill.get("components"))
+    for name, what in (("rto_seconds", "How long recovery took in it."), ("rpo_seconds", "Age of what it recovered.")):
+        yield _gauge(f"modelkeep_drill_{name}", what, "component", rows, partial(_at, name))
+
+
+def _gauge(
+    name: str, what: str, label: str, rows: _Rows, value: Callable[[Mapping[str, Any]], float | None]
+) -> GaugeMetricFamily:
+    """One figure of every row that has it."""
+    family = GaugeMetricFamily(name, what, labels=[label])
+    for of, row in rows.items():
+        found = value(row)
+        if found is not None:
+            family.add_metric([of], found)
+    return family
+
+
+def _rows(found: Any) -> _Rows:
+    return {name: _mapping(row) for name, row in sorted(_mapping(found).items())[:MOST_COMPONENTS]}
+
+
+def _at(key: str, row: Mapping[str, Any]) -> float | None:
+    return _number(row.get(key))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
