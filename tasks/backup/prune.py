@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from registry.errors import ConflictError, ModelkeepError, StorageError, UnavailableError
 from registry.settings import Settings
-from tasks.backup import garbage, ledger, prune_logs, states
+from tasks.backup import garbage, ledger, log_plan, prune_logs, states
+from tasks.backup.log_plan import Logs
 from tasks.backup.manifest import COMPLETE, FAILED, SUFFIX, Manifest
-from tasks.backup.prune_logs import Logs
 from tasks.backup.registry_now import registry_of
 from tasks.backup.retention import Decision, Kept, Policy, decide
 from tasks.backup.states import Note
@@ -94,9 +94,9 @@ def preview(
     Raises StorageError where a place does not answer.
     """
     found, manifests = _look(repository, policy, now)
-    logs = prune_logs.preview(repository, manifests, now - grace)
+    logs = log_plan.preview(repository, manifests, now - grace)
     if found.unreadable:
-        logs = replace(logs, waits=prune_logs.unread(found.unreadable))
+        logs = replace(logs, waits=log_plan.unread(found.unreadable))
     return replace(found, logs=logs)
 
 
@@ -242,7 +242,7 @@ def _kept(backup_id: str, manifest: Manifest | None, notes: list[Note]) -> Kept 
 def _remove(repository: Repository, decision: Decision, manifest: Manifest | None) -> str | None:
     """Why a place did not let it go; None where it is gone everywhere."""
     backup_id = decision.backup_id
-    facts = {"rules": list(decision.rules), "logs": [] if manifest is None else prune_logs.stands(manifest)}
+    facts = {"rules": list(decision.rules), "logs": [] if manifest is None else log_plan.stands(manifest)}
     repository.note_state(backup_id, states.PRUNED, facts)
     problems = []
     for place in repository.all_places():

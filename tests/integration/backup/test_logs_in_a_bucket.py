@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from registry import clock
-from tasks.backup import prune_logs, states, undelete
+from tasks.backup import log_plan, prune_logs, states, undelete
 from tasks.backup.logs import Shelf
 from tasks.backup.places import DirectoryPlace
 from tasks.backup.repository import Repository
@@ -29,7 +29,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield server
 
 
-def pruned(history: MariaDB, folder: Path) -> tuple[prune_logs.OfDatabase, ...]:
+def pruned(history: MariaDB, folder: Path) -> tuple[log_plan.OfDatabase, ...]:
     grace = dt.timedelta(days=1)
     return prune_logs.carry_out(history.repository, folder / "home", now=clock.now(), grace=grace).databases
 
@@ -80,7 +80,7 @@ def test_a_backup_that_is_put_back_after_its_logs_went_has_them_again_and_keeps_
     for versions in own.store.buckets["bucket"].values():
         for version in versions:
             version.modified = (moment - dt.timedelta(hours=1)).timestamp()
-    history.repository.note_state(first.backup_id, states.PRUNED, {"logs": prune_logs.stands(first)})
+    history.repository.note_state(first.backup_id, states.PRUNED, {"logs": log_plan.stands(first)})
     history.repository.places[0].delete(f"{first.backup_id}.manifest.json")
     history.backups.remove(first)
     after = clock.now() + dt.timedelta(days=2)

@@ -15,7 +15,7 @@ from registry.schema import AuditEvent
 from registry.settings import load_settings
 from tasks.backup import ledger
 from tasks.backup.places import DirectoryPlace
-from tests.unit.tasks.backup.test_prune_logs import three_days
+from tests.unit.tasks.backup.log_history import three_days
 
 Run = Callable[..., Any]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from registry import clock
 from registry.errors import ConflictError, NotFoundError, StorageError
-from tasks.backup import logs, point
+from tasks.backup import log_plan, logs, point, prune_logs
 from tasks.backup.logs import Head, Shelf, Shipped
 from tasks.backup.manifest import COMPLETE, Component, Manifest
 from tasks.backup.places import Stat
@@ -16,6 +18,11 @@ from tasks.backup.repository import Repository
 
 BEGIN = dt.datetime(2026, 11, 1, tzinfo=dt.UTC)
 SEGMENT = 1 << 24
+DAY = dt.timedelta(days=1)
+
+
+class Killed(BaseException):
+    """What a test raises where a process would be killed: nothing catches it."""
 
 
 class MemoryPlace:
@@ -248,3 +255,35 @@ class PostgreSQL(History):
         self.lose()
 
     replace = reset
+
+
+def run(
+    history: History,
+    home: Path,
+    *,
+    days: float = 0,
+    monotonic: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = lambda _: None,
+) -> log_plan.Logs:
+    now = clock.now() + days * DAY
+    return prune_logs.carry_out(
+        history.repository, home, now=now, grace=DAY, wait_seconds=0, monotonic=monotonic, sleep=sleep
+    )
+
+
+def look(history: History) -> tuple[log_plan.OfDatabase, ...]:
+    return log_plan.preview(history.repository, history.repository.manifests(), clock.now() - DAY).databases
+
+
+def three_days(make: Callable[[int], History] = MariaDB, places: int = 1) -> History:
+    """Three backups, with two logs that were shipped after each; the first backup is gone by now."""
+    history = make(places)
+    for _ in range(3):
+        history.back_up()
+        if isinstance(history, PostgreSQL):
+            history.base()
+        for _ in range(2):
+            history.write()
+            history.ship()
+    history.drop(history.backups[0])
+    return history
