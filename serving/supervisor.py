@@ -14,6 +14,7 @@ from types import FrameType
 
 from registry.errors import SettingsError, StorageError, UnavailableError
 from registry.settings import Settings
+from serving import heaps
 from serving.pulse import SLACK_SECONDS, Pulse, Stillness
 from serving.tls import certificates
 
@@ -146,6 +147,7 @@ class Supervisor:
             [*command, "--address", self.address, "--folder", str(self.folder)],
             pass_fds=[descriptor, self._pulse.descriptor],
             stdin=subprocess.DEVNULL,
+            env=heaps.environment(os.environ),
         )
         _note(self.folder / "child.pid", child.pid)
         return child
