@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import _text_model  # noqa: E402
+from serving import heaps  # noqa: E402
 
 STREAMS = (1, 4, 16)
 PROMPT = "The data set contains"
@@ -158,7 +159,7 @@ def measure(folder: Path, width: int, layers: int, *, rounds: int, tokens: int, 
         listener.listen(64)
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         command = [sys.executable, __file__, "--serve", str(folder / "model"), "--fd", str(listener.fileno())]
-        server = subprocess.Popen(command, pass_fds=[listener.fileno()], cwd=ROOT)
+        server = subprocess.Popen(command, pass_fds=[listener.fileno()], cwd=ROOT, env=heaps.environment(os.environ))
         os.sched_setaffinity(server.pid, {cores[0]})
         try:
             asyncio.run(ask(address, 1, 8))

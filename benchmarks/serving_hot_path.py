@@ -27,6 +27,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from serving import heaps  # noqa: E402
+
 INFER = "/v2/models/digits/infer"
 CONNECTIONS = (1, 16, 64)
 HEALTH_PROBES = 200
@@ -246,7 +248,7 @@ def main() -> None:
             *(["--no-guard"] if options.no_guard else []),
         ]
         started = time.perf_counter()
-        process = subprocess.Popen(command, pass_fds=[listener.fileno()])
+        process = subprocess.Popen(command, pass_fds=[listener.fileno()], env=heaps.environment(os.environ))
         try:
             # The socket listens already: the first request waits in it until the server is there.
             with urllib.request.urlopen(f"http://{address}/v2/health/ready", timeout=60):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,22 @@ def change(home: Path, alter: Callable[[dict[str, Any]], None]) -> None:
         with contextlib.suppress(OSError):
             path.with_suffix(".new").unlink()
         raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def age(text: Any, now: dt.datetime) -> float | None:
+    """Seconds since the moment that a row of the document names, 0 for one to come. None where it names none that can be read."""
+    if not isinstance(text, str):
+        return None
+    try:
+        return max(0.0, (now - dt.datetime.fromisoformat(text)).total_seconds())
+    except (ValueError, TypeError):
+        return None
+
+
+def logs_age(row: Mapping[str, Any], now: dt.datetime) -> float | None:
+    """Seconds since the moment up to which the logs of a database are shipped. None where none was shipped.
+
+    That moment is by the clock of the database's server, which may be ahead of ours: the time since the shipment is the least.
+    """
+    ages = [found for key in ("covers_until", "shipped_at") if (found := age(row.get(key), now)) is not None]
+    return max(ages, default=None)

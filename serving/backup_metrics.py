@@ -50,9 +50,13 @@ def _families(document: Mapping[str, Any], now: dt.datetime) -> Iterator[Metric]
         (
             "last_verified_age_seconds",
             "Age of the newest backup that was restored and compared.",
-            lambda row: _age(row.get("verified_as_of"), now),
+            lambda row: ledger.age(row.get("verified_as_of"), now),
         ),
-        ("last_age_seconds", "Age of the newest complete backup.", lambda row: _age(row.get("backed_up_at"), now)),
+        (
+            "last_age_seconds",
+            "Age of the newest complete backup.",
+            lambda row: ledger.age(row.get("backed_up_at"), now),
+        ),
         ("bytes", "Size of its content.", lambda row: _number(row.get("size_bytes"))),
         ("stored_bytes", "What it takes where it is stored.", lambda row: _number(row.get("stored_bytes"))),
     ):
@@ -71,11 +75,7 @@ def _logs(logs: _Rows, now: dt.datetime) -> Iterator[Metric]:
     if not logs:
         return
 
-    def age(row: Mapping[str, Any]) -> float | None:
-        # The first is by the clock of the database's server, which may be ahead of ours.
-        ages = [value for key in ("covers_until", "shipped_at") if (value := _age(row.get(key), now)) is not None]
-        return max(ages, default=None)
-
+    age = partial(ledger.logs_age, now=now)
     for name, what, value in (
         ("age_seconds", "Time since the moment up to which the database's logs are shipped.", age),
         (
@@ -92,7 +92,7 @@ def _drill(drill: Mapping[str, Any], now: dt.datetime) -> Iterator[Metric]:
     if not isinstance(drill.get("passed"), bool):
         return
     yield GaugeMetricFamily("modelkeep_drill_passed", "1 where the last drill passed.", value=float(drill["passed"]))
-    passed_at = _age(drill.get("at"), now)
+    passed_at = ledger.age(drill.get("at"), now)
     if passed_at is not None:
         yield GaugeMetricFamily("modelkeep_drill_age_seconds", "Time since the last drill.", value=passed_at)
     rows = _rows(drill.get("components"))
@@ -126,12 +126,3 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _age(text: Any, now: dt.datetime) -> float | None:
-    if not isinstance(text, str):
-        return None
-    try:
-        return max(0.0, (now - dt.datetime.fromisoformat(text)).total_seconds())
-    except (ValueError, TypeError):
-        return None

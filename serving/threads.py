@@ -10,6 +10,8 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
+from registry.errors import UnavailableError
+
 _START_SECONDS = 30.0
 
 
@@ -19,10 +21,20 @@ def beside_the_loop() -> ThreadPoolExecutor:
 
 
 def full(threads: int, name: str) -> ThreadPoolExecutor:
-    """A pool whose threads are all started. Raises threading.BrokenBarrierError where they cannot be."""
+    """A pool whose threads are all started. Raises UnavailableError where the system lets no more of them start."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
     together = threading.Barrier(threads)
-    started = [pool.submit(together.wait, _START_SECONDS) for _ in range(threads)]
+    started = []
+    try:
+        for _ in range(threads):
+            started.append(pool.submit(together.wait, _START_SECONDS))
+    except RuntimeError as error:
+        together.abort()  # those that are there wait for the others
+        pool.shutdown(wait=False)
+        raise UnavailableError(
+            f"{threads} threads are needed here and {len(started)} could be started ({error}): raise the limit of processes "
+            "(ulimit -u, TasksMax of the service, the container's pids limit)"
+        ) from error
     for one in wait(started).done:
         one.result()
     return pool

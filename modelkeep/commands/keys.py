@@ -46,11 +46,17 @@ def keys_create(
         who = keys.of_command(context.database, context.settings)
         before = servers.access(context.database)
         made, text = keys.create(context.database, name=name, role=role, who=who, expires_in_seconds=seconds, rate=rate)
-        told = _tell(context, before)
+        if not as_json:
+            output.say(text)  # now, whatever comes: it is kept nowhere else
+        try:
+            told = _tell(context, before)
+        except BaseException:
+            if as_json:
+                output.document({**made.as_dict(), "key": text})
+            raise
     if as_json:
         output.document({**made.as_dict(), "key": text, **told})
         return
-    output.say(text)
     until = "" if made.expires_at is None else f", until {clock.text(made.expires_at)[:19]}Z"
     limited = "" if made.rate is None else f", rate {made.rate}"
     output.say(

@@ -6,6 +6,9 @@ import asyncio
 import threading
 import time
 
+import pytest
+
+from registry.errors import UnavailableError
 from serving import threads
 
 
@@ -30,3 +33,22 @@ def test_the_event_loop_takes_no_thread_more_however_much_comes_at_once() -> Non
 
     asyncio.run(story())
     assert of("beside") == 0
+
+
+def test_where_the_system_lets_no_more_start_that_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if of("few") == 3:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    began = time.monotonic()
+    with pytest.raises(UnavailableError, match="5 threads are needed here and 3 could be started"):
+        threads.full(5, "few")
+    assert time.monotonic() - began < threads._START_SECONDS / 2
+    deadline = time.monotonic() + 5
+    while of("few") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert of("few") == 0, "those that had started wait for nobody"
