@@ -325,7 +325,9 @@ class BackupSection(Section):
         description="Days after which a failed, partial or unverified backup may go, once a newer one is verified.",
     )
     gc_grace_hours: float = Field(
-        24.0, gt=0, description="Hours between the mark of an object that no backup needs and its removal."
+        24.0,
+        gt=0,
+        description="Hours between the mark of an object that no backup needs and its removal, and for which logs stay that only a pruned backup could use.",
     )
     sample_share: float = Field(
         0.05, gt=0, le=1, description="Share of a daily backup's content that `verify-backups` reads back."
