@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from registry.signature import DATATYPES, Signature, TensorSpec
+from serving.engine import LoadedVersion
 from serving.tensors import DTYPES
-from tests.unit.serving.helpers import Arrays, PythonRuntime, close, load, serve
+from tests.unit.serving.helpers import Arrays, PythonRuntime, Server, close, load, serve
 
 PIECES = (
     *(
@@ -154,27 +155,36 @@ REQUESTS = st.fixed_dictionaries(
 )
 
 
-async def answered(document: Any) -> None:
-    version = load(
-        PythonRuntime(same, Signature((TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1, 2)),)))
-    )
-    try:
-        answer = await serve(version).ask("POST", "/v2/models/m/infer", json.dumps(document).encode())
-        assert answer is not None and answer.status in (200, 400, 413, 422, 504), answer
-        # 504: the document may give the version a microsecond
-        assert answer.status == 200 or answer.error
-    finally:
-        close(version)
+def answers_each(examples: int, **options: Any) -> None:
+    """One server is asked all of them."""
+
+    async def started() -> tuple[LoadedVersion, Server]:
+        signature = Signature((TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1, 2)),))
+        version = load(PythonRuntime(same, signature))
+        return version, serve(version)
+
+    with asyncio.Runner() as runner:
+        version, server = runner.run(started())
+
+        @settings(max_examples=examples, deadline=None, **options)
+        @given(REQUESTS | JSON)
+        def answered(document: Any) -> None:
+            answer = runner.run(server.ask("POST", "/v2/models/m/infer", json.dumps(document).encode()))
+            assert answer is not None and answer.status in (200, 400, 413, 422, 504), answer
+            # 504: the document may give the version a microsecond
+            assert answer.status == 200 or answer.error
+
+        try:
+            answered()
+            assert server.serving.in_flight == version.references == 0
+        finally:
+            close(version)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(REQUESTS | JSON)
-def test_any_document_is_answered_or_refused_by_the_clients_fault(document: Any) -> None:
-    asyncio.run(answered(document))
+def test_any_document_is_answered_or_refused_by_the_clients_fault() -> None:
+    answers_each(300, derandomize=True)
 
 
 @pytest.mark.long
-@settings(max_examples=20_000, deadline=None)
-@given(REQUESTS | JSON)
-def test_any_of_twenty_thousand_documents_is_answered_or_refused_by_the_clients_fault(document: Any) -> None:
-    asyncio.run(answered(document))
+def test_any_of_twenty_thousand_documents_is_answered_or_refused_by_the_clients_fault() -> None:
+    answers_each(20_000)
