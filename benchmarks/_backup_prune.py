@@ -104,7 +104,7 @@ def main() -> None:
     now, grace = clock.now(), dt.timedelta(hours=GRACE_HOURS)
     found: dict[str, Any] = {}
     phases = (
-        ("preview", lambda: prune.preview(_fresh(), Policy(), now)),
+        ("preview", lambda: prune.preview(_fresh(), Policy(), now, grace)),
         ("apply", lambda: prune.apply(_fresh(), Policy(), now=now, grace=grace)),
         ("second_phase", lambda: prune.apply(_fresh(), Policy(), now=now + grace + dt.timedelta(hours=1), grace=grace)),
     )

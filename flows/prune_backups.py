@@ -1,4 +1,4 @@
-"""prune-backups: delete what the retention policy lets go, and collect what no backup needs any more."""
+"""prune-backups: delete what the retention policy lets go, and the objects and shipped logs that no kept backup needs any more."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ delete = task(name="prune", persist_result=False, cache_policy=NO_CACHE)(pruning
 
 @flow(
     name="prune-backups",
-    description="Show which backups stay and which go, each with its rule; delete those, and the objects that nobody needs.",
+    description="Show which backups stay and which go, each with its rule; delete those, and the objects and shipped logs that no kept backup needs.",
     persist_result=False,
 )
 def prune_backups(request: PruneBackups | None = None) -> State[Any]:
-    """Ends Completed, or Failed where a place kept a backup that was to go, or a manifest or the documents of logs cannot be read."""
+    """Ends Completed, or Failed where a place failed, kept a backup that was to go or a log that is not locked, or a manifest or the
+    documents of logs cannot be read."""
     request = request or PruneBackups()
     settings = settings_alone()
     repository, now = open_repository(settings), clock.now()
@@ -47,11 +48,4 @@ def prune_backups(request: PruneBackups | None = None) -> State[Any]:
     else:
         found = look(repository, pruning.policy_of(settings), now, dt.timedelta(hours=settings.backup.gc_grace_hours))
     create_markdown_artifact(found.as_markdown(), key=artifact_key("retention"), description="Retention of backups")
-    words = (
-        f"{len(found.removed)} of {len(found.decisions)} backups removed"
-        if found.applied
-        else f"{len(found.goes)} of {len(found.decisions)} backups would go"
-    )
-    words = "; ".join([words, *found.logs.lines(applied=found.applied)])
-    troubles = [f"{one}: {why}" for one, why in found.troubles.items()]
-    return Failed(message="; ".join([words, *troubles])) if troubles else Completed(message=words)
+    return (Failed if found.troubles else Completed)(message=found.summary)

@@ -30,7 +30,7 @@ def prune(
     if apply:
         with acting() as settings:
             actor.current()  # a key that may only look is refused before anything is touched
-            found = pruning.carry_out(settings, open_repository(settings), now=clock.now())
+            found = pruning.carry_out(settings, open_repository(settings), now=clock.now(), say=_log)
     else:
         settings = load_settings()
         grace = dt.timedelta(hours=settings.backup.gc_grace_hours)
@@ -40,6 +40,10 @@ def prune(
     else:
         _show(found)
     raise typer.Exit(3 if found.troubles else 0)
+
+
+def _log(line: str) -> None:
+    output.say(line, to_stderr=True)
 
 
 def _shortened(rules: Sequence[str]) -> str:
@@ -72,8 +76,6 @@ def _show(found: Pruned) -> None:
         output.problem(f"{backup_id} stays, and no object is deleted, while its manifest cannot be read: {why}")
     for backup_id, why in found.kept_by_place.items():
         output.problem(f"{backup_id} could not be removed: {why}")
-    for what, why in found.logs.troubles.items():
-        output.problem(f"{what}: {why}")
     if not found.applied:
         goes = len(found.goes)
         output.say(f"{goes} of {len(found.decisions)} go with --apply" if goes else "nothing is to go")
@@ -89,9 +91,10 @@ def _show(found: Pruned) -> None:
 
 
 def _show_logs(found: Pruned) -> None:
+    """What somebody must look at, with the other problems; the rest with the result. Each once."""
     for one in found.logs.databases:
-        if one.unreadable is None:
-            size = one.removed_bytes if found.applied else sum(item.size_bytes for item in one.goes)
-            output.say(one.text(applied=found.applied) + (f" ({output.size(size)})" if size else ""))
+        size = one.removed_bytes if found.applied else sum(item.size_bytes for item in one.goes)
+        tell = output.say if one.trouble is None else output.problem
+        tell(one.text(applied=found.applied) + (f" ({output.size(size)})" if size else ""))
     if found.logs.waiting is not None:
-        output.say(found.logs.waiting)
+        (output.problem if found.logs.failed else output.say)(found.logs.waiting)

@@ -93,13 +93,8 @@ def _show_plan(plan: Plan) -> None:
         ],
         empty="nothing of it comes back",
     )  # fmt: skip
-    for step in plan.steps:
-        if step.point is not None:
-            output.say(f"{step.component.name}: then the shipped logs are applied: {step.point.text}")
-    for name in plan.missing:
-        output.say(f"missing: {name} failed when the backup was taken")
-    for text in plan.warnings:
-        output.say(f"warning: {text}")
+    for text in plan.remarks:
+        output.say(text)
     for text in plan.problems:
         output.problem(text)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from registry.errors import ModelkeepError, NotFoundError, StorageError
@@ -38,15 +39,20 @@ class Told:
 
 
 class DamagedPlace:
-    """A place, to be read from, in which some names hold other bytes, or None where they are gone."""
+    """A place, to be read from, in which some names hold other bytes, or None where they are gone.
+
+    `silent`: why the real one did not answer, as it said first; None: it did each time.
+    """
 
     def __init__(self, place: Place, changed: Mapping[str, Callable[[bytes], bytes] | None]) -> None:
         self._place = place
         self._changed = dict(changed)
         self.shown = place.shown
+        self.silent: str | None = None
 
     def get(self, name: str) -> bytes:
-        data = self._place.get(name)
+        with self._asked():
+            data = self._place.get(name)
         if name not in self._changed:
             return data
         change = self._changed[name]
@@ -55,12 +61,14 @@ class DamagedPlace:
         return change(data)
 
     def stat(self, name: str) -> Stat | None:
-        return None if name in self._changed and self._changed[name] is None else self._place.stat(name)
+        with self._asked():
+            return None if name in self._changed and self._changed[name] is None else self._place.stat(name)
 
     def list(self, prefix: str = "") -> Iterator[Stat]:
-        for stat in self._place.list(prefix):
-            if stat.name not in self._changed or self._changed[stat.name] is not None:
-                yield stat
+        with self._asked():
+            for stat in self._place.list(prefix):
+                if stat.name not in self._changed or self._changed[stat.name] is not None:
+                    yield stat
 
     def put(self, name: str, data: bytes, *, only_new: bool = False, keep_until: dt.datetime | None = None) -> None:
         raise StorageError(f"{name}: nothing is written during a negative drill")
@@ -70,6 +78,14 @@ class DamagedPlace:
 
     def flush(self) -> None:
         pass
+
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[None]:
+        try:
+            yield
+        except StorageError as error:
+            self.silent = self.silent or str(error)
+            raise
 
 
 def look(repository: Repository, manifest: Manifest, way: str) -> Told:
@@ -86,10 +102,18 @@ def look(repository: Repository, manifest: Manifest, way: str) -> Told:
         record = damaged.manifest(manifest.backup_id)
         found = damaged.check(record)
     except ModelkeepError as error:
-        return _told(way, what, names, str(error))
+        return _silent(way, what, places) or _told(way, what, names, str(error))
+    if (silent := _silent(way, what, places)) is not None:
+        return silent
     if found.good:
         return Told(way, what, False, f"{found.objects} objects were read and nothing was noticed")
     return _told(way, what, names, "; ".join(found.problems))
+
+
+def _silent(way: str, what: str, places: Sequence[DamagedPlace]) -> Told | None:
+    """A store that does not answer names what it was asked for, as one that tells of the damage does: nothing is known then."""
+    silent = [one.silent for one in places if one.silent is not None]
+    return Told(way, what, False, f"a place did not answer: {'; '.join(silent)}") if silent else None
 
 
 def _told(way: str, what: str, names: list[str], words: str) -> Told:

@@ -30,6 +30,16 @@ class Scan:
     at: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Backup id -> the places whose copy of the manifest is good."""
 
+    @property
+    def unanswered(self) -> str | None:
+        """The places whose backups are unknown, and why; None where all answered."""
+        return "; ".join(f"{place} does not answer: {why}" for place, why in sorted(self.unread.items())) or None
+
+    @property
+    def unbelieved(self) -> str | None:
+        """The backups whose needs are unknown, and why; None where each manifest was read."""
+        return "; ".join(f"backup {one} cannot be read: {why}" for one, why in sorted(self.broken.items())) or None
+
 
 @dataclass(frozen=True, slots=True)
 class Intent:

@@ -3,6 +3,7 @@
 What holds it together: a backup announces itself by an intent before it looks at what is stored; a deletion announces itself by
 `deleting.json` before it looks for intents. Whoever comes second sees the other, and waits (the backup) or goes home (the
 deletion). A backup never uses a marked object without writing it again, and a rewritten object is not the one that was marked.
+Who deletes shipped logs announces itself by the same file, which says so.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 FLAG = "deleting.json"
 FORMAT = "modelkeep-backup-garbage"
 FORMAT_VERSION = 1
+GARBAGE, LOGS = "garbage", "logs"
+"""What a deletion does, as its flag says."""
+_WORDS = {
+    GARBAGE: ("garbage is being collected", "a collection of garbage"),
+    LOGS: ("shipped logs are being deleted", "a deletion of shipped logs"),
+}
 AT_ONCE = 20_000
 """Objects that one mark names at most."""
 _BEAT_SECONDS = 15.0
@@ -73,15 +80,16 @@ def collect(
             why = _learn(repository, known)
             if why is not None:
                 return [Collected(place.shown, waits=why) for place in repository.all_places()]
-            waits = f"backup {ours.running} is under way" if ours.running else None
-            found = [_delete_due(flag, known, now - grace, waits) for flag in ours.flags]
+            found = [_delete_due(flag, known, now - grace, ours.waits) for flag in ours.flags]
         return [_mark(flag.place, known, one, now) for flag, one in zip(ours.flags, found, strict=True)]
 
 
 @contextlib.contextmanager
-def deleting(repository: Repository, monotonic: Callable[[], float] = time.monotonic) -> Iterator[Deletion]:
+def deleting(
+    repository: Repository, monotonic: Callable[[], float] = time.monotonic, *, doing: str = GARBAGE
+) -> Iterator[Deletion]:
     """Announce a deletion at every place, and look for backups after that. Raises ConflictError where another is at work, StorageError."""
-    flags = [_Flag(place, monotonic) for place in repository.all_places()]
+    flags = [_Flag(place, monotonic, doing) for place in repository.all_places()]
     with contextlib.ExitStack() as stack:  # one that cannot be taken down keeps no other up
         for flag in flags:
             stack.callback(flag.lower)
@@ -124,10 +132,10 @@ def wait_for_deletion(
         while (stat := place.stat(FLAG)) is not None:
             if stat.modified != seen:
                 if seen is None:
-                    say(f"garbage is being collected in {place.shown}: waiting for its end")
+                    say(f"{_words(place)[0]} in {place.shown}: waiting for its end")
                 seen, since = stat.modified, monotonic()
             elif monotonic() - since > STALE_SECONDS or _is_of_dead_process(place):
-                say(f"a collection of garbage in {place.shown} was cut off: its flag is removed")
+                say(f"{_words(place)[1]} in {place.shown} was cut off: its flag is removed")
                 place.delete(FLAG)
                 break
             sleep(0.2)
@@ -136,15 +144,15 @@ def wait_for_deletion(
 class _Flag:
     """`deleting.json` at one place, while it is ours."""
 
-    def __init__(self, place: Place, monotonic: Callable[[], float]) -> None:
-        self.place = place
+    def __init__(self, place: Place, monotonic: Callable[[], float], doing: str = GARBAGE) -> None:
+        self.place, self._doing = place, doing
         self._token = secrets.token_hex(8)
         self._monotonic = monotonic
         self._beaten = 0.0
         self._up = False
 
     def raise_it(self) -> None:
-        """Raises ConflictError where another collection is at work."""
+        """Raises ConflictError where another deletion is at work, StorageError."""
         seen = self.place.stat(FLAG)
         if seen is not None and (_is_of_dead_process(self.place) or _age(seen) > DEAD_INTENT_SECONDS):
             self.place.delete(FLAG)
@@ -157,8 +165,8 @@ class _Flag:
         except ConflictError:
             seen = self.place.stat(FLAG)
         raise ConflictError(
-            f"garbage is being collected in {self.place.shown} since {seen.modified if seen else 'just now'}: wait for its end; where it "
-            f"was killed on another machine, remove {FLAG} there"
+            f"{_words(self.place)[0]} in {self.place.shown} since {seen.modified if seen else 'just now'}: wait for its end; where "
+            f"it was killed on another machine, remove {FLAG} there"
         )
 
     def still_ours(self) -> bool:
@@ -176,13 +184,10 @@ class _Flag:
         self._up = False
 
     def _is_mine(self) -> bool:
-        try:
-            return bool(json.loads(self.place.get(FLAG)).get("token") == self._token)
-        except (NotFoundError, ValueError, AttributeError):
-            return False
+        return (_said(self.place) or {}).get("token") == self._token
 
     def _put(self, *, only_new: bool = False) -> None:
-        value = {"token": self._token, "at": clock.text(clock.now()), **whose.identity()}
+        value = {"token": self._token, "doing": self._doing, "at": clock.text(clock.now()), **whose.identity()}
         self.place.put(FLAG, json.dumps(value).encode(), only_new=only_new)
         self._beaten = self._monotonic()
 
@@ -193,6 +198,11 @@ class Deletion:
 
     flags: list[_Flag]
     running: str | None
+
+    @property
+    def waits(self) -> str | None:
+        """Why nothing may be deleted, and None where it may."""
+        return None if self.running is None else f"backup {self.running} is under way"
 
     def still_ours(self) -> bool:
         return all(flag.still_ours() for flag in self.flags)
@@ -205,13 +215,24 @@ def _age(stat: Stat) -> float:
 
 def _is_of_dead_process(place: Place) -> bool:
     """Only where it was a process of this very machine, which can be looked for."""
+    value = _said(place)
+    return value is None or whose.is_dead(value)
+
+
+def _words(place: Place) -> tuple[str, str]:
+    """(what the deletion there is doing, what it is). A flag that does not say so, of an older release, is one of garbage."""
+    return _WORDS[LOGS if (_said(place) or {}).get("doing") == LOGS else GARBAGE]
+
+
+def _said(place: Place) -> dict[str, Any] | None:
+    """What the flag says: None where there is none, nothing where it cannot be read. Raises StorageError."""
     try:
         value = json.loads(place.get(FLAG))
     except NotFoundError:
-        return True
+        return None
     except ValueError:
-        return False
-    return isinstance(value, dict) and whose.is_dead(value)
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _living(repository: Repository, flags: Iterable[_Flag]) -> str | None:
@@ -228,10 +249,8 @@ def _living(repository: Repository, flags: Iterable[_Flag]) -> str | None:
 def _learn(repository: Repository, known: Known) -> str | None:
     """All that manifests refer to. Returns why that is not known."""
     scan = repository.scan()
-    if scan.unread:
-        return "; ".join(f"{place} does not answer: {why}" for place, why in sorted(scan.unread.items()))
-    if scan.broken:
-        return "; ".join(f"backup {one} cannot be read: {why}" for one, why in sorted(scan.broken.items()))
+    if (why := scan.unanswered or scan.unbelieved) is not None:
+        return why
     read: set[str] = set()
     for record in scan.manifests:
         for component in record.components:

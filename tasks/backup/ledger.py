@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,9 +191,8 @@ def summary(home: Path, shipped: Sequence[str] = ()) -> dict[str, Any] | None:
 
 
 def _logs(row: Mapping[str, Any]) -> dict[str, Any]:
-    # The first is by the clock of the server, which may be ahead of ours.
-    known = [age for key in ("covers_until", "shipped_at") if (age := _age(row.get(key))) is not None]
-    age = max(known, default=None)
+    age = ledger.logs_age(row, clock.now())
+    age = None if age is None else round(age, 1)
     return {
         "covers_until": row.get("covers_until"),
         "age_seconds": age,
@@ -206,9 +204,8 @@ def _logs(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _age(text: str | None) -> float | None:
-    if text is None:
-        return None
-    return round(max(0.0, (clock.now() - dt.datetime.fromisoformat(text)).total_seconds()), 1)
+    age = ledger.age(text, clock.now())
+    return None if age is None else round(age, 1)
 
 
 def expected(home: Path) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -62,8 +62,8 @@ class OfDatabase:
     removed_bytes: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     """Logs that a place did not let go (an object lock), with its words: the next run asks again."""
-    unlocked: str | None = None
-    """The words of a refusal that no object lock explains."""
+    unlocked: dict[str, str] = field(default_factory=dict)
+    """Those of the refused that no object lock keeps, with the words of the place."""
     waits: str | None = None
     """Why the rest was left to the next run."""
 
@@ -72,7 +72,10 @@ class OfDatabase:
         """What somebody must look at: it will not be better by itself."""
         if self.unreadable is not None:
             return f"all stay: {self.unreadable}"
-        return None if self.unlocked is None else f"could not be deleted, and are not locked: {self.unlocked}"
+        if not self.unlocked:
+            return None
+        name, why = next(iter(self.unlocked.items()))
+        return f"{len(self.unlocked)} could not be deleted, and are not locked: {name}: {why}"
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -98,9 +101,11 @@ class OfDatabase:
         if not applied:
             return f"logs of {self.database}: {len(self.goes)} of {self.count} go ({span}), {self.rule}"
         said = f"logs of {self.database}: {len(self.removed)} of {self.count} deleted, {self.rule}"
-        if self.refused:
-            name, why = next(iter(self.refused.items()))
-            said += f"; {len(self.refused)} were not let go: {name}: {why}"
+        if self.unlocked:
+            said += f"; {self.trouble}"
+        if kept := {log: why for log, why in self.refused.items() if log not in self.unlocked}:
+            name, why = next(iter(kept.items()))
+            said += f"; {len(kept)} were not let go: {name}: {why}"
         return said + (f"; the rest waits: {self.waits}" if self.waits else "")
 
 
@@ -117,12 +122,8 @@ class Logs:
 
     @property
     def removed(self) -> dict[str, dict[str, Any]]:
-        """For the record: by database the first and the last one that went, and how many."""
-        return {
-            one.database: {"count": len(one.removed), "first": one.removed[0], "last": one.removed[-1]}
-            for one in self.databases
-            if one.removed
-        }
+        """By database the first and the last one that went, and how many."""
+        return {one.database: span(one.removed) for one in self.databases if one.removed}
 
     @property
     def troubles(self) -> dict[str, str]:
@@ -138,6 +139,11 @@ class Logs:
     def lines(self, *, applied: bool) -> list[str]:
         said = [one.text(applied=applied) for one in self.databases]
         return said + ([self.waiting] if self.waiting else [])
+
+
+def span(removed: Sequence[str]) -> dict[str, Any]:
+    """Logs that went, for the record: the first, the last, and how many."""
+    return {"count": len(removed), "first": removed[0], "last": removed[-1]}
 
 
 Stand = tuple[str, Component]
@@ -194,11 +200,6 @@ def _pruned(repository: Repository, since: dt.datetime) -> tuple[list[Stand], st
     if repository.down:
         raise StorageError("; ".join(repository.down.values()))
     return found, None
-
-
-def unread(broken: Mapping[str, str]) -> str:
-    """Why nothing is deleted while these manifests cannot be read."""
-    return "; ".join(f"backup {one} cannot be read: {why}" for one, why in sorted(broken.items()))
 
 
 def _listed(repository: Repository) -> dict[str, list[Item]]:

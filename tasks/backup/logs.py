@@ -6,7 +6,7 @@ import contextlib
 import datetime as dt
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,15 @@ from tasks.backup import codec, documents
 from tasks.backup.manifest import Chunk, ManifestError
 from tasks.backup.places import Place, is_name
 from tasks.backup.repository import Repository
+from tasks.backup.writer import cut
 
 ROOT = "logs"
 BASE = ".base"
 """How the name of a base backup of a PostgreSQL cluster ends."""
+SILENT = 3
+"""After so many logs, one after another, that could not be read since a place did not answer, the rest is left to the next run."""
 _DOCUMENT = re.compile(r"(\d{6})/([^/]+)\.json")
+_PART = re.compile(r"(\d{6}/[^/]+?)(\.json|\.pieces/[^/]+)")
 _LOG = re.compile(r"(.+)\.(\d+)")
 _SEGMENT = re.compile(r"([0-9A-F]{24})(\.base)?")
 
@@ -57,7 +61,7 @@ class Shipped:
 
     @property
     def name(self) -> str:
-        return f"{folder(self.database)}{self.series:06d}/{self.log}.json"
+        return document_name(self.database, self.series, self.log)
 
     def piece_name(self, piece: Chunk) -> str:
         return piece_name(self.database, self.series, self.log, piece)
@@ -101,6 +105,10 @@ def head_name(database: str) -> str:
     return f"{folder(database)}head.json"
 
 
+def document_name(database: str, series: int, log: str) -> str:
+    return f"{folder(database)}{series:06d}/{log}.json"
+
+
 def piece_name(database: str, series: int, log: str, piece: Chunk) -> str:
     return f"{folder(database)}{series:06d}/{log}.pieces/{piece.object}"
 
@@ -138,7 +146,7 @@ class Shelf:
         """`keep_until`: what is put stays until then, where a bucket has object lock."""
         self.repository, self.database, self.keep_until = repository, database, keep_until
         self.damaged: dict[str, str] = {}
-        """Logs that `copy_missing` could not read anywhere, and why."""
+        """Documents of logs that `copy_missing` could not read, and why: they are not in every place."""
 
     # reading
 
@@ -160,9 +168,8 @@ class Shelf:
 
     def read(self, series: int, log: str) -> Shipped:
         """The longest copy that there is of it. Raises NotFoundError, ManifestError, StorageError."""
-        name = f"{folder(self.database)}{series:06d}/{log}.json"
-        found = [_shipped(value) for value in self._documents(name, documents.LOG)]
-        return max(found, key=lambda one: (one.size_bytes, one.closed))
+        name = document_name(self.database, series, log)
+        return max((_shipped(value) for value in self._documents(name, documents.LOG)), key=_rank)
 
     def begins(self, series: int) -> dict[str, Any]:
         """{"why", "lost_from"}: why a series follows none, as its first log says; empty where that is not there."""
@@ -217,10 +224,7 @@ class Shelf:
         found, problems, unasked = [], [], []
         for place in self.repository.reading():
             try:
-                shown = f"{name} in {place.shown}"
-                found.append(
-                    documents.read(place.get(name), format, shown, self.repository.keyring, name, field="name")
-                )
+                found.append(self._document(place, name, format))
             except NotFoundError:
                 continue
             except ManifestError as error:
@@ -235,18 +239,12 @@ class Shelf:
             raise ManifestError("; ".join(problems))
         raise NotFoundError(f"{name} is not in {', '.join(self.repository.shown)}")
 
-    # writing
+    def _document(self, place: Place, name: str, format: str) -> dict[str, Any]:
+        """Raises NotFoundError, ManifestError, StorageError."""
+        shown = f"{name} in {place.shown}"
+        return documents.read(place.get(name), format, shown, self.repository.keyring, name, field="name")
 
-    def store(self, pieces: Iterable[bytes]) -> Iterator[codec.Encoded]:
-        """The pieces as they are stored, 16 MiB at most of plain bytes in each."""
-        held = b""
-        for piece in pieces:
-            held += piece
-            while len(held) >= codec.CHUNK_BYTES:
-                yield self._encoded(held[: codec.CHUNK_BYTES])
-                held = held[codec.CHUNK_BYTES :]
-        if held:
-            yield self._encoded(held)
+    # writing
 
     def _encoded(self, plain: bytes) -> codec.Encoded:
         return codec.encode(plain, hashlib.sha256(plain).digest(), self.repository.keyring)
@@ -254,7 +252,8 @@ class Shelf:
     def put_pieces(self, series: int, log: str, pieces: Iterable[bytes]) -> tuple[Chunk, ...]:
         """Raises StorageError; what `pieces` raises passes through."""
         found = []
-        for piece in self.store(pieces):
+        for plain in cut(pieces):
+            piece = self._encoded(plain)
             self._put(piece_name(self.database, series, log, piece.chunk), piece.data)
             found.append(piece.chunk)
         return tuple(found)
@@ -270,62 +269,123 @@ class Shelf:
         """Pieces of what a longer copy has replaced. One that a place does not let go (an object lock) lies there and harms nothing: it
         goes with its log.
         """
+        leaving = list(pieces)
         for place in self._places(self.repository.up()):
-            for piece in pieces:
-                with contextlib.suppress(StorageError):
-                    place.delete(one.piece_name(piece))
+            _let_go(place, one, leaving)
 
     def copy_missing(self) -> int:
-        """Bring logs to the places that were away when they were shipped. Returns how many copies. One that is damaged keeps none that come
-        after it from being shipped. Raises StorageError.
+        """Bring logs to the places that were away when they were shipped, or that hold a shorter copy, since they were away when it grew.
+        Returns how many copies. One that cannot be read keeps none that come after it from being shipped. Raises StorageError.
         """
-        repository, copied = self.repository, 0
-        there: dict[int, set[str]] = {}
+        repository, copied, silent = self.repository, 0, 0
+        there: dict[int, dict[str, dict[str, int]]] = {}
         for one in repository.up():
+            if one == repository.spool_number:
+                continue
             try:
-                listed = repository.all_places()[one].list(folder(self.database))
-                there[one] = {found.name for found in listed if found.name.endswith(".json")}
+                there[one] = self._lying(repository.all_places()[one])
             except StorageError as error:
                 repository.is_down(one, error)
+        spooled = {} if repository.spool is None else self._lying(repository.spool)
         for series, log in self.names():
-            name = f"{folder(self.database)}{series:06d}/{log}.json"
-            for one in [
-                number for number, names in there.items() if name not in names and number not in repository.down
-            ]:
-                place = repository.all_places()[one]
-                try:
-                    found = self.read(series, log)
-                    for piece in found.pieces:
-                        encoded = self._encoded(self._piece(found, piece))
-                        place.put(found.piece_name(piece), encoded.data, keep_until=self.keep_until)
-                    text = documents.text(found.as_dict(), repository.keyring)
-                    place.put(name, text, keep_until=self.keep_until)
-                except (ArtifactError, ManifestError) as error:
-                    self.damaged[name] = str(error)
-                except NotFoundError:
-                    continue  # another installation has just deleted it: no backup needs it
-                except StorageError as error:
-                    repository.is_down(one, error)
-                else:
-                    copied += 1
+            name = document_name(self.database, series, log)
+            listed = [of_place.get(name, {}) for of_place in there.values()]
+            # Pieces are named by their content: who lists the same as the others has the same, and is not asked for its document.
+            if name not in spooled and all(name in one and one == listed[0] for one in listed):
+                continue
+            try:
+                found = self.read(series, log)
+                for one, lying in zip(there, listed, strict=True):
+                    copied += one not in repository.down and self._bring(found, one, lying)
+            except NotFoundError:
+                continue  # another installation has just deleted it: no backup needs it
+            except (ArtifactError, ManifestError) as error:
+                self.damaged[name] = str(error)
+            except StorageError as error:
+                if not repository.up():
+                    raise
+                self.damaged[name] = str(error)
+                silent += 1
+                if silent == SILENT:
+                    break
+            else:
+                silent = 0
         self._empty_spool()
         return copied
 
+    def _lying(self, place: Place) -> dict[str, dict[str, int]]:
+        """What a place lists of each log, by the name of its document: that with its size, since it changes, and the names of its pieces.
+
+        Raises StorageError.
+        """
+        found: dict[str, dict[str, int]] = {}
+        for one in place.list(folder(self.database)):
+            if match := _PART.fullmatch(one.name.removeprefix(folder(self.database))):
+                document = f"{folder(self.database)}{match[1]}.json"
+                found.setdefault(document, {})[one.name] = one.size_bytes if one.name == document else 0
+        return found
+
+    def _bring(self, found: Shipped, number: int, lying: Container[str]) -> bool:
+        """Put a log at a place that lacks something of it; whether that was so. Its document comes last, in place of a shorter one's, whose
+        pieces then go. Raises ArtifactError, StorageError where its bytes cannot be read.
+        """
+        place, have = self.repository.all_places()[number], None
+        if found.name in lying:
+            try:
+                have = _shipped(self._document(place, found.name, documents.LOG))
+            except NotFoundError:
+                pass
+            except (ManifestError, StorageError) as error:
+                if not found.closed:  # what is there may be longer; than a log that is closed, nothing is
+                    self.damaged[found.name] = str(error)
+                    return False
+        if have is not None and _rank(have) > _rank(found):
+            return False  # it did not answer when the longest copy was looked for
+        if have == found and all(found.piece_name(piece) in lying for piece in found.pieces):
+            return False
+        for piece in found.pieces:
+            encoded = self._encoded(self._piece(found, piece))
+            if not self._put_at(number, found.piece_name(piece), encoded.data):
+                return False
+        if not self._put_at(number, found.name, documents.text(found.as_dict(), self.repository.keyring)):
+            return False
+        if have is not None:
+            kept = {piece.object for piece in found.pieces}
+            _let_go(place, found, [piece for piece in have.pieces if piece.object not in kept])
+        return True
+
+    def _put_at(self, number: int, name: str, data: bytes) -> bool:
+        """False where the place does not take it: it is left out from now on. Raises StorageError where it was the last."""
+        try:
+            self.repository.all_places()[number].put(name, data, keep_until=self.keep_until)
+        except StorageError as error:
+            self.repository.is_down(number, error)
+            return False
+        return True
+
     def _empty_spool(self) -> None:
-        """Take out of the spool the logs of which every place has the very same document."""
-        repository = self.repository
-        if repository.spool is None or repository.down:
+        """Take out of the spool the logs of which every place has a copy that is as long, by what the documents say."""
+        spool = self.repository.spool
+        if spool is None or self.repository.down:
             return
-        names = {one.name for one in repository.spool.list(folder(self.database))}
-        for name in sorted(names):
-            if _DOCUMENT.fullmatch(name.removeprefix(folder(self.database))) is None:
+        for name, lying in self._lying(spool).items():
+            if name not in lying or name in self.damaged:
                 continue
-            text = repository.spool.get(name)
-            if all(place.stat(name) is not None and place.get(name) == text for place in repository.places):
-                repository.spool.delete(name)
-                pieces = f"{name.removesuffix('.json')}.pieces/"
-                for piece in sorted(one for one in names if one.startswith(pieces)):
-                    repository.spool.delete(piece)
+            try:
+                needed = _rank(_shipped(self._document(spool, name, documents.LOG)))
+                as_long = all(
+                    _rank(_shipped(self._document(place, name, documents.LOG))) >= needed
+                    for place in self.repository.places
+                )
+            except NotFoundError:
+                continue
+            except (ManifestError, StorageError) as error:
+                self.damaged[name] = str(error)
+                continue
+            if as_long:
+                spool.delete(name)
+                for piece in lying.keys() - {name}:
+                    spool.delete(piece)
 
     def _put(self, name: str, data: bytes) -> None:
         """Put, and read back. Raises StorageError."""
@@ -344,6 +404,17 @@ class Shelf:
     def _places(self, numbers: Iterable[int]) -> list[Place]:
         places = self.repository.all_places()
         return [places[one] for one in numbers]
+
+
+def _rank(one: Shipped) -> tuple[int, bool, str]:
+    """Of two copies the greater one has what the other has."""
+    return one.size_bytes, one.closed, one.covers_until
+
+
+def _let_go(place: Place, one: Shipped, pieces: Iterable[Chunk]) -> None:
+    for piece in pieces:
+        with contextlib.suppress(StorageError):
+            place.delete(one.piece_name(piece))
 
 
 def _shipped(value: dict[str, Any]) -> Shipped:

@@ -19,14 +19,13 @@ from registry.errors import ArtifactError, NotFoundError, StorageError
 from tasks.backup import postgresql, throwaway
 from tasks.backup.chain import find, until
 from tasks.backup.components import Source
-from tasks.backup.logs import Shelf, Shipped
+from tasks.backup.logs import BASE, Shelf, Shipped
 from tasks.backup.manifest import Component
 from tasks.backup.point import Point
 from tasks.backup.point_source import PointSource, captured, room
 from tasks.backup.repository import Repository
 
 SECONDS = 6 * 3600.0
-BASE = ".base"
 _SHORT = "recovery ended before configured recovery target was reached"
 _FOLDERS = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
 

@@ -17,6 +17,7 @@ from tasks.backup.retention import Decision, Kept, Policy, decide
 from tasks.backup.states import Note
 
 if TYPE_CHECKING:
+    from tasks.backup.findings import Scan
     from tasks.backup.repository import Repository
 
 
@@ -57,6 +58,14 @@ class Pruned:
         """What somebody must look at: it will not be better by itself."""
         return {**self.unreadable, **self.kept_by_place, **self.logs.troubles}
 
+    @property
+    def summary(self) -> str:
+        """What went, or would go, and every trouble, once: those of logs stand in their lines."""
+        count, what = (len(self.removed), "removed") if self.applied else (len(self.goes), "would go")
+        troubles = [f"{one}: {why}" for one, why in {**self.unreadable, **self.kept_by_place}.items()]
+        lines = self.logs.lines(applied=self.applied)
+        return "; ".join([f"{count} of {len(self.decisions)} backups {what}", *lines, *troubles])
+
     def as_markdown(self) -> str:
         lines = ["| backup | state | | rule |", "|---|---|---|---|"]
         for one in self.decisions:
@@ -86,28 +95,21 @@ def policy_of(settings: Settings) -> Policy:
     )
 
 
-def preview(
-    repository: Repository, policy: Policy, now: dt.datetime, grace: dt.timedelta = dt.timedelta(days=1)
-) -> Pruned:
+def preview(repository: Repository, policy: Policy, now: dt.datetime, grace: dt.timedelta) -> Pruned:
     """What would go, and why the others stay. Logs that only a backup needs which goes now follow after `grace`. Changes nothing.
 
     Raises StorageError where a place does not answer.
     """
-    found, manifests = _look(repository, policy, now)
-    logs = log_plan.preview(repository, manifests, now - grace)
-    if found.unreadable:
-        logs = replace(logs, waits=log_plan.unread(found.unreadable))
-    return replace(found, logs=logs)
+    found, scan = _look(repository, policy, now)
+    logs = log_plan.preview(repository, scan.manifests, now - grace)
+    return replace(found, logs=replace(logs, waits=scan.unbelieved or logs.waits))
 
 
-def _look(repository: Repository, policy: Policy, now: dt.datetime) -> tuple[Pruned, Sequence[Manifest]]:
-    """(the decisions on backups, all of them)."""
+def _look(repository: Repository, policy: Policy, now: dt.datetime) -> tuple[Pruned, Scan]:
+    """(the decisions on backups, what they were made by)."""
     scan = repository.scan()
-    if scan.unread:
-        raise StorageError(
-            "nothing is decided while a place does not answer, because what it holds is unknown: "
-            + "; ".join(f"{place}: {why}" for place, why in scan.unread.items())
-        )
+    if scan.unanswered is not None:
+        raise StorageError(f"nothing is decided while it is unknown what a place holds: {scan.unanswered}")
     notes = repository.all_states()
     if repository.down:  # a pin may have been noted just there
         raise StorageError(
@@ -128,7 +130,7 @@ def _look(repository: Repository, policy: Policy, now: dt.datetime) -> tuple[Pru
         },
         unreadable=dict(scan.broken),
     )
-    return found, scan.manifests
+    return found, scan
 
 
 def _decided(
@@ -155,13 +157,15 @@ def apply(
     now: dt.datetime,
     grace: dt.timedelta,
     say: Callable[[str], None] = lambda _: None,
+    record: Callable[[Decision], None] = lambda _: None,
 ) -> Pruned:
     """Delete what `preview` would let go, decided anew, then collect garbage. Killed at any moment, another call goes on.
 
-    A backup is noted as pruned first, and is none as soon as its manifest is gone; its objects go when nobody needs them.
+    A backup is noted as pruned first, and is none as soon as its manifest is gone; its objects go when nobody needs them. `record` gets
+    each that is gone, before the next one goes. Raises StorageError where a place does not answer, or fails in the middle.
     """
-    decided, there = _look(repository, policy, now)
-    manifests = {one.backup_id: one for one in there}
+    decided, scan = _look(repository, policy, now)
+    manifests = {one.backup_id: one for one in scan.manifests}
     removed: list[str] = []
     refused: dict[str, str] = {}
     for decision in decided.decisions:
@@ -169,14 +173,14 @@ def apply(
             continue
         why = _remove(repository, decision, manifests.get(decision.backup_id))
         if why is None:
+            record(decision)
             removed.append(decision.backup_id)
             say(f"{decision.backup_id} is removed: {decision.rules[0]}")
         else:
             refused[decision.backup_id] = why
-            say(f"{decision.backup_id} stays: {why}")
     try:
         collected = tuple(garbage.collect(repository, now=now, grace=grace))
-    except ConflictError as error:  # another one is at it, and does the same
+    except ConflictError as error:  # another one is at it; the next run does what is left
         collected = tuple(garbage.Collected(place.shown, waits=str(error)) for place in repository.all_places())
     return Pruned(
         decided.decisions, decided.backups, True, tuple(removed), refused, collected, unreadable=decided.unreadable
@@ -191,29 +195,49 @@ def carry_out(
     say: Callable[[str], None] = lambda _: None,
     flow_run_id: str | None = None,
 ) -> Pruned:
-    """`apply` by the settings, then the shipped logs that no backup needs any more, on record in the audit chain where the registry answers.
+    """`apply` by the settings, then the shipped logs that no backup needs any more. What went is on record at once, where the registry
+    answers: that may take hours, and a kill must not leave a change that nobody knows of. `say` gets what could not be put on record.
 
     Raises what `apply` does.
     """
     grace = dt.timedelta(hours=settings.backup.gc_grace_hours)
-    found = apply(repository, policy_of(settings), now=now, grace=grace, say=say)
     locked_for = dt.timedelta(days=settings.backup.object_lock_days) if settings.backup.object_lock else None
-    logs = prune_logs.carry_out(repository, settings.home, now=now, grace=grace, say=say, locked_for=locked_for)
-    found = replace(found, logs=logs)
-    if not found.removed and not found.logs.removed:
-        return found
-    if found.removed:
-        ledger.note_removed(settings.home, found.removed)
-    rules = {one.backup_id: list(one.rules) for one in found.decisions if one.backup_id in found.removed}
-    with registry_of(settings) as registry:
+    record = _Record(settings, say, flow_run_id)
+    found = apply(repository, policy_of(settings), now=now, grace=grace, say=say, record=record.backup)
+    logs = prune_logs.carry_out(
+        repository, settings.home, now=now, grace=grace, say=say, record=record.logs, locked_for=locked_for
+    )
+    return replace(found, logs=logs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """Puts into the audit chain, and into backups.json, what went. A record that fails is told, and stops nothing: the deletion is done by then."""
+
+    settings: Settings
+    say: Callable[[str], None]
+    flow_run_id: str | None
+
+    def backup(self, decision: Decision) -> None:
+        self._put(decision.backup_id, {"removed": {decision.backup_id: list(decision.rules)}, "logs": {}})
         try:
-            if registry.database is None:
-                raise UnavailableError(str(registry.why))
-            with registry.database.write(flow_run_id=flow_run_id) as transaction:
-                transaction.record("backup.pruned", "backups", before={"removed": rules, "logs": found.logs.removed})
+            ledger.note_removed(self.settings.home, [decision.backup_id])
+        except StorageError as error:
+            self.say(f"`status` does not know that {decision.backup_id} is removed: {error}")
+
+    def logs(self, database: str, removed: Sequence[str]) -> None:
+        what = f"logs of {database}, {len(removed)} from {removed[0]} to {removed[-1]}"
+        self._put(what, {"removed": {}, "logs": {database: log_plan.span(removed)}})
+
+    def _put(self, what: str, before: dict[str, Any]) -> None:
+        try:
+            with registry_of(self.settings) as registry:
+                if registry.database is None:
+                    raise UnavailableError(str(registry.why))
+                with registry.database.write(flow_run_id=self.flow_run_id) as transaction:
+                    transaction.record("backup.pruned", "backups", before=before)
         except ModelkeepError as error:
-            say(f"what was removed is not in the audit chain: {error}")
-    return found
+            self.say(f"what was removed is not in the audit chain: {what}: {error}")
 
 
 def _kept(backup_id: str, manifest: Manifest | None, notes: list[Note]) -> Kept | None:

@@ -32,6 +32,9 @@ WAIT_SECONDS = 120.0
 REFUSALS = 3
 """So many in a row, and the rest of that database waits: it was locked later still."""
 
+Record = Callable[[str, Sequence[str]], None]
+"""Puts on record which logs of a database went."""
+
 
 def carry_out(
     repository: Repository,
@@ -40,6 +43,7 @@ def carry_out(
     now: dt.datetime,
     grace: dt.timedelta,
     say: Callable[[str], None] = lambda _: None,
+    record: Record = lambda _database, _removed: None,
     monotonic: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     wait_seconds: float = WAIT_SECONDS,
@@ -49,14 +53,14 @@ def carry_out(
 
     Nothing is deleted while a manifest cannot be read, a place does not answer, or a backup or a shipment is under way. No database
     waits for the logs of another: in each round each has its share of the time. `locked_for`: how long a place that locks does so; one
-    that keeps a log for longer is a trouble.
+    that keeps a log for longer is a trouble. `record` gets what went of a database as soon as its share of a round ends, however it ends.
     """
     locked_since = None if locked_for is None else now - locked_for
     found = Logs()
     for number in range(ROUNDS):
         if number:
             sleep(PAUSE_SECONDS)
-        latest = _round(repository, home, now - grace, locked_since, say, monotonic, wait_seconds)
+        latest = _round(repository, home, now - grace, locked_since, say, record, monotonic, wait_seconds)
         found = _joined(found, latest)
         if latest.waits is not None or not any(one.waits == OVER for one in latest.databases):
             break
@@ -69,6 +73,7 @@ def _round(
     since: dt.datetime,
     locked_since: dt.datetime | None,
     say: Callable[[str], None],
+    record: Record,
     monotonic: Callable[[], float],
     wait_seconds: float,
 ) -> Logs:
@@ -80,20 +85,19 @@ def _round(
             return replace(found, waits=why)
         with (
             shipping(home, doing=DELETING, wait_seconds=wait_seconds, monotonic=monotonic),
-            garbage.deleting(repository, monotonic) as ours,
+            garbage.deleting(repository, monotonic, doing=garbage.LOGS) as ours,
         ):
             kept, why = _kept(repository)  # with all others shut out, decided anew
             found = log_plan.preview(repository, kept, since)
-            if ours.running is not None:
-                why = f"backup {ours.running} is under way"
-            if (why := why or found.waits) is not None:
+            if (why := ours.waits or why or found.waits) is not None:
                 return replace(found, waits=why)
             began, due = monotonic(), sum(bool(one.goes) for one in found.databases)
             for one in found.databases:
                 share = sum(bool(each.goes) for each in (*done, one)) / max(due, 1)
-                done.append(_deleted(repository, one, _Going(ours, monotonic, began + share * SECONDS), locked_since))
-                if done[-1].removed:
-                    say(done[-1].text(applied=True))
+                going = _Going(ours, monotonic, began + share * SECONDS)
+                done.append(_deleted(repository, one, going, locked_since, record))
+                if removed := done[-1].removed:
+                    say(f"logs of {one.database}: {len(removed)} deleted, up to {removed[-1]}")
         for one in done:
             if one.removed and one.first is not None:
                 ledger.note_logs_begin(home, one.database, one.first[0])
@@ -110,12 +114,13 @@ def _joined(before: Logs, latest: Logs) -> Logs:
     for one in latest.databases:
         first = found.get(one.database)
         if first is not None and first.goes:
+            asked = {*one.removed, *one.refused}  # again: the latest answer counts
             one = replace(
                 one,
                 rule=first.rule, count=first.count, size_bytes=first.size_bytes, goes=first.goes, first=first.first,
                 removed=(*first.removed, *one.removed), removed_bytes=first.removed_bytes + one.removed_bytes,
-                refused={**{log: why for log, why in first.refused.items() if log not in one.removed}, **one.refused},
-                unlocked=one.unlocked or first.unlocked,
+                refused={**{log: why for log, why in first.refused.items() if log not in asked}, **one.refused},
+                unlocked={**{log: why for log, why in first.unlocked.items() if log not in asked}, **one.unlocked},
             )  # fmt: skip
         found[one.database] = one
     return replace(latest, databases=tuple(found.values()))
@@ -142,34 +147,42 @@ class _Going:
 def _kept(repository: Repository) -> tuple[Sequence[Manifest], str | None]:
     """(the backups that are there, why that is not known). Raises StorageError."""
     scan = repository.scan()
-    if scan.unread:
-        raise StorageError("; ".join(f"{place} does not answer: {why}" for place, why in sorted(scan.unread.items())))
-    return scan.manifests, log_plan.unread(scan.broken) or None
+    if scan.unanswered is not None:
+        raise StorageError(scan.unanswered)
+    return scan.manifests, scan.unbelieved
 
 
-def _deleted(repository: Repository, one: OfDatabase, going: _Going, locked_since: dt.datetime | None) -> OfDatabase:
+def _deleted(
+    repository: Repository, one: OfDatabase, going: _Going, locked_since: dt.datetime | None, record: Record
+) -> OfDatabase:
     removed: list[str] = []
     refused: dict[str, str] = {}
+    unlocked: dict[str, str] = {}
     size = row = 0
-    waits = unlocked = None
+    waits: str | None = None
     locks = False
-    for item in one.goes:
-        waits = f"{REFUSALS} in a row were not let go" if row == REFUSALS else going.stops()
-        if waits is not None:
-            break
-        try:
-            locks = any(map(_may_refuse, repository.all_places()))
-            locks = locks and (locked_since is None or max(item.written) > locked_since)
-            waits = _remove(repository, item, going)
-        except StorageError as error:
-            refused[item.shown] = str(error)
-            unlocked = unlocked or (None if locks else f"{item.shown}: {error}")
-            row += 1
-            continue
-        if waits is not None:
-            break
-        removed.append(item.shown)
-        size, row = size + item.size_bytes, 0
+    try:
+        for item in one.goes:
+            waits = f"{REFUSALS} in a row were not let go" if row == REFUSALS else going.stops()
+            if waits is not None:
+                break
+            try:
+                locks = any(map(_may_refuse, repository.all_places()))
+                locks = locks and (locked_since is None or max(item.written) > locked_since)
+                waits = _remove(repository, item, going)
+            except StorageError as error:
+                refused[item.shown] = str(error)
+                if not locks:
+                    unlocked[item.shown] = str(error)
+                row += 1
+                continue
+            if waits is not None:
+                break
+            removed.append(item.shown)
+            size, row = size + item.size_bytes, 0
+    finally:
+        if removed:
+            record(one.database, removed)
     return replace(one, removed=tuple(removed), removed_bytes=size, refused=refused, unlocked=unlocked, waits=waits)
 
 

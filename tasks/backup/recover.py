@@ -93,6 +93,17 @@ class Plan:
     def size_bytes(self) -> int:
         return sum(step.component.size_bytes for step in self.steps if not step.done)
 
+    @property
+    def remarks(self) -> list[str]:
+        """What there is to say of it beside its steps and problems, for people."""
+        applied = [
+            f"{step.component.name}: then the shipped logs are applied: {step.point.text}"
+            for step in self.steps
+            if step.point is not None
+        ]
+        missing = [f"missing: {name} failed when the backup was taken" for name in self.missing]
+        return applied + missing + [f"warning: {text}" for text in self.warnings]
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "backup_id": self.manifest.backup_id,

@@ -230,10 +230,8 @@ def shown_plan(plan: Plan) -> str:
     for step in plan.steps:
         there = "done before" if step.done else step.occupied or "nothing"
         lines.append(f"| {step.chosen.text} | {step.shown} | {step.component.size_bytes:,} | {there} |")
-    lines += [f"- missing: {name} failed when the backup was taken" for name in plan.missing]
-    lines += [f"- warning: {text}" for text in plan.warnings]
-    lines += [f"- **in the way**: {text}" for text in plan.problems]
-    return "\n".join(lines)
+    below = [f"- {text}" for text in plan.remarks] + [f"- **in the way**: {text}" for text in plan.problems]
+    return "\n".join([*lines, "", *below] if below else lines)  # without the blank line they were rows of the table
 
 
 def shown(outcome: Outcome) -> str:

@@ -161,11 +161,26 @@ class Repository:
                 raise StorageError(f"{name} is nowhere: " + "; ".join(self.down.values()))
 
     def keep_at(self, name: str, until: dt.datetime) -> None:
-        """Lock an object that is there already for longer, where a place can."""
+        """Lock an object that is there already for longer, where a place can. Raises StorageError after all were asked, where one failed."""
+        failed: list[str] = []
         for number in self.up():
             place = self.all_places()[number]
-            if (keep := getattr(place, "keep", None)) is not None:
-                keep(name, until)
+            try:
+                if (keep := getattr(place, "keep", None)) is not None:
+                    keep(name, until)
+            except StorageError as error:
+                failed.append(str(error))
+        if failed:
+            raise StorageError("; ".join(failed))
+
+    def keep_keys(self, until: dt.datetime | None) -> None:
+        """Lock the wrapped data key for as long as what it opens: without it all that is locked would be worth nothing.
+
+        Raises StorageError where a place could not, after all were asked. A manifest is then not written: nothing would lock the key
+        later, and `object_lock` promises that. What counts by itself and is stored by now (a shipped log) is told with a warning.
+        """
+        if until is not None and self.keyring is not None:
+            self.keep_at(f"{KEYS}{self.keyring.key_id}.json", until)
 
     def flush(self) -> None:
         """Raises StorageError."""
@@ -184,13 +199,11 @@ class Repository:
         return Writer(self, check_backup_id(backup_id), progress=progress, keep_until=keep_until)
 
     def write_manifest(self, record: Manifest, *, keep_until: dt.datetime | None = None) -> Kept:
-        """Sign and store it, last of all, and read it back. Raises StorageError where no place has it, ConflictError."""
+        """Sign and store it, last of all, and read it back. Raises ConflictError, StorageError where no place has it or one locks no key."""
         self.flush()
         text = self.signed(record).text()
         name = manifest_name(record.backup_id)
-        if keep_until is not None and self.keyring is not None:
-            # Without the wrapped data key all that is locked would be worth nothing.
-            self.keep_at(f"{KEYS}{self.keyring.key_id}.json", keep_until)
+        self.keep_keys(keep_until)
         where = self.put_at(self.up(), name, text, only_new=True, keep_until=keep_until)
         for number in where:
             place = self.all_places()[number]

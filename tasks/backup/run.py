@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import hashlib
 import json
 import logging
@@ -164,13 +163,9 @@ class _Backup:
     def _capture_all(self) -> list[Component]:
         with sweeping.work_folder(self.settings.home, self.backup_id) as folder, _temporary_files_in(folder):
             self.repository.scratch = folder
-            locked = self._locked_until()
+            locked = keep_until(self.settings)
             with self.repository.writer(self.backup_id, progress=self._progressed, keep_until=locked) as writer:
                 return [self._capture(writer, part) for part in self.parts]
-
-    def _locked_until(self) -> dt.datetime | None:
-        """Until when a bucket with object lock keeps what this backup needs, whoever has its credentials."""
-        return keep_until(self.settings)
 
     def _progressed(self, _component: str, done_bytes: int, total_bytes: int | None) -> None:
         self.progress.update(done_bytes, total_bytes)
@@ -227,7 +222,7 @@ class _Backup:
             self._failed("; ".join(f"{one.name}: {one.error}" for one in failed))
             return Outcome(self.backup_id, FAILED, tuple(components), self._seconds(), notes=tuple(self.notes))
         manifest = self.repository.signed(self._manifest(components, PARTIAL if failed else COMPLETE))
-        kept = self.repository.write_manifest(manifest, keep_until=self._locked_until())
+        kept = self.repository.write_manifest(manifest, keep_until=keep_until(self.settings))
         places = {**dict.fromkeys(kept.at, STORED), **{place: self.hide(why) for place, why in kept.missing.items()}}
         for place in kept.missing:
             self.tell(f"{place} has no copy yet: {places[place]}; the next backup brings it there")

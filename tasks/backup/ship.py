@@ -16,7 +16,6 @@ from registry.redaction import redact
 from registry.settings import Settings
 from tasks.backup import ledger, point, postgresql_access, ship_mariadb, ship_postgresql
 from tasks.backup.hiding import hider
-from tasks.backup.keyring import PREFIX as KEYS
 from tasks.backup.log_lock import shipping
 from tasks.backup.logs import Head, Shelf
 from tasks.backup.manifest import FAILED
@@ -75,22 +74,28 @@ def ship(
         except ModelkeepError as error:
             why = hide(redact(str(error)))
             for name in names or settings.backup.logs:
-                ledger.note_shipped(settings.home, Shipment(name, failed=why).as_dict(), settings.backup.logs)
+                for text in _noted(settings, Shipment(name, failed=why)).warnings:
+                    tell(f"{name}: {text}")
             raise
         for name in names or settings.backup.logs:
             try:
                 one = _ship_one(repository, name, urls[name].connection_url(), scratch, keep_until(settings))
             except ModelkeepError as error:
                 one = Shipment(name, failed=hide(redact(str(error))))
-            found.append(one)
-            try:
-                ledger.note_shipped(settings.home, one.as_dict(), settings.backup.logs)
-            except StorageError as error:  # they are shipped all the same
-                tell(f"{name}: `status` does not know of it: {error}")
+            found.append(one := _noted(settings, one))
             tell(summary(one))
             for text in one.warnings:
                 tell(f"{name}: {text}")
     return found
+
+
+def _noted(settings: Settings, one: Shipment) -> Shipment:
+    """It, for `status`. Where that cannot be written it has a warning more: what became of the logs is the same."""
+    try:
+        ledger.note_shipped(settings.home, one.as_dict(), settings.backup.logs)
+    except StorageError as error:
+        return replace(one, warnings=(*one.warnings, f"`status` does not know of it: {error}"))
+    return one
 
 
 def summary(one: Shipment) -> str:
@@ -124,10 +129,13 @@ def _ship_one(repository: Repository, name: str, url: str, scratch: Path, locked
         found = ship_mariadb.ship(access(url), shelf, scratch, starts)
         gap = _gap(shelf, before, found.head, starts)
     shelf.put_head(replace(found.head, gap=gap))
-    if found.shipped and locked_until is not None and repository.keyring is not None:
-        # Without the wrapped data key all that is locked would be worth nothing.
-        repository.keep_at(f"{KEYS}{repository.keyring.key_id}.json", locked_until)
     warnings = list(found.warnings)
+    try:
+        repository.keep_keys(locked_until if found.shipped or copied else None)
+    except StorageError as error:  # they are shipped all the same
+        warnings.append(
+            f"their key could not be locked for as long as they are; it is tried again with the next log: {error}"
+        )
     if copied:
         warnings.append(f"{copied} logs are now in places that lacked them")
     if shelf.damaged:

@@ -17,7 +17,7 @@ from registry import clock
 from registry.errors import ArtifactError, RefusedError, StorageError
 from tasks.backup import logs
 from tasks.backup.chain import ProgramError, run
-from tasks.backup.logs import Head, Shelf, Shipped
+from tasks.backup.logs import BASE, Head, Shelf, Shipped
 from tasks.backup.postgresql_access import Access
 from tasks.backup.ship_mariadb import Found
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 KIND = "postgresql"
 BASE_DAYS = 7.0
 """A base backup is taken anew after so long: a recovery applies no more than that."""
-BASE = ".base"
 _PIECE_BYTES = 1 << 20
 _START = re.compile(r"^START WAL LOCATION: \S+ \(file ([0-9A-F]{24})\)", re.MULTILINE)
 _REMOVED = "has already been removed"

@@ -169,8 +169,8 @@ class Night:
                 ["bash", "-c", command], cwd=self.one.folder, env={**self.one.environment, "PATH": path}, text=True,
                 stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False,
             )  # fmt: skip
+        assert done.returncode == 0, done
         said = printed.lines(done.stdout, done.stderr, done.returncode)
-        assert done.returncode == 0 or said == [f"[exit {done.returncode}]"] or said, done
         self.moment = self.moment or shown_moment(said)
         return [line.replace(str(self.one.folder), "/srv") for line in said]
 

@@ -357,7 +357,7 @@ def test_logs_that_no_kept_backup_needs_go_and_a_prune_that_is_killed_at_each_st
     first = prune.carry_out(settings, repository, now=clock.now())
     assert first.removed == (old,) and first.logs.removed == {}, "somebody may be restoring it"
     tomorrow = clock.now() + dt.timedelta(days=1.1)
-    [logs_shown] = prune.preview(repository, prune.policy_of(settings), tomorrow).logs.databases
+    [logs_shown] = prune.preview(repository, prune.policy_of(settings), tomorrow, dt.timedelta(days=1)).logs.databases
     assert 2 <= len(logs_shown.goes) < logs_shown.count and new in logs_shown.rule
     step = 0
     while pruned_until(settings, step, tomorrow):

@@ -164,6 +164,6 @@ def test_the_location_that_is_pruned_is_one_that_prune_believes(tmp_path: Path) 
     repository = Repository([DirectoryPlace(tmp_path)])
     assert [len(repository.missing(one)) for one in repository.manifests()] == [0] * 6
     assert repository.check(repository.manifests()[0]).good
-    shown = prune.preview(repository, Policy(1, 0, 0, 2), clock.now() + dt.timedelta(hours=1))
+    shown = prune.preview(repository, Policy(1, 0, 0, 2), clock.now() + dt.timedelta(hours=1), dt.timedelta(days=1))
     assert [one.keep for one in shown.decisions] == [True, True, False, False, False, False]
     assert shown.unreadable == {}

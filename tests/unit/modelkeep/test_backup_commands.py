@@ -11,6 +11,7 @@ import pytest
 
 from modelkeep.cli import main
 from registry.connect import open_database
+from registry.errors import StorageError
 from registry.schema import AuditEvent
 from registry.settings import load_settings
 from tasks.backup import ledger
@@ -199,6 +200,46 @@ def test_logs_that_no_backup_needs_are_shown_and_go_with_apply(
     document = home / "backups/logs/app/000001/binlog.000003.json"
     document.write_bytes(document.read_bytes()[:-9])
     assert "cannot be told" in run("backups", "prune", code=3)["logs"]["databases"][0]["unreadable"]
+
+
+def _three_days_in(home: Path) -> None:
+    for name, data in three_days().places[0].names.items():
+        DirectoryPlace(home / "backups").put(name, data)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_a_prune_could_not_put_on_record_is_told_beside_its_result(
+    as_json: bool, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _three_days_in(home)
+    (home / "audit.anchors").write_text("there was a registry\n")
+    assert main(["backups", "prune", "--apply", *(["--json"] if as_json else [])]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("is not in the audit chain: logs of app, 2 from 000001/binlog.000001 to") == 1
+    assert "audit chain" not in captured.out
+    if as_json:
+        assert json.loads(captured.out)["logs"]["databases"][0]["removed_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "part"), [("list", "logs/"), ("delete", "logs/"), ("get", "logs/app/000001/binlog.000003.json")]
+)
+def test_a_prune_tells_each_fault_once(
+    method: str, part: str, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _three_days_in(home)
+    works = getattr(DirectoryPlace, method)
+
+    def fails(self: DirectoryPlace, name: str = "") -> Any:
+        if name.startswith(part):
+            raise StorageError("the disk has errors")
+        return works(self, name)
+
+    monkeypatch.setattr(DirectoryPlace, method, fails)
+    assert main(["backups", "prune", "--apply"]) == 3
+    captured = capsys.readouterr()
+    assert captured.err.count("the disk has errors") == 1, captured.err
+    assert "the disk has errors" not in captured.out
 
 
 def test_status_tells_how_old_the_shipped_logs_are_and_warns(

@@ -84,7 +84,7 @@ def test_a_preview_says_why_and_deletes_nothing(repository: Repository) -> None:
     take(repository, 1, b"old" * 100, days_ago=9)
     take(repository, 2, b"new" * 100)
     before = sorted(stat.name for stat in repository.places[0].list())
-    found = prune.preview(repository, POLICY, NOW)
+    found = prune.preview(repository, POLICY, NOW, DAY)
     assert found.goes == [backup_id(1)]
     assert all(decision.rules for decision in found.decisions)
     assert sorted(stat.name for stat in repository.places[0].list()) == before
@@ -186,6 +186,46 @@ def test_the_flag_of_a_killed_collection_is_no_obstacle(repository: Repository) 
     assert repository.places[0].stat(garbage.FLAG) is None
 
 
+@pytest.mark.parametrize(
+    ("more", "doing", "what"),
+    [
+        ({}, "garbage is being collected", "a collection of garbage"),
+        ({"doing": "garbage"}, "garbage is being collected", "a collection of garbage"),
+        ({"doing": "logs"}, "shipped logs are being deleted", "a deletion of shipped logs"),
+        ({"doing": ["of the future"]}, "garbage is being collected", "a collection of garbage"),
+    ],
+)
+def test_who_meets_a_deletion_is_told_what_it_does(
+    more: dict[str, object], doing: str, what: str, repository: Repository
+) -> None:
+    place = repository.places[0]
+    place.put(garbage.FLAG, json.dumps({"token": "another", **more, **INTENT}).encode())
+    with pytest.raises(ConflictError, match=doing):
+        garbage.collect(repository, now=NOW, grace=DAY)
+    said, dead = list[str](), json.dumps({"token": "another", **more, **INTENT, "pid": 4_000_000}).encode()
+
+    def die(_: float) -> None:
+        if place.get(garbage.FLAG) != dead:
+            place.put(garbage.FLAG, dead)
+
+    garbage.wait_for_deletion(repository, sleep=die, say=said.append)
+    assert said[0].startswith(f"{doing} in ") and said[-1].startswith(f"{what} in ") and "cut off" in said[-1]
+
+
+def test_a_collection_says_in_its_flag_that_it_is_one(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, seen = repository.places[0], list[object]()
+    put = place.put
+
+    def watched(name: str, data: bytes, *, only_new: bool = False, keep_until: dt.datetime | None = None) -> None:
+        if name == garbage.FLAG:
+            seen.append(json.loads(data)["doing"])
+        put(name, data, only_new=only_new, keep_until=keep_until)
+
+    monkeypatch.setattr(place, "put", watched)
+    garbage.collect(repository, now=NOW, grace=DAY)
+    assert seen == ["garbage"]
+
+
 def test_a_backup_waits_for_the_end_of_a_deletion(repository: Repository) -> None:
     place = repository.places[0]
     place.put(garbage.FLAG, json.dumps({"token": "another", **INTENT}).encode())
@@ -275,5 +315,5 @@ def test_nothing_is_decided_while_a_place_does_not_answer(tmp_path: Path, monkey
         raise StorageError("the bucket does not answer")
 
     monkeypatch.setattr(other, "list", gone)
-    with pytest.raises(StorageError, match="nothing is decided"):
-        prune.preview(repository, POLICY, NOW)
+    with pytest.raises(StorageError, match=r"nothing is decided.*other does not answer: the bucket does not answer"):
+        prune.preview(repository, POLICY, NOW, DAY)

@@ -100,7 +100,7 @@ def test_nothing_goes_while_a_manifest_cannot_be_read(tmp_path: Path) -> None:
     history = three_days()
     history.places[0].names["20261109T020000Z-0a1b2c.manifest.json"] = b'{"format": "modelkeep-backup"'
     assert "20261109T020000Z-0a1b2c cannot be read" in str(run(history, tmp_path).waits)
-    assert "cannot be read" in str(prune.preview(history.repository, Policy(), BEGIN).logs.waits)
+    assert "cannot be read" in str(prune.preview(history.repository, Policy(), BEGIN, DAY).logs.waits)
     assert len(history.places[0].logs()) == 6
 
 
@@ -170,6 +170,48 @@ def test_a_run_that_takes_long_goes_on_in_rounds_with_a_turn_for_others_between_
     assert pauses[0] == 1 and done.removed == ("000001/binlog.000001", "000001/binlog.000002")
     assert (done.count, len(done.goes), done.waits) == (6, 2, None) and said.waits is None
     assert "2 of 6 deleted" in done.text(applied=True) and said.removed["app"]["count"] == 2
+
+
+def test_a_log_that_goes_in_a_later_round_is_no_trouble_any_more(tmp_path: Path) -> None:
+    history, passed = three_days(), [0.0]
+    place = history.places[0]
+
+    def once(name: str) -> None:
+        if "binlog.000001" in name and not passed[0]:
+            passed[0] += prune_logs.SECONDS
+            raise StorageError("the bucket is busy")
+
+    place.before_delete = once
+    found = run(history, tmp_path, monotonic=lambda: passed[0])
+    assert found.removed["app"] == {"count": 2, "first": "000001/binlog.000001", "last": "000001/binlog.000002"}
+    assert found.troubles == {} and found.databases[0].refused == {}
+
+
+def test_a_log_that_is_let_go_in_no_round_stays_a_trouble(tmp_path: Path) -> None:
+    history, passed = three_days(), [0.0]
+
+    def never(name: str) -> None:
+        if "binlog.000001" in name:
+            passed[0] += prune_logs.SECONDS if not passed[0] else 0
+            raise StorageError("the folder is read-only")
+
+    history.places[0].before_delete = never
+    found = run(history, tmp_path, monotonic=lambda: passed[0])
+    assert found.removed["app"]["count"] == 1 and "the folder is read-only" in found.troubles["logs of app"]
+    assert "; ".join(found.lines(applied=True)).count("the folder is read-only") == 1
+
+
+def test_its_flag_says_that_logs_are_deleted(tmp_path: Path) -> None:
+    history, seen = three_days(), set[object]()
+    place = history.places[0]
+
+    def look_at_flag(name: str) -> None:
+        if name.startswith("logs/"):
+            seen.add(json.loads(place.names[garbage.FLAG])["doing"])
+
+    place.before_delete = look_at_flag
+    run(history, tmp_path)
+    assert seen == {"logs"}
 
 
 def test_after_so_many_rounds_the_rest_is_left_to_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import random
 import threading
@@ -11,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from registry import clock
 from registry.errors import ArtifactError, ConflictError, NotFoundError, SettingsError, StorageError, UsageError
 from tasks.backup import codec
 from tasks.backup.codec import CHUNK_BYTES, object_name
 from tasks.backup.keyring import BackupKeyError, new_key, open_keyring, read_key, rotate
 from tasks.backup.manifest import Entry, ManifestError
-from tasks.backup.places import DirectoryPlace, check_name
-from tasks.backup.repository import Repository, locate
+from tasks.backup.places import DirectoryPlace, Place, check_name
+from tasks.backup.repository import Repository, Scan, locate
 from tasks.backup.writer import Writer, cut
 from tests.backup_content import FIRST, NAME, SECOND, THIRD, back_up, content, keyed, restored
 
@@ -363,6 +365,41 @@ def test_a_disk_that_cannot_be_synced_does_not_count_and_the_other_does(
     assert restored(Repository([place]), FIRST) == content()
     with pytest.raises(StorageError, match="no place takes the backup: the disk has errors"):
         back_up(Repository([second]), SECOND, content())
+
+
+def test_no_manifest_is_written_while_a_place_cannot_lock_the_key_and_every_place_is_asked(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    class Bucket(DirectoryPlace):
+        why: str | None = None
+
+        def keep(self, name: str, until: dt.datetime) -> bool:
+            asked.append(f"{self.folder.name}/{name}")
+            if self.why is not None:
+                raise StorageError(f"{name} could not be locked in {self.folder.name}: {self.why}")
+            return True
+
+    first, second = Bucket(tmp_path / "first"), Bucket(tmp_path / "second")
+    places: list[Place] = [first, second]
+    _, keyring = keyed(places, tmp_path)
+    key, until = f"keys/{keyring.key_id}.json", clock.now()
+    first.why = "the credentials do not allow it"
+    with pytest.raises(StorageError, match="credentials do not allow it"):
+        back_up(Repository(places, keyring), FIRST, content(), keep_until=until)
+    assert asked[-2:] == [f"first/{key}", f"second/{key}"]
+    assert Repository(places, keyring).manifests() == []
+    first.why, asked[:] = None, []
+    back_up(Repository(places, keyring), SECOND, content(2))
+    assert asked == []
+    back_up(Repository(places, keyring), THIRD, content(3), keep_until=until)
+    assert [one for one in asked if "/keys/" in one] == [f"first/{key}", f"second/{key}"]
+
+
+def test_a_scan_has_one_wording_for_what_is_unknown() -> None:
+    assert Scan(()).unanswered is None and Scan(()).unbelieved is None
+    found = Scan((), {"b": "it is cut", "a": "no JSON"}, {"s3://bucket": "timeout"})
+    assert found.unanswered == "s3://bucket does not answer: timeout"
+    assert found.unbelieved == "backup a cannot be read: no JSON; backup b cannot be read: it is cut"
 
 
 def test_without_a_place_there_is_no_repository() -> None:

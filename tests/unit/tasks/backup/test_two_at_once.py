@@ -107,7 +107,9 @@ def test_a_pin_whose_note_is_damaged_still_holds(repository: Repository) -> None
     place = repository.places[0]
     name = next(one.name for one in place.list("states/") if one.name.endswith("-pinned.json"))
     place.put(name, place.get(name)[:-40])
-    decision = next(one for one in prune.preview(repository, POLICY, NOW).decisions if one.backup_id == old.backup_id)
+    decision = next(
+        one for one in prune.preview(repository, POLICY, NOW, DAY).decisions if one.backup_id == old.backup_id
+    )
     assert decision.keep and "pinned" in decision.rules[0]
 
 
@@ -128,14 +130,14 @@ def test_nothing_is_decided_where_the_notes_of_a_place_cannot_be_read(
 
     monkeypatch.setattr(other, "list", list_)
     with pytest.raises(StorageError, match="nothing is decided"):
-        prune.preview(repository, POLICY, NOW)
+        prune.preview(repository, POLICY, NOW, DAY)
 
 
 def test_two_installations_in_one_location_keep_their_own_backups(repository: Repository) -> None:
     ours = take(repository, 1, b"ours" * 100, days_ago=9)
     for number in (2, 3, 4):
         take(repository, number, b"theirs" * number, days_ago=4 - number, installation="1" * 64)
-    kept = {one.backup_id for one in prune.preview(repository, POLICY, NOW).decisions if one.keep}
+    kept = {one.backup_id for one in prune.preview(repository, POLICY, NOW, DAY).decisions if one.keep}
     assert kept == {ours.backup_id, backup_id(4)}
 
 
