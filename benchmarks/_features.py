@@ -151,19 +151,26 @@ def _one(stack: contextlib.ExitStack, one: Box, key: str, core: int | None, more
 
 
 def take_out(feature: str) -> None:
-    """Make this process serve without a feature."""
-    from serving import child as process
-    from serving import engine, telemetry, v2
+    """Make this process serve without a feature. Raises AttributeError where that has moved: what is left in would be measured as free."""
+    from serving import entry
+    from serving.compute import engine
+    from serving.figures import telemetry
+    from serving.wire import v2
 
     if feature == "keys":
-        process.Guard = lambda app, *_args, **_options: app  # type: ignore[assignment,misc]
+        _replace(entry, "Guard", lambda app, *_args, **_options: app)
     elif feature == "metrics":
-        engine.LoadedVersion._count = lambda self, work, latency_seconds, *, error: None  # type: ignore[method-assign]
-        telemetry.VersionTelemetry.answered = lambda self, code: None  # type: ignore[method-assign]
+        _replace(engine.LoadedVersion, "_count", lambda self, work, latency_seconds, *, error: None)
+        _replace(telemetry.VersionTelemetry, "answered", lambda self, code: None)
     elif feature == "validation":
-        engine.Codec = _trusting(v2)  # type: ignore[misc]
+        _replace(engine, "Codec", _trusting(v2))
     else:
         raise ValueError(f"{feature}: there are {', '.join(WITHOUT)}")
+
+
+def _replace(owner: Any, name: str, instead: Any) -> None:
+    getattr(owner, name)
+    setattr(owner, name, instead)
 
 
 def _trusting(v2: Any) -> Any:

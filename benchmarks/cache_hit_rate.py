@@ -14,7 +14,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from serving.cache_store import LocalStore
+from serving.caching.cache_store import LocalStore
 
 ENTRY_BYTES = 1000
 

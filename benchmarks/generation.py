@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import _text_model  # noqa: E402
-from serving import heaps  # noqa: E402
+from serving.process import heaps  # noqa: E402
 
 STREAMS = (1, 4, 16)
 PROMPT = "The data set contains"
@@ -42,13 +42,13 @@ async def serve(folder: Path, descriptor: int) -> None:
 
     from registry.sections import TextSection
     from serving.api import create_app
-    from serving.collector import freeze_startup_objects
-    from serving.routing import Route
-    from serving.runtimes import load_runtime
+    from serving.compute.runtimes import load_runtime
+    from serving.process.collector import freeze_startup_objects
     from serving.state import Serving
     from serving.text import api
     from serving.text.caches import Caches
     from serving.text.loading import engine_of
+    from serving.traffic.routing import Route
 
     runtime = load_runtime(folder / "model.onnx", "onnx", signature=None)
     text = TextSection()

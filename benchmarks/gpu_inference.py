@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks._gpu_model import SIGNATURE, seconds, shown, write_model
-from serving.devices import Place
-from serving.runtimes import load_runtime
+from serving.compute.runtimes import load_runtime
+from serving.device.devices import Place
 
 BATCHES = (1, 8, 32, 128)
 

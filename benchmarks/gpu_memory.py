@@ -18,11 +18,11 @@ import numpy as np
 
 from benchmarks._gpu_model import SIGNATURE, seconds, shown, write_model
 from registry import profiles
-from serving.devices import CudaDevice, Place
-from serving.engine import LoadedVersion
-from serving.memory import MemoryOptimizer
-from serving.memory_limits import BatchLimit
-from serving.runtimes import load_runtime
+from serving.compute.engine import LoadedVersion
+from serving.compute.runtimes import load_runtime
+from serving.device.devices import CudaDevice, Place
+from serving.device.memory import MemoryOptimizer
+from serving.device.memory_limits import BatchLimit
 
 BUDGET_BYTES = 2 << 30
 

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from serving import heaps  # noqa: E402
+from serving.process import heaps  # noqa: E402
 
 INFER = "/v2/models/digits/infer"
 CONNECTIONS = (1, 16, 64)
@@ -96,15 +96,15 @@ async def serve(descriptor: int, path: Path, *, guarded: bool) -> None:
     import uvicorn
 
     from registry import keys
+    from serving.access.auth import Guard, Rules
+    from serving.access.keyring import Keyring
     from serving.api import create_app
-    from serving.auth import Guard, Rules
-    from serving.collector import freeze_startup_objects
-    from serving.engine import LoadedVersion
-    from serving.keyring import Keyring
-    from serving.protocol import bounded_protocol
-    from serving.routing import Route
-    from serving.runtimes import load_runtime
+    from serving.compute.engine import LoadedVersion
+    from serving.compute.runtimes import load_runtime
+    from serving.http.protocol import bounded_protocol
+    from serving.process.collector import freeze_startup_objects
     from serving.state import Serving
+    from serving.traffic.routing import Route
 
     runtime = load_runtime(path, "onnx", signature=None)
     version = LoadedVersion("digits", "1", "0" * 64, runtime, rows_independent=True, max_batch=32, queue_size=1000)

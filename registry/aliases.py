@@ -1,6 +1,6 @@
 """Paths of an application's own that are answered by a model: what `[[aliases]]` of the settings says of each.
 
-How a request becomes tensors and tensors become an answer is serving.aliases'.
+How a request becomes tensors and tensors become an answer is serving.wire.aliases'.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keys to the server's API and to acts on record: made, revoked, checked. Where a server keeps what it knows of them is serving.keyring.
+"""Keys to the server's API and to acts on record: made, revoked, checked. Where a server keeps what it knows of them is serving.access.keyring.
 
 A key reads `mk_<id>_<secret>`; the id looks it up, the secret is 43 characters of 62 (256 bits). Kept is its SHA-256: a slow hash
 protects what people choose, and nobody guesses 256 bits however fast he hashes.

@@ -1,4 +1,4 @@
-"""Rollback points: at each change of a stable version, what it takes to come back to it. Where servers keep the files: serving.keeping."""
+"""Rollback points: at each change of a stable version, what it takes to come back to it. Where servers keep the files: serving.loaded.keeping."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from registry.settings import Settings
 
 METRICS = ("accuracy", "exact_match", "mean_absolute_error")
-"""What the golden cases can be scored by (serving/golden.py); the first is the usual one."""
+"""What the golden cases can be scored by (serving/compute/golden.py); the first is the usual one."""
 
 
 class PromotionPolicy(BaseModel):

@@ -1,4 +1,4 @@
-"""Rates as people write them: `60/minute`, or `none`. Who keeps to them is serving.rates."""
+"""Rates as people write them: `60/minute`, or `none`. Who keeps to them is serving.access.rates."""
 
 from __future__ import annotations
 

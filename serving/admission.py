@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from serving.engine import LoadedVersion
-from serving.gate import Receive
-from serving.routing import Route
+from serving.compute.engine import LoadedVersion
 from serving.state import Serving
+from serving.traffic.gate import Receive
+from serving.traffic.routing import Route
 
 
 async def admitted(
@@ -19,7 +19,7 @@ async def admitted(
     """What Serving.admit gives; where the model has no version for the moment, as soon as it has one. A model that sleeps is woken.
 
     `timeout_seconds` is what the whole request has left. `receive` is the client's, whose body has been read: if he goes, waiting ends.
-    Who asks very often may call Serving.admit itself where the model is not in `serving.gate.closed`. Raises NotFoundError,
+    Who asks very often may call Serving.admit itself where the model is not in `serving.traffic.gate.closed`. Raises NotFoundError,
     UnavailableError, BusyError (too many wait already), ClientGoneError.
     """
     if model in serving.gate.closed:

@@ -24,26 +24,27 @@ from starlette.types import Message, Receive, Scope, Send
 
 from registry.aliases import Alias
 from registry.errors import ModelkeepError
-from serving import request_ids, shadow
+from serving.access.places import Place, key_of
 from serving.admission import admitted
-from serving.aliases import Aliases, Translator
-from serving.backup_metrics import BackupMetrics
-from serving.bodies import BoundedBodies, too_long
-from serving.classification import INLINE_ELEMENTS
-from serving.compression import WORTH_BYTES, inflate, packed
-from serving.descriptions import describe
-from serving.engine import LoadedVersion
-from serving.heads import WHOLE, by_name
-from serving.pages import create_pages
-from serving.places import Place, key_of
-from serving.protocol import LINGER_SECONDS
-from serving.routing import Route
+from serving.compute.engine import LoadedVersion
+from serving.compute.waiting import Waits
+from serving.compute.work import Work, cached_by
+from serving.http import request_ids
+from serving.http.bodies import BoundedBodies, too_long
+from serving.http.compression import WORTH_BYTES, inflate, packed
+from serving.http.heads import WHOLE, by_name
+from serving.http.protocol import LINGER_SECONDS
 from serving.state import Serving
 from serving.statuses import BusyError, ClientGoneError, MethodError, status_of
-from serving.tensors import InputError, OutputError
-from serving.v2 import InferRequest
-from serving.waiting import Waits
-from serving.work import Work, cached_by
+from serving.traffic import shadow
+from serving.traffic.routing import Route
+from serving.views.backup_metrics import BackupMetrics
+from serving.views.descriptions import describe
+from serving.views.pages import create_pages
+from serving.wire.aliases import Aliases, Translator
+from serving.wire.classification import INLINE_ELEMENTS
+from serving.wire.tensors import InputError, OutputError
+from serving.wire.v2 import InferRequest
 
 logger = logging.getLogger(__name__)
 

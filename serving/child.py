@@ -23,26 +23,28 @@ from registry.connect import open_database
 from registry.errors import ModelkeepError
 from registry.settings import Settings, load_settings
 from registry.store import open_store
-from serving import cache_page, captured_page, entry, feedback_page, memory_page, operations, rollback_page, threads
+from serving import entry
+from serving.access.auth import Rules, is_local
+from serving.access.keyring import Keyring
 from serving.api import create_app
-from serving.auth import Rules, is_local
-from serving.backup_metrics import BackupMetrics
-from serving.cache import ResponseCache
-from serving.cache_shared import SharedStore
-from serving.capture import Capture
-from serving.collector import collect, freeze_startup_objects
-from serving.emergency import REGISTRY_SECONDS, Emergency
-from serving.handshakes import Handshakes
-from serving.keyring import Keyring
-from serving.orders import Orders
-from serving.performance import Performance
-from serving.protocol import BoundedHttpProtocol
-from serving.pulse import Pulse
-from serving.reconcile import Reconciler
+from serving.caching.cache import ResponseCache
+from serving.caching.cache_shared import SharedStore
+from serving.figures.performance import Performance
+from serving.follow.emergency import REGISTRY_SECONDS, Emergency
+from serving.follow.orders import Orders
+from serving.follow.reconcile import Reconciler
+from serving.http.handshakes import Handshakes
+from serving.http.protocol import BoundedHttpProtocol
+from serving.http.tls import certificates
+from serving.process import threads
+from serving.process.collector import collect, freeze_startup_objects
+from serving.process.pulse import Pulse
 from serving.state import Serving
 from serving.text import api as text_api
 from serving.text.exchange import end_texts
-from serving.tls import certificates
+from serving.traffic.capture import Capture
+from serving.views import cache_page, captured_page, feedback_page, memory_page, operations, rollback_page
+from serving.views.backup_metrics import BackupMetrics
 
 log = logging.getLogger("modelkeep.serve")
 

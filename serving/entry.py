@@ -13,19 +13,19 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from registry.settings import Settings
-from serving import request_ids
-from serving.accesslog import AccessLog
+from serving.access.auth import Guard, Rules
+from serving.access.keyring import Keyring
+from serving.access.rates import Limiter
+from serving.access.rates_shared import SharedBuckets
 from serving.api import Application
-from serving.auth import Guard, Rules
-from serving.cors import Cors
-from serving.endpoints import templates
-from serving.front import Front, HttpCounts
-from serving.keyring import Keyring
-from serving.protocol import bounded_protocol
-from serving.rates import Limiter
-from serving.rates_shared import SharedBuckets
+from serving.http import request_ids
+from serving.http.accesslog import AccessLog
+from serving.http.cors import Cors
+from serving.http.endpoints import templates
+from serving.http.front import Front, HttpCounts
+from serving.http.protocol import bounded_protocol
+from serving.http.tls import Certificates
 from serving.state import Serving
-from serving.tls import Certificates
 
 log = logging.getLogger("modelkeep.serve")
 

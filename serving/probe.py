@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from registry.errors import ModelkeepError, UsageError
 from registry.policy import METRICS
 from registry.signature import Signature
-from serving.golden import Arrays, Golden, Tally, Yardstick, chosen_metric, feed, random_inputs, read_golden
-from serving.runtimes import Runtime, first_line, load_runtime, resident_bytes
-from serving.shapes import PromisedShapes
+from serving.compute.golden import Arrays, Golden, Tally, Yardstick, chosen_metric, feed, random_inputs, read_golden
+from serving.compute.runtimes import Runtime, first_line, load_runtime, resident_bytes
+from serving.compute.shapes import PromisedShapes
 from serving.text import trial
 
 log = logging.getLogger("serving.probe")
@@ -73,7 +73,7 @@ class Job:
     validation."""
     slow_factor: float = 1.25
     captured: Path | None = None
-    """A folder of captured requests (serving.capture)."""
+    """A folder of captured requests (serving.traffic.capture)."""
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Job:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from registry.errors import ModelkeepError, UsageError
-from serving.capture import TEXT_SUFFIX, parse_name
-from serving.golden import Arrays, Golden, chosen_metric, feed, read_golden
-from serving.runtimes import Runtime, first_line, load_runtime
-from serving.shadow import Comparison, compare
+from serving.compute.golden import Arrays, Golden, chosen_metric, feed, read_golden
+from serving.compute.runtimes import Runtime, first_line, load_runtime
 from serving.text import trial
 from serving.text.agreement import TOKENS, compare_texts
-from serving.v2 import Codec
+from serving.traffic.capture import TEXT_SUFFIX, parse_name
+from serving.traffic.shadow import Comparison, compare
+from serving.wire.v2 import Codec
 
 if TYPE_CHECKING:
     from serving.probe import Job, ModelJob
@@ -101,7 +101,7 @@ class _Golden:
 
 
 class _Captured:
-    """Requests as clients sent them (serving.capture), decoded as they were live: what the codec refuses is an error of the version."""
+    """Requests as clients sent them (serving.traffic.capture), decoded as they were live: what the codec refuses is an error of the version."""
 
     kind = "captured"
 

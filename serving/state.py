@@ -7,25 +7,25 @@ from random import random as uniform
 from typing import TYPE_CHECKING, Any
 
 from registry.errors import NotFoundError, UnavailableError
-from serving.accesslog import AccessLog
-from serving.bodies import Uploads
-from serving.cache import ResponseCache
-from serving.capture import Capture
-from serving.engine import LoadedVersion
-from serving.feedback import Inbox, Remembered
-from serving.front import HttpCounts
-from serving.gate import Gate
-from serving.places import Places
-from serving.rates import Limiter
-from serving.routing import Route, choose, mark_of, position_of
-from serving.telemetry import VersionTelemetry, WatchCounts
+from serving.access.places import Places
+from serving.access.rates import Limiter
+from serving.caching.cache import ResponseCache
+from serving.compute.engine import LoadedVersion
+from serving.figures.telemetry import VersionTelemetry, WatchCounts
+from serving.http.accesslog import AccessLog
+from serving.http.bodies import Uploads
+from serving.http.front import HttpCounts
+from serving.traffic.capture import Capture
+from serving.traffic.feedback import Inbox, Remembered
+from serving.traffic.gate import Gate
+from serving.traffic.routing import Route, choose, mark_of, position_of
 
 if TYPE_CHECKING:
-    from serving.handshakes import Handshakes
-    from serving.loader import Loader
-    from serving.memory import MemoryOptimizer
-    from serving.orders import Orders
-    from serving.residency import Residency
+    from serving.device.memory import MemoryOptimizer
+    from serving.follow.orders import Orders
+    from serving.http.handshakes import Handshakes
+    from serving.loaded.loader import Loader
+    from serving.loaded.residency import Residency
 
 _TELEMETRY_KEPT = 64
 _NAMED_IN_ERRORS = 20
@@ -60,7 +60,7 @@ class Serving:
         self.auth_failures: dict[str, int] = {}
         """Requests that the guard refused, by reason."""
         self.health: dict[tuple[str, str], dict[str, Any]] = {}
-        """What was last found of the health of each loaded version; see serving.health."""
+        """What was last found of the health of each loaded version; see serving.loaded.health."""
         self.feedback = Inbox()
         """Verdicts on answers, on their way to the registry."""
         self.remembered = Remembered()
@@ -68,9 +68,9 @@ class Serving:
         self.gate = Gate()
         """Holds back the requests of models whose version is being exchanged."""
         self.sleeping: dict[str, str] = {}
-        """Models with a route that are loaded at their first request, with the reason; see serving.residency."""
+        """Models with a route that are loaded at their first request, with the reason; see serving.loaded.residency."""
         self.unloaded: Mapping[str, str] = {}
-        """Models that this server was told not to serve, with who said so and why; see serving.unloads."""
+        """Models that this server was told not to serve, with who said so and why; see serving.follow.unloads."""
         self.residency: Residency | None = None
         """Who decides which models sleep; for the metrics."""
         self.loader: Loader | None = None

@@ -14,9 +14,9 @@ from types import FrameType
 
 from registry.errors import SettingsError, StorageError, UnavailableError
 from registry.settings import Settings
-from serving import heaps
-from serving.pulse import SLACK_SECONDS, Pulse, Stillness
-from serving.tls import certificates
+from serving.http.tls import certificates
+from serving.process import heaps
+from serving.process.pulse import SLACK_SECONDS, Pulse, Stillness
 
 log = logging.getLogger("modelkeep.supervisor")
 

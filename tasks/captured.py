@@ -87,7 +87,7 @@ def _remove(place: Path) -> None:
 
 
 def gather(database: Database, environment: str, model: str, folder: Path, *, newest: int) -> Gathered:
-    """Put the newest captured requests of a model, over all living servers, into `folder`: a file each, as serving.capture names them.
+    """Put the newest captured requests of a model, over all living servers, into `folder`: a file each, as serving.traffic.capture names them.
 
     A server that has none, or does not answer, is named in `problems`. Raises StorageError where the folder cannot take them.
     """
@@ -169,7 +169,7 @@ def _unpack(archive: IO[bytes], folder: Path) -> str | None:
         with zipfile.ZipFile(archive) as packed:
             for entry in packed.infolist():
                 if "/" in entry.filename or entry.filename.startswith(".") or entry.compress_type != zipfile.ZIP_STORED:
-                    continue  # none of serving.capture's
+                    continue  # none of serving.traffic.capture's
                 body = packed.read(entry)
                 written.append(folder / entry.filename)
                 written[-1].write_bytes(body)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.shadow import AGREES, Comparison
 from serving.text.sequences import Reason
+from serving.traffic.shadow import AGREES, Comparison
 
 TOKENS = "tokens"
 """The one tensor of a text's answer, as replays compare it."""

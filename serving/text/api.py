@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 
 from registry.errors import ModelkeepError, NotFoundError
 from registry.settings import Settings
-from serving.engine import LoadedVersion
+from serving.compute.engine import LoadedVersion
 from serving.state import Serving
 from serving.statuses import status_of
 from serving.text import asked

@@ -14,7 +14,7 @@ from typing import Protocol
 from weakref import WeakSet
 
 from registry.textmodels import TextModel
-from serving.runtimes import Runtime
+from serving.compute.runtimes import Runtime
 
 COPIES = 2
 """A step's graph answers a new cache while the old one still stands: so many times the bytes at rest are reckoned. Measured with ONNX

@@ -6,14 +6,14 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING
 
-from serving.shadow import AGREES
 from serving.text.agreement import compare_texts, said
 from serving.text.sequences import Piece, TextSequence, Wanted
+from serving.traffic.shadow import AGREES
 
 if TYPE_CHECKING:
-    from serving.routing import Route
-    from serving.telemetry import WatchCounts
+    from serving.figures.telemetry import WatchCounts
     from serving.text.version import TextVersion
+    from serving.traffic.routing import Route
 
 WAITING = 16
 """Copies that wait; what comes on top is dropped. One is generated at a time, and none while a client waits for the candidate."""

@@ -6,7 +6,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 
-from serving.telemetry import LATENCY_BOUNDS_SECONDS
+from serving.figures.telemetry import LATENCY_BOUNDS_SECONDS
 
 RATE_SECONDS = 10
 """The speed is that of so many whole seconds before now."""

@@ -15,10 +15,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from registry.errors import ModelkeepError, UnavailableError, UsageError
-from serving import request_ids
+from serving.access.places import key_of
 from serving.admission import admitted
-from serving.places import key_of
-from serving.routing import Route
+from serving.http import request_ids
 from serving.state import Serving
 from serving.statuses import BusyError, ClientGoneError, DeadlineError, status_of
 from serving.text.agreement import said
@@ -27,6 +26,7 @@ from serving.text.sequences import Piece, Told, Wanted
 from serving.text.styles import About, Style
 from serving.text.version import Generation, TextVersion
 from serving.text.words import LONG
+from serving.traffic.routing import Route
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from registry.errors import ModelkeepError
-from serving.engine import LoadedVersion
+from serving.compute.engine import LoadedVersion
 from serving.text.sampling import Sampling
 from serving.text.sequences import Wanted
 from serving.text.trial import PROMPT, TOKENS

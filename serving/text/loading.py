@@ -8,8 +8,8 @@ from pathlib import Path
 
 from registry import textmodels
 from registry.sections import TextSection
-from serving.engine import LoadedVersion
-from serving.runtimes import Runtime, resident_bytes
+from serving.compute.engine import LoadedVersion
+from serving.compute.runtimes import Runtime, resident_bytes
 from serving.text.caches import Caches
 
 

@@ -11,8 +11,8 @@ from prometheus_client.metrics_core import (
     Metric,
 )
 
+from serving.figures.telemetry import cumulative_buckets
 from serving.state import Serving
-from serving.telemetry import cumulative_buckets
 from serving.text.version import TextVersion
 
 _VERSION = ["model", "version"]

@@ -83,7 +83,7 @@ class TextSequence:
         self.owner = owner
         self.asker = ""
         self.round = 0
-        """Its place among those that wait; see serving.turns."""
+        """Its place among those that wait; see serving.traffic.turns."""
         self.submitted = clock()
         self.started: float | None = None
         self.first_at: float | None = None

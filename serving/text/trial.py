@@ -14,7 +14,7 @@ from registry.errors import ModelkeepError, RefusedError, UsageError
 from registry.sections import TextSection
 from registry.signature import Signature, TensorSpec
 from registry.textmodels import TextModel, beside
-from serving.runtimes import Runtime, first_line, load_runtime
+from serving.compute.runtimes import Runtime, first_line, load_runtime
 from serving.text import agreement, asked
 from serving.text.batching import Batcher
 from serving.text.caches import COPIES, claim_at_rest, unlimited
@@ -117,7 +117,7 @@ def try_out(runtime: Runtime, model: TextModel, words: Words) -> dict[str, Any]:
 
 
 class TextRuntime:
-    """A text model behind the protocol of serving.runtimes, by SIGNATURE: for golden cases, which are prompts and texts."""
+    """A text model behind the protocol of serving.compute.runtimes, by SIGNATURE: for golden cases, which are prompts and texts."""
 
     platform = "modelkeep_text"
     signature = SIGNATURE
@@ -157,7 +157,7 @@ class TextRuntime:
 
 
 def load(path: Path, format: str, *, signature: Signature | None, threads: int = 1) -> Runtime:
-    """What `serving.runtimes.load_runtime` loads; a text model as a TextRuntime. Raises RefusedError."""
+    """What `serving.compute.runtimes.load_runtime` loads; a text model as a TextRuntime. Raises RefusedError."""
     runtime = load_runtime(path, format, signature=signature, threads=threads)
     model = beside(path, runtime.signature)
     if model is None:

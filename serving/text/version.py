@@ -1,4 +1,4 @@
-"""A loaded version that generates text: the face of every version (serving.engine), and `generate`. Its worker does both kinds of work."""
+"""A loaded version that generates text: the face of every version (serving.compute.engine), and `generate`. Its worker does both kinds of work."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 
 from registry.errors import ModelkeepError, UnavailableError, UsageError
 from registry.textmodels import TextModel
-from serving.engine import LoadedVersion, ModelError
-from serving.routing import Route
-from serving.runtimes import Runtime
+from serving.compute.engine import LoadedVersion, ModelError
+from serving.compute.runtimes import Runtime
+from serving.figures.telemetry import WatchCounts
 from serving.statuses import ClientGoneError, DeadlineError, OutOfMemoryError, QueueFullError
-from serving.telemetry import WatchCounts
 from serving.text.batching import Batcher, Gained, ShapeError
 from serving.text.caches import Caches
 from serving.text.copies import CopiedText, Copies
@@ -23,7 +22,8 @@ from serving.text.counts import TextCounts
 from serving.text.sampling import NotFiniteError
 from serving.text.sequences import Piece, Reason, TextSequence, Wanted
 from serving.text.words import Words
-from serving.turns import Turns
+from serving.traffic.routing import Route
+from serving.traffic.turns import Turns
 
 AMPLE_SECONDS = 1.0
 """Any model that is fit to serve gives a first token within it; see Generation.expire."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from registry.signature import Signature, TensorSpec
-from serving.devices import Place
+from serving.device.devices import Place
 
 HERE = Path(__file__).parent
 BUDGET_BYTES = 1 << 30

@@ -12,10 +12,11 @@ import pytest
 
 from registry import profiles
 from registry.signature import Signature
-from serving.devices import CudaDevice, Place
-from serving.memory import MemoryOptimizer
-from serving.memory_limits import BatchLimit
-from serving.runtimes import load_runtime, memory_by_type
+from serving.compute.runtimes import load_runtime
+from serving.device.devices import CudaDevice, Place
+from serving.device.loads import memory_by_type
+from serving.device.memory import MemoryOptimizer
+from serving.device.memory_limits import BatchLimit
 from serving.statuses import OutOfMemoryError
 from tests.gpu.conftest import BUDGET_BYTES, WIDE, write_wide
 from tests.unit.serving.helpers import close, load

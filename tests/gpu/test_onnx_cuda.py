@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.devices import Place
-from serving.onnx_runtime import CUDA
-from serving.runtimes import load_runtime
+from serving.compute.onnx_runtime import CUDA
+from serving.compute.runtimes import load_runtime
+from serving.device.devices import Place
 from serving.statuses import OutOfMemoryError
 from tests.unit.serving.limited import ROW_BYTES, wide_model
 

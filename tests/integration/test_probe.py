@@ -15,7 +15,7 @@ import pytest
 from registry.formats import inspect
 from registry.policy import PromotionPolicy
 from registry.signature import Signature, TensorSpec
-from serving.capture import name_of
+from serving.traffic.capture import name_of
 from tasks.probe import ProbeJob, ProbeModel, ProbeResult, run_probe
 from tasks.validation import decide
 

@@ -17,8 +17,8 @@ import json, sys
 from pathlib import Path
 from registry.errors import ModelkeepError
 from registry.textmodels import beside
-from serving.devices import Place
-from serving.runtimes import load_runtime
+from serving.device.devices import Place
+from serving.compute.runtimes import load_runtime
 from serving.text.batching import Batcher
 from serving.text.caches import unlimited
 from serving.text.sampling import Sampling

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from benchmarks import _text_model
 from registry import formats, intake
-from serving.capture import name_of
 from serving.text import trial
 from serving.text.asked import generate, keep
 from serving.text.sequences import Wanted
 from serving.text.words import Words
+from serving.traffic.capture import name_of
 from tasks.probe import ProbeJob, ProbeModel, ProbeResult, run_probe
 
 PROMPTS = [

@@ -274,9 +274,9 @@ def test_the_api_page_has_every_endpoint_of_the_server(tmp_path: Path) -> None:
     from registry.store import open_store
     from serving import child
     from serving.api import create_app
-    from serving.capture import Capture
-    from serving.reconcile import Reconciler
+    from serving.follow.reconcile import Reconciler
     from serving.state import Serving
+    from serving.traffic.capture import Capture
 
     settings = Settings(home=tmp_path)
     serving = Serving(environment="production", replica_id="replica", boot_id="boot")

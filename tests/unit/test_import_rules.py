@@ -176,15 +176,90 @@ def test_what_the_rules_allow_is_not_found(path: str, source: str) -> None:
     assert broken_rules(path.partition("/")[0], list(imports_in(ast.parse(source), path))) == []
 
 
+SERVING = (
+    ("process", "statuses"),
+    ("device", "traffic", "wire"),
+    ("figures",),
+    ("compute",),
+    ("caching",),
+    ("access",),
+    ("http",),
+    ("state", "supervisor"),
+    ("admission",),
+    ("text",),
+    ("loaded", "replay"),
+    ("follow", "probe"),
+    ("views",),
+    ("api",),
+    ("entry",),
+    ("child",),
+)
+"""The rooms of serving/, the lowest first, and the modules beside them: each imports only what stands before it. Types are free."""
+
+
+def upward_imports(path: str, source: str) -> list[str]:
+    """What a file of serving/ imports of serving/ from its own line of SERVING, or one after it; not what only type checkers see."""
+    heights = {name: height for height, names in enumerate(SERVING) for name in names}
+
+    def of(module: str) -> str:
+        return module.split(".")[1] if module.count(".") else ""
+
+    def walk(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and is_type_checking(child.test):
+                continue
+            if isinstance(child, ast.ImportFrom) and (child.module or "").partition(".")[0] == "serving":
+                yield from [f"{child.module}.{alias.name}" for alias in child.names]
+            elif isinstance(child, ast.Import):
+                yield from [alias.name for alias in child.names if alias.name.startswith("serving.")]
+            else:
+                yield from walk(child)
+
+    here = of(path.removesuffix(".py").replace("/", "."))
+    return [
+        f"{path} imports {module}"
+        for module in walk(ast.parse(source))
+        if of(module) != here and heights[of(module)] >= heights[here]
+    ]
+
+
+def test_the_rooms_of_serving_import_only_what_lies_below_them() -> None:
+    files = sorted((ROOT / "serving").rglob("*.py"))
+    names = {file.relative_to(ROOT / "serving").parts[0].removesuffix(".py") for file in files} - {"__init__"}
+    assert names == {name for row in SERVING for name in row}
+    found = [
+        one
+        for file in files
+        if file != ROOT / "serving" / "__init__.py"
+        for one in upward_imports(file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from serving.follow import reconcile", True),
+        ("def run():\n    from serving.state import Serving", True),
+        ("import serving.api", True),
+        ("from serving import child", True),
+        ("if TYPE_CHECKING:\n    from serving.state import Serving", False),
+        ("from serving.device.loads import taken\nfrom serving.compute.engine import LoadedVersion", False),
+    ],
+)
+def test_an_import_upwards_in_serving_is_found(source: str, found: bool) -> None:
+    assert bool(upward_imports("serving/compute/example.py", source)) is found
+
+
 SERVER = """
 import importlib, importlib.util, json, sys
 from pathlib import Path
 
-for name in ("serving.api", "serving.reconcile", "serving.child"):
+for name in ("serving.api", "serving.follow.reconcile", "serving.child"):
     if importlib.util.find_spec(name) is not None:
         importlib.import_module(name)
 importlib.import_module("registry.settings").load_settings()
-runtime = importlib.import_module("serving.runtimes").load_runtime(Path(sys.argv[1]), "onnx", signature=None)
+runtime = importlib.import_module("serving.compute.runtimes").load_runtime(Path(sys.argv[1]), "onnx", signature=None)
 import numpy
 outputs = runtime.run({"x": numpy.ones((2, 3), dtype=numpy.float32)}, None)
 runtime.close()

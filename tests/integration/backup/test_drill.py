@@ -10,7 +10,7 @@ import pytest
 
 from registry import ledger
 from registry.errors import NotFoundError, StorageError
-from serving.backup_metrics import BackupMetrics
+from serving.views.backup_metrics import BackupMetrics
 from tasks.backup import damage, drill, drill_page, drill_server, notifying
 from tasks.backup.places import DirectoryPlace
 from tasks.backup.repository import Repository, open_repository

@@ -20,7 +20,7 @@ import pytest
 
 from registry import exporting, formats, versions
 from registry.signature import TensorSpec
-from serving.runtimes import load_runtime
+from serving.compute.runtimes import load_runtime
 from tests.e2e.harness import Box, box, build, go, images, wait_for
 from tests.own_environment import ROOT, own_environment
 from tests.unit.registry.kit import onnx_file

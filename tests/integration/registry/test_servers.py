@@ -22,7 +22,7 @@ from registry.database import Database
 from registry.errors import RefusedError, StorageError, UnavailableError
 from registry.feedback import Verdict
 from registry.schema import AuditEvent, Feedback, Model, PromotionStep, ReplicaCount
-from serving.reporting import Reporter, Said
+from serving.follow.reporting import Reporter, Said
 from serving.state import Serving
 from tests.integration.registry.test_at_once import add_models, count, url_of
 from tests.registry_servers import PROGRAMS, Server, starter

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from serving.engine import LoadedVersion
+from serving.compute.engine import LoadedVersion
 from tests.unit.serving.helpers import Arrays, PythonRuntime
 
 LARGE_BYTES = 8 << 20

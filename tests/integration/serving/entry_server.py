@@ -17,12 +17,12 @@ from registry import keys
 from registry.keys import StoredKey
 from registry.settings import Settings, load_settings
 from serving import child, entry
+from serving.access.keyring import Keyring
 from serving.api import create_app
-from serving.engine import LoadedVersion
-from serving.keyring import Keyring
-from serving.routing import Route
+from serving.compute.engine import LoadedVersion
+from serving.http.tls import certificates
 from serving.state import Serving
-from serving.tls import certificates
+from serving.traffic.routing import Route
 from tests.integration.serving.access_models import key_text, versions
 
 

@@ -14,11 +14,11 @@ import uvicorn
 
 from registry.signature import Signature, TensorSpec
 from serving.api import create_app
-from serving.engine import LoadedVersion
-from serving.protocol import bounded_protocol
-from serving.routing import Route
-from serving.runtimes import load_runtime
+from serving.compute.engine import LoadedVersion
+from serving.compute.runtimes import load_runtime
+from serving.http.protocol import bounded_protocol
 from serving.state import Serving
+from serving.traffic.routing import Route
 
 
 def _with_optional(model: str, named: list[str]) -> Signature | None:

@@ -28,7 +28,7 @@ import pytest
 import redis
 
 from registry.rates import Rate
-from serving.rates_shared import SharedBuckets
+from serving.access.rates_shared import SharedBuckets
 from tests.certificates import Authority
 from tests.integration.serving.access_models import LARGE_BYTES, key_text
 from tests.redis_server import RedisCluster, RedisServer

@@ -22,11 +22,11 @@ import psutil
 import pytest
 from redis.crc import key_slot
 
-from serving import cache_shared
-from serving.breaker import FAILURES
-from serving.cache import ResponseCache
-from serving.cache_cluster import ClusterClient
-from serving.cache_shared import SharedStore
+from serving.caching import cache_shared
+from serving.caching.breaker import FAILURES
+from serving.caching.cache import ResponseCache
+from serving.caching.cache_cluster import ClusterClient
+from serving.caching.cache_shared import SharedStore
 from tests.e2e.records import record
 from tests.redis_server import RedisCluster, wait
 from tests.unit.serving.helpers import PythonRuntime, Server, close, load, serve, until

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import redis
 
-from serving import cache_shared
-from serving.cache import ResponseCache
-from serving.cache_shared import SharedStore
+from serving.caching import cache_shared
+from serving.caching.cache import ResponseCache
+from serving.caching.cache_shared import SharedStore
 from tests.redis_server import RedisServer
 from tests.unit.serving.helpers import PythonRuntime, Server, close, load, serve, until
 

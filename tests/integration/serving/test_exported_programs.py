@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from registry.formats import inspect
-from serving.runtimes import load_runtime
+from serving.compute.runtimes import load_runtime
 
 class Attention(nn.Module):
     def __init__(self):
@@ -125,7 +125,7 @@ import logging, sys, warnings
 warnings.simplefilter("ignore"); logging.disable()
 from pathlib import Path
 from registry.errors import RefusedError
-from serving.runtimes import load_runtime
+from serving.compute.runtimes import load_runtime
 try:
     load_runtime(Path(sys.argv[1]), "pt2", signature=None)
 except RefusedError as error:

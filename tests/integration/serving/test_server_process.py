@@ -159,7 +159,7 @@ import numpy as np
 import torch
 from registry.errors import RefusedError
 from registry.signature import Signature, TensorSpec
-from serving.runtimes import load_runtime
+from serving.compute.runtimes import load_runtime
 
 class Both(torch.nn.Module):
     def forward(self, x, n):

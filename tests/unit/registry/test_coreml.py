@@ -16,7 +16,7 @@ from registry.coreml import WHERE_IT_RUNS
 from registry.errors import RefusedError
 from registry.formats import inspect
 from registry.signature import TensorSpec
-from serving.runtimes import load_runtime
+from serving.compute.runtimes import load_runtime
 
 GIB = 1 << 30
 INT64, DOUBLE, STRING, MESSAGE, BOOL = 3, 1, 9, 11, 8

@@ -12,9 +12,9 @@ from registry.database import Database
 from registry.errors import RefusedError, UsageError
 from registry.schema import Version
 from registry.store import DirectoryStore
-from serving import laststate
-from serving.backstop import wanted_of
-from serving.laststate import LastState
+from serving.follow.backstop import wanted_of
+from serving.loaded import laststate
+from serving.loaded.laststate import LastState
 from tests.unit.registry import kit
 from tests.unit.registry.kit import onnx_file
 from tests.unit.serving.rounds import following

@@ -10,10 +10,10 @@ from typing import Any
 from registry.database import Database
 from registry.errors import ArtifactError
 from serving.api import create_app
-from serving.engine import LoadedVersion
-from serving.laststate import Wanted
-from serving.orders import Orders
-from serving.reconcile import Reconciler
+from serving.compute.engine import LoadedVersion
+from serving.follow.orders import Orders
+from serving.follow.reconcile import Reconciler
+from serving.loaded.laststate import Wanted
 from tests.unit.serving.helpers import Answer, Server
 from tests.unit.serving.rounds import following
 

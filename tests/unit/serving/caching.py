@@ -8,9 +8,9 @@ from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
-from serving.cache import ResponseCache
-from serving.engine import LoadedVersion
-from serving.routing import Route
+from serving.caching.cache import ResponseCache
+from serving.compute.engine import LoadedVersion
+from serving.traffic.routing import Route
 from tests.unit.serving.helpers import Server, row, serve
 
 KEY = b"k" * 16

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from registry.aliases import Alias
 from registry.signature import Signature, TensorSpec
 from serving.api import Application, create_app
-from serving.engine import LoadedVersion
-from serving.routing import Route
+from serving.compute.engine import LoadedVersion
 from serving.state import Serving
+from serving.traffic.routing import Route
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from registry.signature import Signature
-from serving.devices import Figures
+from serving.device.devices import Figures
 from serving.statuses import OutOfMemoryError
 from tests.unit.serving.helpers import ROWS, double
 

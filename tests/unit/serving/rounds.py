@@ -12,7 +12,7 @@ from registry.database import Database
 from registry.schema import Version
 from registry.settings import Settings
 from registry.store import DirectoryStore
-from serving.reconcile import Reconciler
+from serving.follow.reconcile import Reconciler
 from serving.state import Serving
 from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, MODEL

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from registry.aliases import Alias, AliasOutput
 from registry.sections import CacheSection
 from registry.signature import DATATYPES, Signature, TensorSpec
-from serving.aliases import Translator, misfit, place, shown, softmax
-from serving.cache import ResponseCache
-from serving.capture import Capture
-from serving.engine import LoadedVersion
-from serving.routing import Route
-from serving.tensors import InputError, OutputError
-from serving.v2 import Codec
+from serving.caching.cache import ResponseCache
+from serving.compute.engine import LoadedVersion
+from serving.traffic.capture import Capture
+from serving.traffic.routing import Route
+from serving.wire.aliases import Translator, misfit, place, shown, softmax
+from serving.wire.tensors import InputError, OutputError
+from serving.wire.v2 import Codec
 from tests.unit.serving.helpers import Arrays, PythonRuntime, Server, close, load, serve
 
 Document = dict[str, Any]

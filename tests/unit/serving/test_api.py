@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from registry.errors import UnavailableError
 from registry.signature import Signature, TensorSpec
-from serving.routing import Route
+from serving.traffic.routing import Route
 from tests.unit.serving.helpers import ROWS, Arrays, PythonRuntime, close, load, request, serve, until
 
 INFER = "/v2/models/m/infer"

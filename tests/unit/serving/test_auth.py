@@ -24,14 +24,15 @@ from registry.keys import Role, StoredKey
 from registry.rates import Rate
 from registry.settings import Settings
 from registry.store import open_store
-from serving import child, pages
+from serving import child
+from serving.access.auth import ANONYMOUS, Guard, Rules, is_local, role_needed
+from serving.access.keyring import Keyring
+from serving.access.rates import Limiter
 from serving.api import create_app
-from serving.auth import ANONYMOUS, Guard, Rules, is_local, role_needed
-from serving.capture import Capture
-from serving.keyring import Keyring
-from serving.rates import Limiter
-from serving.reconcile import Reconciler
+from serving.follow.reconcile import Reconciler
 from serving.state import Serving
+from serving.traffic.capture import Capture
+from serving.views import pages
 
 ADDRESS = "http://127.0.0.1:8000"
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)

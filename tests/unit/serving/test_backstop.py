@@ -19,9 +19,9 @@ from registry.routes import Desired
 from registry.schema import Environment
 from registry.settings import Settings
 from registry.store import DirectoryStore
-from serving import backstop as backstops
-from serving.backstop import Backstop
-from serving.reconcile import Reconciler
+from serving.follow import backstop as backstops
+from serving.follow.backstop import Backstop
+from serving.follow.reconcile import Reconciler
 from serving.state import Serving
 from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, MODEL, Clock

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from registry import clock, ledger
-from serving.backup_metrics import MOST_COMPONENTS, BackupMetrics
+from serving.views.backup_metrics import MOST_COMPONENTS, BackupMetrics
 
 NOW = dt.datetime(2026, 11, 21, 12, tzinfo=dt.UTC)
 

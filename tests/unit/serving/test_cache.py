@@ -13,12 +13,12 @@ from fastapi.testclient import TestClient
 
 from registry.errors import UsageError
 from registry.modeltoml import given as facts_given
-from serving.cache_page import router
-from serving.cache_store import _SLICE
-from serving.cache_values import Answer
-from serving.metrics import Metrics
-from serving.pages import create_pages
-from serving.routing import Route
+from serving.caching.cache_store import _SLICE
+from serving.caching.cache_values import Answer
+from serving.traffic.routing import Route
+from serving.views.cache_page import router
+from serving.views.metrics import Metrics
+from serving.views.pages import create_pages
 from tests.unit.serving.caching import WATCHED, ask, cache_of, cached, landed, on_a_loop
 from tests.unit.serving.helpers import Arrays, PythonRuntime, close, load, no_nudge, request, serve, until
 

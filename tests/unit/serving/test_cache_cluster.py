@@ -12,10 +12,10 @@ from redis.exceptions import ClusterDownError, MovedError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from registry.sections import check_redis_url
-from serving.breaker import FAILURES
-from serving.cache_cluster import SLOTS, ClusterClient
-from serving.cache_shared import SharedStore
-from serving.cache_values import Answer
+from serving.caching.breaker import FAILURES
+from serving.caching.cache_cluster import SLOTS, ClusterClient
+from serving.caching.cache_shared import SharedStore
+from serving.caching.cache_values import Answer
 from tests.unit.serving.test_cache_shared import ANSWER
 
 HALF = SLOTS // 2

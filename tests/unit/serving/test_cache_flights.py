@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.cache_values import Answer
-from serving.engine import ModelError, QueueFullError
+from serving.caching.cache_values import Answer
+from serving.compute.engine import ModelError, QueueFullError
+from serving.compute.waiting import Waits
 from serving.statuses import ClientGoneError, DeadlineError
-from serving.waiting import Waits
 from tests.unit.serving.caching import ask, cache_of, cached, landed, on_a_loop
 from tests.unit.serving.helpers import Arrays, PythonRuntime, close, load, row, until
 
@@ -228,7 +228,7 @@ async def test_an_answer_that_cannot_be_kept_is_given_to_all_who_wait(
     def fails(arrays: Any) -> Any:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("serving.cache.kept", fails)
+    monkeypatch.setattr("serving.caching.cache.kept", fails)
     version = load(PythonRuntime(), deterministic=True)
     cached(version)
     works = [ask(version, 1, 2) for _ in range(3)]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from serving import cache_shared
-from serving.breaker import FAILURES
-from serving.cache_shared import CONNECTIONS, SharedStore
-from serving.cache_values import Answer
+from serving.caching import cache_shared
+from serving.caching.breaker import FAILURES
+from serving.caching.cache_shared import CONNECTIONS, SharedStore
+from serving.caching.cache_values import Answer
 from tests.unit.serving.helpers import until
 
 KEY = b"k" * 16

@@ -9,7 +9,7 @@ from hashlib import blake2b
 import pytest
 
 from benchmarks import cache_hit_rate
-from serving.cache_store import _SLICE, LocalStore, Owner, Sketch
+from serving.caching.cache_store import _SLICE, LocalStore, Owner, Sketch
 
 ONE: Owner = ("m", "1", "d")
 TWO: Owner = ("m", "2", "e")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from serving.cache_values import Answer, KeyMaker, kept, pack, unpack
+from serving.caching.cache_values import Answer, KeyMaker, kept, pack, unpack
 from tests.unit.serving.caching import KEY
 from tests.unit.serving.helpers import Arrays
 
@@ -106,7 +106,7 @@ def test_a_value_that_is_cut_off_longer_or_something_else_is_a_miss(length: int,
 
 
 def test_what_has_the_right_checksum_and_no_sense_is_a_miss() -> None:
-    from serving.cache_values import FORMAT, _checksum
+    from serving.caching.cache_values import FORMAT, _checksum
 
     for header in (
         {},

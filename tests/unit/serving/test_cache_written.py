@@ -11,10 +11,10 @@ from typing import Any
 import orjson
 import pytest
 
-from serving.cache import ResponseCache
-from serving.cache_written import LARGEST_BYTES, Written, WrittenAnswers
-from serving.engine import LoadedVersion
-from serving.routing import Route
+from serving.caching.cache import ResponseCache
+from serving.caching.cache_written import LARGEST_BYTES, Written, WrittenAnswers
+from serving.compute.engine import LoadedVersion
+from serving.traffic.routing import Route
 from tests.unit.serving.helpers import Answer, PythonRuntime, Server, close, load, request, serve, until
 
 STABLE = Route("m", 1, "1")

@@ -21,11 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.errors import NotFoundError, UnavailableError, UsageError
-from serving import capture as capturing
-from serving.capture import Capture, name_of, parse_name
-from serving.captured_page import router
-from serving.pages import create_pages
-from serving.routing import Route
+from serving.traffic import capture as capturing
+from serving.traffic.capture import Capture, name_of, parse_name
+from serving.traffic.routing import Route
+from serving.views.captured_page import router
+from serving.views.pages import create_pages
 from tests.unit.serving.helpers import close, load, no_nudge, request, serve
 
 NOW = 1_763_726_400.0

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from serving.caretaker import PAUSE_SECONDS, Caretaker
-from serving.crashmark import SLOTS, Crash, Crashes, CrashMarks
-from serving.engine import LoadedVersion
-from serving.health import HealthStatus, ModelHealth
-from serving.laststate import Wanted
-from serving.lifecycle import MOVES, Lifecycle, ModelState
-from serving.routing import Route
+from serving.compute.engine import LoadedVersion
+from serving.loaded.caretaker import PAUSE_SECONDS, Caretaker
+from serving.loaded.health import HealthStatus, ModelHealth
+from serving.loaded.laststate import Wanted
+from serving.loaded.lifecycle import MOVES, Lifecycle, ModelState
+from serving.process.crashmark import SLOTS, Crash, Crashes, CrashMarks
+from serving.traffic.routing import Route
 from tests.unit.registry.kit import Clock
 from tests.unit.serving.helpers import load
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from registry.signature import Signature, TensorSpec
-from serving.classification import MOST_TEXTS, classify, largest
-from serving.tensors import InputError
+from serving.wire.classification import MOST_TEXTS, classify, largest
+from serving.wire.tensors import InputError
 from tests.unit.serving.helpers import ROWS, PythonRuntime, close, load, request, serve
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]

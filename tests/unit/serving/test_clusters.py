@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from registry.errors import UnavailableError
-from serving.clusters import KEYS_KEPT, KEYS_REPORTED, Clusters
-from serving.engine import LoadedVersion
-from serving.routing import Route
+from serving.compute.engine import LoadedVersion
+from serving.figures.clusters import KEYS_KEPT, KEYS_REPORTED, Clusters
+from serving.traffic.routing import Route
 from tests.unit.serving.helpers import Arrays, PythonRuntime, close, double, load, row, until
 
 WATCHED = Route("m", 5, "1", "2", 0.5, watch=True, slow_threshold_seconds=1000.0)

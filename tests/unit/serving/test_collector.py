@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from serving.collector import collect
+from serving.process.collector import collect
 
 
 class Ring:

@@ -9,8 +9,8 @@ import zlib
 
 import pytest
 
-from serving.compression import chosen, inflate, packed
-from serving.tensors import InputError
+from serving.http.compression import chosen, inflate, packed
+from serving.wire.tensors import InputError
 
 
 def test_bodies_are_unpacked_never_beyond_the_limit() -> None:

@@ -9,8 +9,8 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from serving.cycle import _MOST_BEHIND, Cycle, LeanHttpToolsProtocol
-from serving.protocol import bounded_protocol
+from serving.http.cycle import _MOST_BEHIND, Cycle, LeanHttpToolsProtocol
+from serving.http.protocol import bounded_protocol
 
 REQUEST = b"POST /v2/models/m/infer?a=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbody"
 
@@ -273,7 +273,7 @@ def test_a_connection_that_is_gone_leaves_no_timer() -> None:
 
 
 def test_no_name_of_a_header_is_remembered_without_end() -> None:
-    from serving import cycle
+    from serving.http import cycle
 
     async def story() -> None:
         for number in range(2 * cycle._MOST_NAMES):

@@ -15,10 +15,11 @@ import pytest
 from registry.errors import UnavailableError
 from registry.settings import load_settings
 from registry.signature import Signature, TensorSpec
-from serving.devices import CpuDevice, CudaDevice, Figures, Place, imported, open_device, place_of
-from serving.memory import MemoryOptimizer, beside_torch
-from serving.runtimes import load_runtime
-from serving.torch_runtime import OnCuda
+from serving.compute.runtimes import load_runtime
+from serving.compute.torch_runtime import OnCuda
+from serving.device.devices import CpuDevice, CudaDevice, Figures, Place, imported, open_device, place_of
+from serving.device.loads import beside_torch
+from serving.device.memory import MemoryOptimizer
 from tests.unit.serving.helpers import affine_model
 
 MEBIBYTE = 1 << 20

@@ -19,13 +19,13 @@ from registry.actor import Who
 from registry.database import Database
 from registry.errors import ConflictError, UnavailableError, UsageError
 from registry.rollbacks import Seen
-from serving import rollback_page
 from serving.api import create_app
-from serving.emergency import Emergency
-from serving.engine import LoadedVersion
-from serving.laststate import Wanted
-from serving.reconcile import Reconciler
-from serving.routing import Route
+from serving.compute.engine import LoadedVersion
+from serving.follow.emergency import Emergency
+from serving.follow.reconcile import Reconciler
+from serving.loaded.laststate import Wanted
+from serving.traffic.routing import Route
+from serving.views import rollback_page
 from tests.unit.registry import kit
 from tests.unit.registry.kit import MODEL
 from tests.unit.serving.helpers import Answer, Server, until

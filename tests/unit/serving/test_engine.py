@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from registry.errors import UnavailableError, UsageError
 from registry.signature import Signature, TensorSpec
-from serving.engine import LoadedVersion, ModelError, QueueFullError
-from serving.routing import Route
-from serving.shadow import Copy, offer
-from serving.work import Work
+from serving.compute.engine import LoadedVersion, ModelError, QueueFullError
+from serving.compute.work import Work
+from serving.traffic.routing import Route
+from serving.traffic.shadow import Copy, offer
 from tests.unit.serving.helpers import ROWS, Arrays, PythonRuntime, close, double, load, row, until
 
 WATCHED = Route("m", 5, "1", "2", 0.5, watch=True, slow_threshold_seconds=1000.0)

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.feedback import Verdict
-from serving import request_ids
 from serving.api import create_app
-from serving.feedback import Inbox, InboxFullError, Remembered
-from serving.feedback_page import MOST_VERDICTS, router
-from serving.request_ids import RequestId
-from serving.routing import Route
+from serving.http import request_ids
+from serving.http.request_ids import RequestId
+from serving.traffic.feedback import Inbox, InboxFullError, Remembered
+from serving.traffic.routing import Route
+from serving.views.feedback_page import MOST_VERDICTS, router
 from tests.unit.serving.helpers import Answer, Server, close, load, no_nudge, request, serve
 
 PAGE = "/api/v2/feedback"

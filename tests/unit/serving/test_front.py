@@ -16,13 +16,13 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from registry.actor import Who
-from serving import accesslog
-from serving.accesslog import AccessLog, Line
-from serving.bodies import BoundedBodies
-from serving.cors import Cors
-from serving.depth import is_deeper
-from serving.endpoints import OTHER, method_label, templates
-from serving.front import Front, HttpCounts
+from serving.http import accesslog
+from serving.http.accesslog import AccessLog, Line
+from serving.http.bodies import BoundedBodies
+from serving.http.cors import Cors
+from serving.http.depth import is_deeper
+from serving.http.endpoints import OTHER, method_label, templates
+from serving.http.front import Front, HttpCounts
 from tests.unit.serving.helpers import close, load, serve, until
 
 PAGE = "https://app.example"

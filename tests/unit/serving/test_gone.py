@@ -18,10 +18,11 @@ from registry import points, versions
 from registry.database import Database
 from registry.schema import Version
 from registry.store import DirectoryStore
-from serving import lifecycle, state
-from serving.loads import weights_bytes
-from serving.reconcile import Reconciler
-from serving.rings import Ring
+from serving import state
+from serving.device.loads import weights_bytes
+from serving.follow.reconcile import Reconciler
+from serving.loaded import lifecycle
+from serving.process.rings import Ring
 from tests.unit.registry import kit
 from tests.unit.registry.kit import MODEL
 from tests.unit.serving.helpers import until

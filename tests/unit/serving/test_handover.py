@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from serving.handover import Bell, Deliveries, deliveries_of
+from serving.compute.handover import Bell, Deliveries, deliveries_of
 
 LOOPS = (asyncio.new_event_loop, uvloop.new_event_loop)
 PATIENCE_SECONDS = 60
@@ -85,7 +85,10 @@ def test_a_delivery_that_fails_is_logged_and_those_behind_it_are_made(
         async with asyncio.timeout(PATIENCE_SECONDS):
             await arrived.wait()
 
-    with caplog.at_level(logging.ERROR, logger="serving.engine"), asyncio.Runner(loop_factory=new_loop) as runner:  # type: ignore[arg-type]
+    with (
+        caplog.at_level(logging.ERROR, logger="serving.compute.engine"),
+        asyncio.Runner(loop_factory=new_loop) as runner,
+    ):  # type: ignore[arg-type]
         runner.run(ask())
     assert made == ["before", "behind"]
     assert "on purpose" in caplog.text

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from serving.handshakes import BEYOND_THE_LIMIT, Handshakes
+from serving.http.handshakes import BEYOND_THE_LIMIT, Handshakes
 from tests.certificates import Authority
 from tests.unit.serving.helpers import until
 

@@ -14,11 +14,12 @@ from registry import replicas
 from registry.actor import Who
 from registry.database import Database
 from registry.errors import ModelkeepError
-from serving import loads, metrics
-from serving.crashmark import Slot
-from serving.engine import LoadedVersion
-from serving.laststate import Wanted
-from serving.lifecycle import ModelState
+from serving.compute.engine import LoadedVersion
+from serving.device import loads
+from serving.loaded.laststate import Wanted
+from serving.loaded.lifecycle import ModelState
+from serving.process.crashmark import Slot
+from serving.views import metrics
 from tests.unit.registry import kit
 from tests.unit.serving.boxes import VALUE, Box, Run
 from tests.unit.serving.helpers import until

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
 from registry import keys
-from serving.auth import Guard, Rules
-from serving.front import Front
-from serving.heads import WHOLE, by_name, raw_of
-from serving.keyring import Keyring
-from serving.protocol import bounded_protocol
+from serving.access.auth import Guard, Rules
+from serving.access.keyring import Keyring
+from serving.http.front import Front
+from serving.http.heads import WHOLE, by_name, raw_of
+from serving.http.protocol import bounded_protocol
 from tests.unit.serving.test_cycle import REQUEST, Transport, over
 
 POOL = (

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.engine import LoadedVersion
-from serving.health import HealthStatus, ModelHealth
+from serving.compute.engine import LoadedVersion
+from serving.loaded.health import HealthStatus, ModelHealth
 from tests.unit.registry.kit import Clock
 from tests.unit.serving.helpers import load
 

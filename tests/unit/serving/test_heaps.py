@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from serving import heaps
+from serving.process import heaps
 
 THREADS = """
 import ctypes, threading

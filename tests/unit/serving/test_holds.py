@@ -11,10 +11,10 @@ from registry.errors import ArtifactError
 from registry.points import Step
 from registry.rollbacks import Hold
 from registry.store import DirectoryStore
-from serving.holds import Holds
-from serving.keeping import Kept, NearStore
-from serving.laststate import LastState, Wanted
-from serving.routing import Route
+from serving.follow.holds import Holds
+from serving.loaded.keeping import Kept, NearStore
+from serving.loaded.laststate import LastState, Wanted
+from serving.traffic.routing import Route
 
 HOLD = Hold("digits", "production", "1", "2", "e", 7, "key:ops", "k1", None, "bad", "2026-01-01T00:00:00.000000Z")
 

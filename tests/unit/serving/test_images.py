@@ -16,9 +16,9 @@ from PIL import Image
 
 from registry.aliases import Alias, AliasImage
 from registry.signature import Signature, TensorSpec
-from serving.forms import form_of
-from serving.images import arranged, tensor_of
-from serving.tensors import InputError
+from serving.wire.forms import form_of
+from serving.wire.images import arranged, tensor_of
+from serving.wire.tensors import InputError
 from tests.unit.serving.helpers import PythonRuntime, close, load, serve
 
 

@@ -17,7 +17,7 @@ from registry.actor import Who
 from registry.database import Database
 from registry.errors import UnavailableError
 from registry.keys import Principal
-from serving.keyring import Keyring
+from serving.access.keyring import Keyring
 from tests.unit.registry import kit
 
 ADDRESS = "http://127.0.0.1:8000"

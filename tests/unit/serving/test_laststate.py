@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from serving import laststate
-from serving.laststate import LastState, Wanted
-from serving.routing import Route
+from serving.loaded import laststate
+from serving.loaded.laststate import LastState, Wanted
+from serving.traffic.routing import Route
 
 FILE = {"name": "v1.onnx", "digest": "a" * 64, "size_bytes": 3}
 STATE = LastState(

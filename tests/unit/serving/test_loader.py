@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from serving import loads
-from serving.devices import Place
-from serving.laststate import LastState, Wanted
-from serving.loader import Attempt, Loader, LoadHangsError, StillLoadingError
-from serving.loads import Load
+from serving.device import loads
+from serving.device.devices import Place
+from serving.device.loads import Load
+from serving.loaded.laststate import LastState, Wanted
+from serving.loaded.loader import Attempt, Loader, LoadHangsError, StillLoadingError
 from tests.unit.serving.helpers import until
 
 HOUR = 3600.0
@@ -174,7 +174,7 @@ def test_an_urgent_load_does_not_wait_for_one_that_takes_long() -> None:
 
 
 def test_what_came_after_all_and_nobody_wants_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.loader.LoadedVersion", str)
+    monkeypatch.setattr("serving.loaded.loader.LoadedVersion", str)
 
     async def test(loader: Loader, work: Work) -> None:
         go_on = work.holds("m")
@@ -195,7 +195,7 @@ def test_what_came_after_all_and_nobody_wants_is_given_back_once(monkeypatch: py
 
 
 def test_a_wait_that_is_cancelled_leaves_the_load_to_be_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.loader.LoadedVersion", str)
+    monkeypatch.setattr("serving.loaded.loader.LoadedVersion", str)
 
     async def test(loader: Loader, work: Work) -> None:
         go_on = work.holds("m")

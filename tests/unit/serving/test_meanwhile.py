@@ -13,14 +13,14 @@ import pytest
 from registry.actor import Who
 from registry.database import Database
 from registry.errors import ArtifactError
-from serving import laststate
-from serving.caretaker import Caretaker
-from serving.emergency import Emergency, make_room_at_once
-from serving.laststate import Wanted
-from serving.lifecycle import ModelState
-from serving.orders import Orders
-from serving.reconcile import Reconciler
-from serving.unloads import Order, Unloads
+from serving.follow.emergency import Emergency, make_room_at_once
+from serving.follow.orders import Orders
+from serving.follow.reconcile import Reconciler
+from serving.follow.unloads import Order, Unloads
+from serving.loaded.caretaker import Caretaker
+from serving.loaded.laststate import Wanted
+from serving.loaded.lifecycle import ModelState
+from serving.process import documents
 from tests.unit.registry import kit
 from tests.unit.serving.boxes import VALUE, Box, Run
 from tests.unit.serving.helpers import until
@@ -246,7 +246,7 @@ def test_a_round_that_fails_by_our_own_fault_is_tried_again(run: Run, monkeypatc
 
 def test_a_save_that_is_given_up_does_not_overtake_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
-        entered, go_on, real = threading.Event(), threading.Event(), laststate.replace
+        entered, go_on, real = threading.Event(), threading.Event(), documents.replace
 
         def slow(path: Path, document: dict[str, Any]) -> None:
             if not entered.is_set():
@@ -254,7 +254,7 @@ def test_a_save_that_is_given_up_does_not_overtake_the_next(tmp_path: Path, monk
                 assert go_on.wait(60)
             real(path, document)
 
-        monkeypatch.setattr(laststate, "replace", slow)
+        monkeypatch.setattr(documents, "replace", slow)
         unloads = Unloads(tmp_path / "unloaded.json", environment="production", replica_id="r")
         unloads.put(Order.now("model.unloaded", "a", WHO, ""))
         first = asyncio.create_task(unloads.save())

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from registry.errors import UnavailableError
-from serving.devices import CpuDevice, Figures
-from serving.memory import CLEAN_UPS_KEPT, NO_DEVICE, MemoryOptimizer
-from serving.memory_limits import Pressure
+from serving.device.devices import CpuDevice, Figures
+from serving.device.memory import CLEAN_UPS_KEPT, NO_DEVICE, MemoryOptimizer
+from serving.device.memory_limits import Pressure
 from tests.unit.serving.helpers import until
 from tests.unit.serving.limited import Pool
 
@@ -317,8 +317,8 @@ def test_the_watch_looks_and_cleans_up_where_that_is_predicted() -> None:
 FILLED = """
 import json
 import numpy as np
-from serving.devices import CpuDevice
-from serving.memory import MemoryOptimizer
+from serving.device.devices import CpuDevice
+from serving.device.memory import MemoryOptimizer
 
 device = CpuDevice(2048 << 20)
 optimizer = MemoryOptimizer(device, budget_bytes=device.budget_bytes)
@@ -348,7 +348,7 @@ def test_on_the_cpu_the_figures_are_those_of_the_process_and_a_clean_up_gives_me
 
 
 def test_without_figures_of_the_c_library_the_models_own_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.devices._in_use_bytes", lambda: None)
+    monkeypatch.setattr("serving.device.devices._in_use_bytes", lambda: None)
     found = CpuDevice(100 * MEBIBYTE, models=lambda: 7 * MEBIBYTE).figures()
     assert (found.total, found.allocated) == (100 * MEBIBYTE, 7 * MEBIBYTE)
     assert found.reserved >= found.allocated

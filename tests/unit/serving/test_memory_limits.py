@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.memory_limits import REMEMBERED, BatchLimit, BatchLimits, Pressure, optimize_batch_size, pressure_of
+from serving.device.memory_limits import REMEMBERED, BatchLimit, BatchLimits, Pressure, optimize_batch_size, pressure_of
 
 
 @pytest.mark.parametrize(

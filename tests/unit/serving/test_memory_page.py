@@ -8,13 +8,13 @@ from typing import Any
 
 from registry.sections import AlertsSection
 from serving.api import create_app
-from serving.devices import CpuDevice
-from serving.memory import MemoryOptimizer
-from serving.memory_limits import BatchLimit
-from serving.memory_page import router
-from serving.metrics import Metrics
-from serving.performance import Performance
-from serving.routing import Route
+from serving.device.devices import CpuDevice
+from serving.device.memory import MemoryOptimizer
+from serving.device.memory_limits import BatchLimit
+from serving.figures.performance import Performance
+from serving.traffic.routing import Route
+from serving.views.memory_page import router
+from serving.views.metrics import Metrics
 from tests.unit.serving.helpers import PythonRuntime, Server, close, load, no_nudge, row, serve
 from tests.unit.serving.limited import Pool, PoolRuntime
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from registry.signature import DATATYPES, Signature, TensorSpec
-from serving.engine import LoadedVersion
-from serving.tensors import DTYPES
+from serving.compute.engine import LoadedVersion
+from serving.wire.tensors import DTYPES
 from tests.unit.serving.helpers import Arrays, PythonRuntime, Server, close, load, serve
 
 PIECES = (

@@ -15,12 +15,12 @@ from registry.actor import Who
 from registry.database import Database
 from registry.errors import LockedError, UnavailableError
 from registry.schema import PromotionCommand
-from serving import operations
+from serving.access.auth import Guard, Rules
+from serving.access.keyring import Keyring
 from serving.api import create_app
-from serving.auth import Guard, Rules
-from serving.keyring import Keyring
-from serving.operations import RegistryThreads
 from serving.statuses import BusyError
+from serving.views import operations
+from serving.views.operations import RegistryThreads
 from tests.unit.registry import kit
 from tests.unit.serving.helpers import Answer, Server, close, load, serve
 

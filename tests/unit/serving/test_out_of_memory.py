@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry.signature import Signature, TensorSpec
-from serving.engine import LoadedVersion, ModelError
-from serving.memory import MemoryOptimizer
-from serving.memory_limits import BatchLimit
-from serving.portions import in_portions
+from serving.compute.engine import LoadedVersion, ModelError
+from serving.compute.portions import in_portions
+from serving.device.memory import MemoryOptimizer
+from serving.device.memory_limits import BatchLimit
 from serving.statuses import OutOfMemoryError, status_of
 from tests.unit.serving.helpers import ROWS, Arrays, close, double, load, row, until
 from tests.unit.serving.limited import Pool, PoolRuntime

@@ -8,10 +8,10 @@ import pytest
 
 from registry.errors import UnavailableError
 from registry.sections import AlertsSection
-from serving.devices import Figures
-from serving.memory_limits import Pressure
-from serving.performance import Analysis, Performance, PerformanceSample, Status, advice, analyse
-from serving.telemetry import VersionTelemetry
+from serving.device.devices import Figures
+from serving.device.memory_limits import Pressure
+from serving.figures.performance import Analysis, Performance, PerformanceSample, Status, advice, analyse
+from serving.figures.telemetry import VersionTelemetry
 from tests.unit.serving.limited import Pool
 
 MEBIBYTE = 1 << 20

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from serving.places import Place, Places
+from serving.access.places import Place, Places
 
 
 class Clock:

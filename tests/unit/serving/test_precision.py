@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from registry.signature import Signature, TensorSpec
-from serving.devices import Place
-from serving.golden import Golden
-from serving.onnx_runtime import CPU, CUDA, TENSORRT, providers
-from serving.precision import agrees
-from serving.runtimes import load_runtime, memory_by_type
+from serving.compute.golden import Golden
+from serving.compute.onnx_runtime import CPU, CUDA, TENSORRT, providers
+from serving.compute.precision import agrees
+from serving.compute.runtimes import load_runtime
+from serving.device.devices import Place
+from serving.device.loads import memory_by_type
 from tests.unit.serving.helpers import ROWS, affine_model
 
 HALF = Place(fp16=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from registry.settings import Settings
-from serving.pulse import Pulse, Stillness, is_stopped
+from serving.process.pulse import Pulse, Stillness, is_stopped
 from serving.supervisor import Supervisor
 from tests.unit.serving.helpers import until
 

@@ -10,9 +10,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from registry.keys import INTERNAL, Principal
 from registry.rates import Rate
-from serving import rates_shared
-from serving.rates import Buckets, Limiter, Verdict, verdict
-from serving.rates_shared import SharedBuckets
+from serving.access import rates_shared
+from serving.access.rates import Buckets, Limiter, Verdict, verdict
+from serving.access.rates_shared import SharedBuckets
 from tests.unit.serving.helpers import until
 
 MINUTE = Rate(60, 60)

@@ -17,7 +17,7 @@ from registry.database import Database
 from registry.errors import RefusedError, UnavailableError
 from registry.feedback import Verdict
 from registry.schema import AuditEvent, Feedback, Reach, Replica, ReplicaCount
-from serving.reporting import Reporter, Said
+from serving.follow.reporting import Reporter, Said
 from serving.state import Serving
 from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, Clock

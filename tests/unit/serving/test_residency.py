@@ -14,8 +14,8 @@ from sqlalchemy import select
 from registry.database import Database
 from registry.errors import ArtifactError
 from registry.schema import Reach
-from serving.emergency import make_room_at_once
-from serving.laststate import Wanted
+from serving.follow.emergency import make_room_at_once
+from serving.loaded.laststate import Wanted
 from tests.unit.registry import kit
 from tests.unit.serving.boxes import REQUEST, TWO, VALUE, Box, Run
 from tests.unit.serving.helpers import until

@@ -15,10 +15,10 @@ import pytest
 from registry.actor import Who
 from registry.database import Database
 from registry.errors import ArtifactError, ModelkeepError
-from serving.emergency import Emergency, make_room_at_once
-from serving.engine import LoadedVersion
-from serving.laststate import Wanted
-from serving.orders import Orders
+from serving.compute.engine import LoadedVersion
+from serving.follow.emergency import Emergency, make_room_at_once
+from serving.follow.orders import Orders
+from serving.loaded.laststate import Wanted
 from tests.unit.registry import kit
 from tests.unit.serving.boxes import REQUEST, Box
 from tests.unit.serving.helpers import until

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.routing import Route, choose, mark_of, position_of
+from serving.traffic.routing import Route, choose, mark_of, position_of
 from tests.unit.serving.helpers import close, load, serve
 
 ROUTE = Route("m", 4, "1", "2", 0.25, watch=True, promotion="p1")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from registry.errors import RefusedError, UsageError
 from registry.signature import DATATYPES, Signature, TensorSpec
-from serving.runtimes import load_runtime
+from serving.compute.runtimes import load_runtime
 from tests.unit.serving.helpers import affine_model, identity_model
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from registry.signature import Signature, TensorSpec
-from serving.routing import Route
-from serving.shapes import PromisedShapes
+from serving.compute.shapes import PromisedShapes
+from serving.traffic.routing import Route
 from tests.unit.serving.helpers import Arrays, PythonRuntime, close, load, serve
 
 SIGNATURE = Signature(

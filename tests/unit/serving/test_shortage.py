@@ -9,10 +9,10 @@ import pytest
 
 from registry.errors import RefusedError, UnavailableError
 from registry.signature import Signature, TensorSpec
-from serving.devices import Place, limit_arena
-from serving.loads import Load
-from serving.runtimes import load_runtime
-from serving.shortage import out_of_memory, requested_bytes
+from serving.compute.runtimes import load_runtime
+from serving.device.devices import Place, limit_arena
+from serving.device.loads import Load
+from serving.device.shortage import out_of_memory, requested_bytes
 from serving.statuses import OutOfMemoryError
 from tests.unit.serving.limited import ROW_BYTES, wide_model
 

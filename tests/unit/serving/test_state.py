@@ -10,10 +10,10 @@ from random import Random
 import pytest
 
 from registry.errors import NotFoundError, UnavailableError
-from serving.metrics import Metrics
-from serving.routing import Route, choose
+from serving.figures.telemetry import LATENCY_BOUNDS_SECONDS, METRIC_BUCKETS_SECONDS, WatchCounts, cumulative_buckets
 from serving.state import Serving
-from serving.telemetry import LATENCY_BOUNDS_SECONDS, METRIC_BUCKETS_SECONDS, WatchCounts, cumulative_buckets
+from serving.traffic.routing import Route, choose
+from serving.views.metrics import Metrics
 from tests.unit.serving.helpers import PythonRuntime, close, load, row, serve
 
 

@@ -13,15 +13,15 @@ import pytest
 from registry.database import Database
 from registry.errors import ArtifactError, UnavailableError
 from serving.api import create_app
-from serving.desired import desired
-from serving.engine import LoadedVersion
-from serving.gate import Gate
-from serving.laststate import Wanted
-from serving.reconcile import Reconciler
-from serving.routing import Route
+from serving.compute.engine import LoadedVersion
+from serving.follow.desired import desired
+from serving.follow.reconcile import Reconciler
+from serving.loaded.laststate import Wanted
+from serving.loaded.swap import Room, staying
 from serving.state import Serving
 from serving.statuses import BusyError
-from serving.swap import Room, staying
+from serving.traffic.gate import Gate
+from serving.traffic.routing import Route
 from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, MODEL
 from tests.unit.serving.helpers import Answer, PythonRuntime, Server, close, load, until

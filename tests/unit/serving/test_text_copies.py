@@ -12,15 +12,15 @@ import orjson
 import pytest
 
 from registry.errors import ModelkeepError, UsageError
-from serving import capture as capturing
 from serving import replay
-from serving.routing import Route
 from serving.text import asked as asked_module
 from serving.text.agreement import ENDED, compare_texts, said
 from serving.text.sampling import Sampling
 from serving.text.sequences import Wanted
 from serving.text.trial import TextRuntime
 from serving.text.version import TextVersion
+from serving.traffic import capture as capturing
+from serving.traffic.routing import Route
 from tests.unit.serving.helpers import close
 from tests.unit.serving.text_toy import Letters, Toy, toy_model
 from tests.unit.serving.texting import COMPLETIONS, GENERATE, WORDS, asked, expected, serve, text_version

@@ -12,11 +12,11 @@ import orjson
 import pytest
 
 from registry.errors import UnavailableError
-from serving.routing import Route
-from serving.swap import Room
+from serving.loaded.swap import Room
 from serving.text.caches import COPIES, Caches
 from serving.text.exchange import end_texts
 from serving.text.sequences import Wanted
+from serving.traffic.routing import Route
 from tests.unit.serving.helpers import close, load, until
 from tests.unit.serving.text_toy import END, Toy, toy_model
 from tests.unit.serving.texting import COMPLETIONS, GENERATE, WORDS, asked, events, expected, held, serve, text_version

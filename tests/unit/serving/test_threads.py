@@ -9,7 +9,7 @@ import time
 import pytest
 
 from registry.errors import UnavailableError
-from serving import threads
+from serving.process import threads
 
 
 def of(name: str) -> int:

@@ -12,8 +12,8 @@ import pytest
 from registry import client_tls
 from registry.access import ClientSection, ServerSection
 from registry.errors import SettingsError
-from serving import tls
-from serving.tls import Certificates, certificates
+from serving.http import tls
+from serving.http.tls import Certificates, certificates
 from tests.certificates import Authority
 
 

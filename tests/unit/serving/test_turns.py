@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from serving.turns import Turns
-from serving.work import Work
+from serving.compute.work import Work
+from serving.traffic.turns import Turns
 from tests.unit.serving.helpers import PythonRuntime, close, load, row, until
 
 

@@ -15,8 +15,8 @@ from registry.actor import Who
 from registry.database import Database
 from registry.errors import RefusedError, UnavailableError
 from registry.schema import AuditEvent, Reach
-from serving.emergency import Emergency
-from serving.unloads import Order, Unloads
+from serving.follow.emergency import Emergency
+from serving.follow.unloads import Order, Unloads
 from tasks.servers import Following
 from tests.unit.serving.boxes import Box, Run
 from tests.unit.serving.helpers import until

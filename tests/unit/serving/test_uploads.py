@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from serving.places import Places
+from serving.access.places import Places
 from serving.statuses import ClientGoneError
 from tests.unit.serving.helpers import Answer, PythonRuntime, Server, close, load, request, serve, until
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry.signature import DATATYPES, Signature, TensorSpec
-from serving.tensors import DTYPES, InputError, OutputError, to_bf16
-from serving.v2 import Codec, InferRequest
+from serving.wire.tensors import DTYPES, InputError, OutputError, to_bf16
+from serving.wire.v2 import Codec, InferRequest
 
 TWO = Codec(
     Signature(

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from registry.errors import SettingsError, UnavailableError
 from registry.settings import load_settings
-from serving.caretaker import Caretaker
-from serving.engine import LoadedVersion
-from serving.health import HealthStatus
-from serving.onnx_runtime import OnnxRuntime
-from serving.routing import Route
-from serving.shadow import Copy
-from serving.watchdog import FORGIVEN_SECONDS, STUCK_MOST, Watchdog
+from serving.compute.engine import LoadedVersion
+from serving.compute.onnx_runtime import OnnxRuntime
+from serving.loaded.caretaker import Caretaker
+from serving.loaded.health import HealthStatus
+from serving.loaded.watchdog import FORGIVEN_SECONDS, STUCK_MOST, Watchdog
+from serving.traffic.routing import Route
+from serving.traffic.shadow import Copy
 from tests.unit.registry.kit import Clock
 from tests.unit.serving.helpers import PythonRuntime, close, load, request, row, serve, until
 from tests.unit.serving.stuck import endless_model

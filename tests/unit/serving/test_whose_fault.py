@@ -12,10 +12,10 @@ import pytest
 
 from registry.errors import UsageError
 from registry.signature import Signature, TensorSpec
-from serving.engine import LoadedVersion
-from serving.routing import Route
-from serving.tensors import InputError
-from serving.v2 import Codec
+from serving.compute.engine import LoadedVersion
+from serving.traffic.routing import Route
+from serving.wire.tensors import InputError
+from serving.wire.v2 import Codec
 from tests.unit.serving.helpers import Arrays, PythonRuntime, Server, close, load, request, serve
 
 WATCHED = Route("m", 1, "1", watch=True)

@@ -11,10 +11,10 @@ import numpy as np
 import orjson
 
 from serving.api import create_app
-from serving.routing import Route
 from serving.state import Serving
 from serving.text import api as text_api
 from serving.text.version import TextVersion
+from serving.traffic.routing import Route
 from tests.unit.serving.helpers import Server, no_nudge
 from tests.unit.serving.text_toy import Letters, Toy, toy_model
 

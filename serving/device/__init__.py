@@ -1,0 +1,1 @@
+"""The memory that models compute in: what there is, what they take, and what follows from it."""

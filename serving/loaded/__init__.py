@@ -1,0 +1,1 @@
+"""Which versions are in memory: loading, sleeping, waking, exchanging, letting go."""

@@ -1,0 +1,1 @@
+"""The process itself: its parent, its threads, its heap, and whether it still turns."""

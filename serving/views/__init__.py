@@ -1,0 +1,1 @@
+"""What is not inference: the pages for people, commands and metrics."""
