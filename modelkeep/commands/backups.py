@@ -6,18 +6,19 @@ import dataclasses
 import datetime as dt
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from modelkeep import output
-from modelkeep.commands.common import Json, Local, Reason, moment, opened
+from modelkeep.commands.acting import acting
+from modelkeep.commands.common import Json, Local, Reason, moment
 from modelkeep.commands.prune import prune
 from modelkeep.commands.ship_logs import ship_logs
 from registry import clock
-from registry.errors import ModelkeepError, RefusedError, StorageError, UnavailableError, UsageError
+from registry.errors import ModelkeepError, RefusedError, UsageError
 from registry.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -87,25 +88,6 @@ def _done(found: dict[str, Any], as_json: bool, code: int) -> NoReturn:
 
 def _log(line: str) -> None:
     output.say(line, to_stderr=True)
-
-
-@contextmanager
-def acting() -> Iterator[Settings]:
-    """Who acts is known by the registry; where that does not answer, the system's user does: a backup changes nothing."""
-    from registry.connect import open_database
-    from tasks.backup.registry_now import vanished
-
-    settings = load_settings()
-    with ExitStack() as stack:
-        why = vanished(settings, open_database(settings))
-        if why is None:
-            try:
-                stack.enter_context(opened())
-            except (UnavailableError, StorageError) as error:
-                why = str(error)
-        if why is not None:
-            output.problem(f"without the registry: {why}")
-        yield settings
 
 
 def _result(state: State[Any], otherwise: str) -> Any:

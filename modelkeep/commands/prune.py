@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modelkeep import output
+from modelkeep.commands.acting import acting
 from modelkeep.commands.common import Json
 from registry import clock
 from registry.settings import load_settings
@@ -22,7 +23,6 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Show which backups and which shipped logs stay and which go, with the rule; delete them with --apply."""
-    from modelkeep.commands.backups import acting
     from registry import actor
     from tasks.backup import prune as pruning
     from tasks.backup.repository import open_repository

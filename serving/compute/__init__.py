@@ -1,1 +1,1 @@
-"""One loaded version at work: its queue, its thread, its batches, and the runtimes that compute."""
+"""One loaded version at work: its queue, its thread, its batches, the runtimes that compute, and its golden cases."""

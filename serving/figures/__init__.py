@@ -1,1 +1,1 @@
-"""What is counted about requests, versions and the server, and what that says of their health."""
+"""What is counted about requests and versions, and how the server performs."""

@@ -1,1 +1,1 @@
-"""Following the registry, and doing without it: rounds, reports, the last good state, holds, emergencies."""
+"""Following the registry, and doing without it: rounds, reports, holds, orders, emergencies."""

@@ -1,1 +1,1 @@
-"""Which versions are in memory: loading, sleeping, waking, exchanging, letting go."""
+"""Which versions are in memory, and how they do: loading, sleeping, waking, exchanging, letting go; the last good state on disk."""

@@ -1,1 +1,1 @@
-"""The process itself: its parent, its threads, its heap, and whether it still turns."""
+"""The process itself: its threads, its heap, its pulse, and what it keeps on its disk."""

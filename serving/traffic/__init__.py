@@ -1,1 +1,1 @@
-"""Which version answers a request, and what becomes of copies of it: routes, shadows, captures, replays, verdicts."""
+"""Which version answers a request, where it waits for one, and what becomes of copies of it: routes, shadows, captures, verdicts."""

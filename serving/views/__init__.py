@@ -1,1 +1,1 @@
-"""What is not inference: the pages for people, commands and metrics."""
+"""What is not inference: pages for people, operations, descriptions of models, and /metrics."""
