@@ -31,7 +31,7 @@ from tests.integration.serving.parity.models import ParityModel
 from tests.own_environment import ROOT
 
 START_SECONDS = 120.0
-REST_SECONDS = 3.0
+REST_SECONDS = 1.0
 CACHE_MB = parity.CACHE_BYTES >> 20
 
 
