@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from registry import clock
 from registry.database import Transaction
+from registry.policy import METRICS
 from registry.schema import Replica, Version
 
 
@@ -39,6 +40,20 @@ def measured(row: Version) -> dict[str, Any] | None:
         "rows_independent": row.rows_independent,
     }
     return {"by": "validation", **{name: value for name, value in found.items() if value is not None}}
+
+
+def quality(row: Version) -> dict[str, float]:
+    """What the last validation measured of its answers to the golden cases, by metric (registry.policy.METRICS); nothing is left out
+    that was measured, and nothing stands for what was not. A share for accuracy and exact_match, the unit of the outputs for
+    mean_absolute_error, of which less is better.
+    """
+    report = row.validation or {}
+    golden = (report.get("candidate") or {}).get("golden") or {}
+    found = {"accuracy": golden.get("accuracy")}
+    for check in report.get("checks") or ():
+        if check.get("name") in METRICS:
+            found[check["name"]] = (check.get("data") or {}).get("candidate")
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def live(session: Session, models: set[str]) -> dict[tuple[str, str], dict[str, Any]]:

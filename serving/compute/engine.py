@@ -86,6 +86,8 @@ class LoadedVersion(Computing):
         self.queue_size = queue_size
         self.shadow_queue_size = shadow_queue_size
         self.deterministic = deterministic
+        self.quality: Mapping[str, float] = {}
+        """By metric, as its validation measured it; for /metrics."""
         self.answers: VersionAnswers | None = None
         """Its part of the cache, where there is one and the version is deterministic; see serving.caching.cache."""
         self.codec = Codec(runtime.signature, labels)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from registry import clock, points, rollbacks, routes, store
+from registry import clock, figures, points, rollbacks, routes, store
 from registry.actor import Who
 from registry.database import Database
 from registry.errors import ModelkeepError, NotFoundError, RefusedError, StorageError, UnavailableError
@@ -271,4 +271,5 @@ def wanted_of(row: Version) -> Wanted:
         labels=row.facts.get("labels"),
         max_batch=row.facts.get("max_batch"),
         golden=row.golden_digest,
+        quality=figures.quality(row) or None,
     )

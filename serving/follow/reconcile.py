@@ -415,6 +415,9 @@ class Reconciler:
         )
         self.reporter.reached(replicas.Reached(state.epoch, state.generation, clock.now(), tuple(self._behind)))
         self.applied = wanted
+        for version in state.versions:
+            if (here := loaded.get((version.model, version.version))) is not None:
+                here.quality = version.quality or {}
         self.caretaker.settled(state.routes, routes, loaded)
         self.loading.forget_all_but([*self._known(), *self.room.owed.values()])
         self.let_go(unneeded + self.loader.unclaimed(plan.versions.values()), loaded)

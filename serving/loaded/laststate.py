@@ -37,6 +37,8 @@ class Wanted:
     """The most rows that its author lets be computed together; None: the settings alone say it."""
     golden: str | None = None
     """The digest of its golden cases, by which half precision is decided."""
+    quality: dict[str, float] | None = None
+    """What the last validation measured on them, by metric (registry.figures.quality); None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)

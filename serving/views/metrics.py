@@ -271,10 +271,17 @@ class _ServingCollector(Collector):
     def _loaded(self) -> Iterator[Metric]:
         queue = GaugeMetricFamily("modelkeep_queue_length", "Requests waiting for the model.", labels=_VERSION)
         held = GaugeMetricFamily("modelkeep_version_requests_in_flight", "Requests in queue or model.", labels=_VERSION)
+        quality = GaugeMetricFamily(
+            "modelkeep_model_quality_score",
+            "What the last validation measured on the golden cases: accuracy, exact_match, mean_absolute_error.",
+            labels=[*_VERSION, "metric_type"],
+        )
         for (model, name), loaded in self._serving.loaded.items():
             queue.add_metric([model, name], loaded.queue_length)
             held.add_metric([model, name], loaded.references)
-        yield from (queue, held)
+            for metric, score in loaded.quality.items():
+                quality.add_metric([model, name, metric], score)
+        yield from (queue, held, quality)
 
     def _routes(self) -> Iterator[Metric]:
         weight = GaugeMetricFamily(

@@ -174,6 +174,7 @@ def test_the_summary_has_what_was_measured_and_nothing_else() -> None:
 def test_metrics_have_no_labels_but_those_of_versions_that_were_loaded() -> None:
     async def scenario() -> None:
         version = load(version="1")
+        version.quality = {"accuracy": 0.975, "mean_absolute_error": 3.5}
         server = serve(version, route=Route("m", 3, "1", "2", 0.25))
         for k in range(50):
             await server.infer(model=f"unknown-{k}")
@@ -188,6 +189,8 @@ def test_metrics_have_no_labels_but_those_of_versions_that_were_loaded() -> None
             'modelkeep_request_duration_seconds_bucket{le="120.0",model="m",version="1"} 1.0',
             'modelkeep_model_errors_total{model="m",version="1"} 0.0',
             'modelkeep_queue_length{model="m",version="1"} 0.0',
+            'modelkeep_model_quality_score{metric_type="accuracy",model="m",version="1"} 0.975',
+            'modelkeep_model_quality_score{metric_type="mean_absolute_error",model="m",version="1"} 3.5',
             'modelkeep_shadow_requests_total{model="m",version="1"} 0.0',
             'modelkeep_route_weight{model="m",role="stable",version="1"} 0.75',
             'modelkeep_route_weight{model="m",role="candidate",version="2"} 0.25',
