@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from tests.e2e.harness import free_port
 
 START_SECONDS = 120.0
+BUSY_SECONDS = 30.0
 
 
 def environment(folder: Path, url: str) -> dict[str, str]:
@@ -58,6 +60,23 @@ def prefect_server(folder: Path) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(timeout=10)
+
+
+def ask(method: str, url: str, body: Any = None) -> Any:
+    """What Prefect's API answers. On a busy machine its SQLite is locked for a moment: that is a 503, and nothing was done."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        answer = httpx.request(method, url, json=body, timeout=10)
+        if answer.status_code != 503 or time.monotonic() > deadline:
+            return answer.raise_for_status().json() if answer.content else None
+        time.sleep(0.2)
+
+
+def newest_page(api: str, key: str) -> str:
+    """The newest artifact of a key, as the UI would show it."""
+    query = {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC", "limit": 1}
+    (found,) = ask("POST", f"{api}/artifacts/filter", query)
+    return str(found["data"])
 
 
 def _answers(url: str) -> bool:

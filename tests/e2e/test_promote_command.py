@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from registry.promotions import ACTIVE
 from tests.e2e.harness import MODEL, Box, box, kill, wait_for, write_golden
-from tests.prefect_server import environment, prefect_server
+from tests.prefect_server import ask, environment, prefect_server
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def test_a_promotion_from_the_command_line_takes_a_version_to_all_of_the_traffic
     steps = [step["step"] for step in document["story"]]
     assert steps[0] == "validate" and steps[-1] == "promoted"
     assert [step for step in ("baseline", "shadow", "canary", "promote") if step not in steps] == []
-    run = httpx.get(f"{found.extra['PREFECT_API_URL']}/flow_runs/{document['flow_run_id']}", timeout=10).json()
+    run = ask("GET", f"{found.extra['PREFECT_API_URL']}/flow_runs/{document['flow_run_id']}")
     assert run["state"]["name"] == "Promoted"
     requests = traffic.stop()
     assert [request.error for request in requests if request.error] == []

@@ -19,6 +19,7 @@ import pytest
 from registry.errors import UnavailableError
 from tasks import prefect_api
 from tests.e2e.harness import build, free_port
+from tests.prefect_server import ask
 
 
 def until(what: str, test: Callable[[], Any], seconds: float) -> Any:
@@ -89,7 +90,7 @@ class Up:
         return prefect_api.post(self.api, path, body)
 
     def get(self, path: str) -> Any:
-        return prefect_api.ask(self.api, "GET", path).raise_for_status().json()
+        return ask("GET", f"{self.api}{path}")
 
     def deployment(self, name: str) -> dict[str, Any]:
         return next(d for d in self.post("/deployments/filter", {}) if d["name"] == name)

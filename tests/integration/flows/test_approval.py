@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 from registry import approvals, leases, promotions
@@ -16,6 +15,7 @@ from registry.policy import PromotionPolicy
 from registry.schema import Promotion
 from tasks.approval import Carrier, go_on, start
 from tests.e2e.harness import Box, box, build, mark_validated, wait_for
+from tests.prefect_server import ask
 from tests.unit.registry.kit import Clock
 
 ANN = Who("os:ann")
@@ -70,7 +70,7 @@ def asked(world: Box, model: str, **policy: Any) -> promotions.Operation:
 
 
 def post(api: str, path: str, body: dict[str, Any]) -> Any:
-    return httpx.post(f"{api}{path}", json=body, timeout=10).raise_for_status().json()
+    return ask("POST", f"{api}{path}", body)
 
 
 def deployment(api: str) -> str:
@@ -90,7 +90,7 @@ def run_in_state(api: str, world: Box, operation: promotions.Operation, state: d
 
 
 def state_of_run(api: str, run: str) -> str:
-    return str(httpx.get(f"{api}/flow_runs/{run}", timeout=10).raise_for_status().json()["state"]["type"])
+    return str(ask("GET", f"{api}/flow_runs/{run}")["state"]["type"])
 
 
 def test_the_process_of_a_command_waits_and_goes_on_when_it_is_approved(world: Box, model: str) -> None:
@@ -175,7 +175,7 @@ def test_the_loop_starts_one_run_for_what_was_approved_and_left_lying(world: Box
     clock.seconds = 60.0
     assert carrier.look() == []  # that run is on its way
     query = {"flow_runs": {"tags": {"all_": [f"promotion:{operation.id}"]}}}
-    (run,) = httpx.post(f"{prefect_api}/flow_runs/filter", json=query, timeout=10).raise_for_status().json()
+    (run,) = ask("POST", f"{prefect_api}/flow_runs/filter", query)
     assert run["parameters"] == {
         "request": {"model": model, "version": "1", "environment": "production", "carry_on": operation.id}
     }

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from registry import ledger
@@ -15,6 +14,7 @@ from registry.connect import open_database
 from registry.schema import AuditEvent
 from registry.settings import load_settings
 from tasks.backup.locking import home_lock
+from tests.prefect_server import newest_page
 
 
 @pytest.fixture
@@ -46,18 +46,11 @@ def _data(state: Any) -> Any:
     return getattr(state.data, "result", state.data)
 
 
-def _page(api: str, key: str) -> str:
-    """The newest artifact of a key, as the UI would show it."""
-    query = {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC", "limit": 1}
-    (found,) = httpx.post(f"{api}/artifacts/filter", json=query, timeout=10).raise_for_status().json()
-    return str(found["data"])
-
-
 def test_a_backup_ends_complete_with_a_page_and_a_bar_and_is_then_verified(home: Path, prefect_api: str) -> None:
     state = _back_up(components="registry,files", reason="by form")
     assert (state.name, state.type.value) == ("Complete", "COMPLETED"), state.message
     backup_id = _data(state)["backup_id"]
-    text = _page(prefect_api, "backup")
+    text = newest_page(prefect_api, "backup")
     for part in (f"# Backup {backup_id}: complete", "| registry | complete |", "| files:uploads | complete |"):
         assert part in text
     database = open_database(load_settings())
@@ -69,7 +62,7 @@ def test_a_backup_ends_complete_with_a_page_and_a_bar_and_is_then_verified(home:
     state = _verify(backup=backup_id)
     assert state.is_completed(), state.message
     assert _data(state)[0]["state"] == "verified"
-    assert "| registry | verified |" in _page(prefect_api, "backups-verified")
+    assert "| registry | verified |" in newest_page(prefect_api, "backups-verified")
     state = _verify()
     assert state.is_completed()
     assert state.message == "no backup was due"
@@ -88,7 +81,7 @@ def test_a_component_that_fails_ends_the_run_failed_by_the_name_partial(home: Pa
     state = _back_up(components="registry,files")
     assert (state.name, state.type.value) == ("Partial", "FAILED"), state.message
     assert _data(state)["state"] == "partial"
-    assert "| files:uploads | failed |" in _page(prefect_api, "backup")
+    assert "| files:uploads | failed |" in newest_page(prefect_api, "backup")
 
 
 def test_a_second_one_ends_locked_and_a_wrong_name_refused(home: Path, prefect_api: str) -> None:
@@ -110,7 +103,7 @@ def test_a_damaged_backup_fails_the_scheduled_check_loudly(home: Path, prefect_a
     state = _verify()
     assert state.is_failed()
     assert backup_id in state.message
-    assert "failed-verification" in _page(prefect_api, "backups-verified")
+    assert "failed-verification" in newest_page(prefect_api, "backups-verified")
 
 
 def test_the_commands_run_the_flows_and_end_with_their_exit_codes(
@@ -169,7 +162,7 @@ def test_a_recovery_is_planned_unless_told_otherwise_then_carried_out_and_refuse
     done = recover(Recover(**asked, dry_run=False, reason="the disk died"), return_state=True)
     assert (done.name, done.type.value) == ("Recovered", "COMPLETED"), done.message
     assert picture.read_bytes() == b"picture" * 1000
-    assert "files:uploads" in _page(prefect_api, f"recovered-{backup_id.lower()}")
+    assert "files:uploads" in newest_page(prefect_api, f"recovered-{backup_id.lower()}")
     with open_database(load_settings()).read() as session:
         (event,) = session.query(AuditEvent).filter(AuditEvent.action == "backup.restored")
         assert "the disk died" in event.text
@@ -181,7 +174,7 @@ def test_a_prune_shows_its_rules_and_fails_where_a_manifest_cannot_be_read(home:
     backup_id = _data(_back_up(components="files"))["backup_id"]
     looked = prune_backups(PruneBackups(apply=False), return_state=True)
     assert looked.type.value == "COMPLETED" and looked.message == "0 of 1 backups would go"
-    assert f"| {backup_id} | complete | stays |" in _page(prefect_api, "retention")
+    assert f"| {backup_id} | complete | stays |" in newest_page(prefect_api, "retention")
     pruned = prune_backups(return_state=True)
     assert pruned.type.value == "COMPLETED" and pruned.message == "0 of 1 backups removed"
     (home / "backups" / "20200101T000000Z-aaaaaa.manifest.json").write_text("{")
@@ -201,7 +194,7 @@ def test_a_drill_ends_passed_with_its_page_and_failed_where_the_location_is_dama
     _back_up(components="registry,models,files")
     passed = recovery_drill(RecoveryDrill(damage="cut-object"), return_state=True)
     assert (passed.name, passed.type.value) == ("Passed", "COMPLETED"), passed.message
-    page = _page(prefect_api, "recovery-drill")
+    page = newest_page(prefect_api, "recovery-drill")
     assert "| files:uploads |" in page and "an object ends in its middle" in page and (home / "drill.html").exists()
     for path in (home / "backups" / "objects").rglob("*"):
         if path.is_file():

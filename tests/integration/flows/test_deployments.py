@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
 import flows
 from tests.e2e.harness import ROOT, box
+from tests.prefect_server import ask
 
 DECLARED: list[dict[str, Any]] = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 NAMES = [deployment["name"] for deployment in DECLARED]
@@ -100,7 +100,7 @@ def test_every_block_loads_is_made_from_the_settings_and_hides_its_secrets(
         loaded = block.load("modelkeep")
         fields = set(block.model_fields)
         assert loaded.model_dump(include=fields) == block.from_settings(settings).model_dump(include=fields)
-    shown = httpx.post(f"{prefect_api}/block_documents/filter", json={}, timeout=10).raise_for_status().json()
+    shown = ask("POST", f"{prefect_api}/block_documents/filter", {})
     registry = next(row for row in shown if row["block_type"]["slug"] == "modelkeep-registry")
     assert settings.database_url not in str(registry["data"])
 
@@ -118,7 +118,7 @@ def deployed(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def post(api: str, path: str, body: dict[str, Any]) -> Any:
-    return httpx.post(f"{api}{path}", json=body, timeout=10).raise_for_status().json()
+    return ask("POST", f"{api}{path}", body)
 
 
 def test_deploying_writes_every_deployment_with_its_schedules(deployed: tuple[str, list[str]]) -> None:

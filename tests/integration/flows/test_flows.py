@@ -13,6 +13,7 @@ from registry import leases, promotions
 from registry.policy import PromotionPolicy
 from tasks import lease
 from tests.e2e.harness import LEASE_SECONDS, MODEL, Box, box, build, wait_for, write_golden
+from tests.prefect_server import ask, newest_page
 
 QUIET = "quiet"
 """A model that nobody asks."""
@@ -52,17 +53,9 @@ def recorded(world: Box) -> list[dict[str, Any]]:
         return promotions.listed(session, model=MODEL)
 
 
-def page(api: str, key: str) -> str:
-    """The newest artifact of a key, as the UI would show it."""
-    query = {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC", "limit": 1}
-    answer = httpx.post(f"{api}/artifacts/filter", json=query, timeout=10)
-    (found,) = answer.raise_for_status().json()
-    return str(found["data"])
-
-
 def run_state(api: str, state: Any) -> tuple[str, str]:
     """(type, name) of a run's state as Prefect has it on record."""
-    answer = httpx.get(f"{api}/flow_runs/{state.state_details.flow_run_id}", timeout=10).raise_for_status().json()
+    answer = ask("GET", f"{api}/flow_runs/{state.state_details.flow_run_id}")
     return answer["state"]["type"], answer["state"]["name"]
 
 
@@ -72,7 +65,7 @@ def test_a_better_version_ends_promoted_and_a_rollback_takes_it_back(world: Box,
     state = promote(MODEL, "2")
     assert (state.name, run_state(prefect_api, state)) == ("Promoted", ("COMPLETED", "Promoted")), state.message
     assert world.stable() == "2"
-    text = page(prefect_api, "promotion-digits-2")
+    text = newest_page(prefect_api, "promotion-digits-2")
     for part in ("# digits 2: promoted", "answers 25% of the requests", "## Validation", "## Evidence", "## Policy"):
         assert part in text
     row = world.promotion("2")
@@ -81,7 +74,9 @@ def test_a_better_version_ends_promoted_and_a_rollback_takes_it_back(world: Box,
     back = roll_back(MODEL, reason="to see it")
     assert (back.name, run_state(prefect_api, back)) == ("RolledBack", ("COMPLETED", "RolledBack")), back.message
     assert world.stable() == "1"
-    assert "digits is back from 2 to 1 in production; 1 server(s) answer by it" in page(prefect_api, "rollback-digits")
+    assert "digits is back from 2 to 1 in production; 1 server(s) answer by it" in newest_page(
+        prefect_api, "rollback-digits"
+    )
     assert world.infer().headers["x-model-version"] == "1"
 
 
@@ -130,7 +125,7 @@ def test_a_worse_version_ends_rejected_with_the_figures_of_both(world: Box, pref
     state = promote(MODEL, "3")
     assert (state.name, run_state(prefect_api, state)) == ("Rejected", ("FAILED", "Rejected"))
     assert "accuracy" in state.message
-    assert "# digits 3: rejected" in page(prefect_api, "promotion-digits-3")
+    assert "# digits 3: rejected" in newest_page(prefect_api, "promotion-digits-3")
     assert world.stable() == "1"
 
 
@@ -139,7 +134,7 @@ def test_a_version_that_fails_on_live_requests_ends_rolled_back(world: Box, pref
     world.register("4", path, golden=write_golden(world.folder / "golden-4.npz", path))
     state = promote(MODEL, "4")
     assert (state.name, run_state(prefect_api, state)) == ("RolledBack", ("FAILED", "RolledBack")), state.message
-    text = page(prefect_api, "promotion-digits-4")
+    text = newest_page(prefect_api, "promotion-digits-4")
     assert "# digits 4: withdrawn" in text and "error" in text
     assert world.stable() == "1"
 
@@ -149,7 +144,7 @@ def test_a_version_that_nobody_asks_ends_held(world: Box, prefect_api: str) -> N
     world.models["2"] = world.folder / "v2.onnx"
     state = promote(QUIET, "2", policy=PromotionPolicy(**{**world.policy, "deadline_seconds": 1.0}))
     assert (state.name, run_state(prefect_api, state)) == ("Held", ("FAILED", "Held")), state.message
-    assert "no decision within 1 s" in page(prefect_api, "promotion-quiet-2")
+    assert "no decision within 1 s" in newest_page(prefect_api, "promotion-quiet-2")
     assert world.stable(QUIET) == "1"
 
 
@@ -160,7 +155,7 @@ def test_a_version_that_nobody_asks_is_promoted_by_a_replay_of_its_golden_cases(
     state = promote(QUIET, "4", strategy="replay", changes={"soak_seconds": 1.0, "shadow_agreement": 0.9})
     assert (state.name, run_state(prefect_api, state)) == ("Promoted", ("COMPLETED", "Promoted")), state.message
     assert world.stable(QUIET) == "4"
-    text = page(prefect_api, "promotion-quiet-4")
+    text = newest_page(prefect_api, "promotion-quiet-4")
     assert "replay passed" in text and "the replay is passed" in text and "canary at" not in text
     assert roll_back(QUIET).name == "RolledBack" and world.stable(QUIET) == "1"
 
@@ -171,7 +166,7 @@ def test_a_replay_sends_the_requests_that_the_server_has_captured(world: Box, pr
     wait_for("enough captured requests", lambda: captured(world) >= 40)
     state = promote(MODEL, "8", strategy="replay", changes={"soak_seconds": 1.0, "shadow_agreement": 0.9})
     assert (state.name, run_state(prefect_api, state)) == ("Promoted", ("COMPLETED", "Promoted")), state.message
-    assert "requests captured by" in page(prefect_api, "promotion-digits-8")
+    assert "requests captured by" in newest_page(prefect_api, "promotion-digits-8")
     assert roll_back(MODEL).name == "RolledBack" and world.stable() == "1"
     other = build(world.folder / "v9.onnx", seed=9)  # another network: other answers to the same requests
     world.register("9", other, golden=write_golden(world.folder / "golden-9.npz", other))
@@ -193,7 +188,7 @@ def test_a_version_that_was_to_see_copies_only_ends_shadowed_and_the_stable_one_
     state = promote(MODEL, "7", strategy="shadow")
     assert (state.name, run_state(prefect_api, state)) == ("Shadowed", ("COMPLETED", "Shadowed")), state.message
     assert world.stable() == "1"
-    assert "# digits 7: shadowed" in page(prefect_api, "promotion-digits-7")
+    assert "# digits 7: shadowed" in newest_page(prefect_api, "promotion-digits-7")
     assert world.held_leases() == []
 
 
@@ -218,7 +213,7 @@ def test_a_first_version_is_promoted_without_comparison_and_says_so(world: Box, 
     world.models["1"] = world.folder / "v1.onnx"
     state = promote("fresh", "1")
     assert state.name == "Promoted", state.message
-    assert "there is nothing to compare it with" in page(prefect_api, "promotion-fresh-1")
+    assert "there is nothing to compare it with" in newest_page(prefect_api, "promotion-fresh-1")
     assert world.infer(model="fresh").headers["x-model-version"] == "1"
 
 
@@ -230,7 +225,7 @@ def test_a_forced_promotion_needs_a_reason_and_puts_it_on_record(world: Box, pre
     assert "needs a reason" in refused.message
     state = promote(MODEL, "5", force=True, reason="the old one is worse than its figures")
     assert state.name == "Promoted", state.message
-    assert "the old one is worse than its figures" in page(prefect_api, "promotion-digits-5")
+    assert "the old one is worse than its figures" in newest_page(prefect_api, "promotion-digits-5")
     assert roll_back(MODEL).name == "RolledBack"
     assert world.stable() == "1"
 
@@ -248,7 +243,7 @@ def test_versions_in_traffic_are_checked_and_one_whose_bytes_rotted_is_named(wor
 
     state = validate_models(ValidateModels(), return_state=True)
     assert state.is_completed(), state.message
-    assert "| digits 1 | stable | passed |" in page(prefect_api, "validation-production")
+    assert "| digits 1 | stable | passed |" in newest_page(prefect_api, "validation-production")
     with world.database.read() as session:
         digest = versions.get(session, QUIET, "1").digest
     path = world.home / "artifacts" / digest[:2] / digest
@@ -261,7 +256,7 @@ def test_versions_in_traffic_are_checked_and_one_whose_bytes_rotted_is_named(wor
         path.write_bytes(good)
     assert state.is_failed()
     assert "quiet 1" in state.message
-    assert "is corrupt" in page(prefect_api, "validation-production")
+    assert "is corrupt" in newest_page(prefect_api, "validation-production")
 
 
 def test_after_all_that_the_audit_chain_holds_and_nothing_is_locked(world: Box) -> None:
@@ -283,5 +278,5 @@ def test_the_error_of_a_step_closes_the_promotion_and_leaves_its_page(
     assert state.is_failed()
     row = world.promotion("6")
     assert row is not None and row["state"] == "failed"
-    assert "restore it from a backup" in page(prefect_api, "promotion-digits-6")
+    assert "restore it from a backup" in newest_page(prefect_api, "promotion-digits-6")
     assert world.held_leases() == []
