@@ -166,7 +166,6 @@ class Story:
             "MODELKEEP_PREFECT__PORT": str(self.prefect_port),
             "MODELKEEP_PREFECT__API_URL": f"http://127.0.0.1:{self.prefect_port}/api",
             "PREFECT_API_URL": f"http://127.0.0.1:{self.prefect_port}/api",
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             # The terminal tells the story; Prefect's own lines are in its interface.
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         }

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from registry import clock
+from registry import clock, untracked
 from registry.errors import (
     ArtifactError,
     ConflictError,
@@ -419,7 +419,7 @@ def _lines(job: dict[str, Any], more: Iterable[bytes] = ()) -> Iterator[bytes]:
             environment={
                 "PYTHONPATH": str(root),
                 "HOME": name,
-                "ANONYMIZED_TELEMETRY": "False",
+                **untracked.SETTINGS,
                 "OMP_NUM_THREADS": "1",
             },
             silent_seconds=SILENT_SECONDS,

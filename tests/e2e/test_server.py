@@ -32,6 +32,16 @@ def found(tmp_path: Path) -> Iterator[Box]:
         yield made
 
 
+def test_nothing_is_kept_or_sent_for_the_makers_of_libraries(found: Box, tmp_path: Path) -> None:
+    home, temporary = tmp_path / "person", tmp_path / "temporary"
+    home.mkdir()
+    temporary.mkdir()
+    found.serve(HOME=str(home), TMPDIR=str(temporary))
+    answers_by(found, "1")
+    assert [*home.rglob("*")] == []
+    assert [*temporary.rglob("*")] == []
+
+
 def answers_by(one: Box, version: str) -> None:
     answer = one.infer()
     assert answer.status_code == 200, answer.text
