@@ -75,3 +75,17 @@ def test_every_direct_dependency_is_explained(requirements: list[Requirement]) -
         for name in re.findall(r"`([^`]+)`", line.split("|")[1])
     }
     assert {canonicalize_name(requirement.name) for requirement in requirements} == explained
+
+
+def test_every_program_that_a_test_asks_for_is_among_the_system_packages() -> None:
+    lines = (ROOT / "scripts" / "system-packages.txt").read_text(encoding="utf-8").splitlines()
+    installed = {line.split()[0] for line in lines if line and not line.startswith("#")}
+    theirs = {"redis-cli": "redis-server", "initdb": "postgres"}
+    of_every_debian = {"mount", "umount"}
+    asked = {
+        name
+        for path in ROOT.glob("tests/**/*.py")
+        for name in re.findall(r'\bprogram\("([a-z0-9-]+)"\)', path.read_text(encoding="utf-8"))
+    }
+    assert {"chromium", "redis-server"} <= asked
+    assert {theirs.get(name, name) for name in asked} - of_every_debian <= installed
