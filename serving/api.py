@@ -32,7 +32,7 @@ from serving.compute.work import Work, cached_by
 from serving.http import request_ids
 from serving.http.bodies import BoundedBodies, too_long
 from serving.http.compression import WORTH_BYTES, inflate, packed
-from serving.http.heads import WHOLE, by_name
+from serving.http.heads import AT_ONCE, WHOLE, by_name, in_a_task
 from serving.http.protocol import LINGER_SECONDS
 from serving.state import Serving
 from serving.statuses import BusyError, ClientGoneError, MethodError, status_of
@@ -231,6 +231,7 @@ class V2:
             if len(body) > self._max_body_bytes or b"content-encoding" in headers:
                 body = self._unpacked(body, headers)
             if serving.gate.closed and model in serving.gate.closed:
+                await in_a_task()
                 began, sticky = time.perf_counter(), headers.get(b"x-route-key")
                 loaded, route, mark = await admitted(serving, model, version, sticky, self._timeout_seconds, receive)
                 spent = time.perf_counter() - began
@@ -288,7 +289,8 @@ class V2:
             named.append(_JSON)
         else:
             named += (_OCTETS, (b"inference-header-content-length", b"%d" % header_length))
-        if "memo" in scope:
+        if (memo := scope.get("memo")) is not None:
+            memo[AT_ONCE] = request is None and alias is None
             named.append((b"content-length", b"%d" % len(answer)))
             await send({"type": "http.response.start", "status": 200, "headers": named, WHOLE: answer})
         else:
@@ -424,6 +426,7 @@ class V2:
         headers.append((b"content-length", b"%d" % len(body)))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": True})
+        await in_a_task()
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
                 while (await unread()).get("more_body"):

@@ -8,7 +8,7 @@ import asyncio
 import functools
 import logging
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -23,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from serving.http.heads import WHOLE, Head, head_of, raw_of
+from serving.http.heads import AT_ONCE, WHOLE, Head, head_of, raw_of
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
@@ -234,6 +234,32 @@ def _checked(name: bytes) -> bytes:
     return small
 
 
+class _Begun(Coroutine[Any, Any, None]):
+    """A coroutine that has run until it waited for something: a task goes on with it from there."""
+
+    __slots__ = ("_coroutine", "_waits_for")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], waits_for: Any) -> None:
+        self._coroutine = coroutine
+        self._waits_for: Any = (waits_for,)
+
+    def send(self, value: Any) -> Any:
+        if self._waits_for is not None:
+            (waits_for,), self._waits_for = self._waits_for, None
+            return waits_for
+        return self._coroutine.send(value)
+
+    def throw(self, *raised: Any) -> Any:
+        self._waits_for = None
+        return self._coroutine.throw(*raised)
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    def __await__(self) -> Any:
+        raise NotImplementedError("for a task of its own only")
+
+
 class LeanHttpToolsProtocol(HttpToolsProtocol):
     """uvicorn's protocol with the cycle above, and one timer for as long as a connection lives: to begin and end one with every
     request would be felt.
@@ -295,8 +321,20 @@ class LeanHttpToolsProtocol(HttpToolsProtocol):
         cycle.body = data[len(head.raw) :]  # type: ignore[assignment]
         cycle.more_body = False
         cycle.message_event.set()
-        self._start_asgi_task(cycle, head.app)
+        self._start_asgi_task(cycle, head.app, head.scope["memo"].get(AT_ONCE, False))
         return True
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any, at_once: bool = False) -> None:
+        """`at_once`: an answer that waits for nothing is made here and now; a task is only begun for one that waits."""
+        running = cycle.run_asgi(app)
+        if at_once:
+            try:
+                running = _Begun(running, running.send(None))
+            except StopIteration:
+                return
+        task = self.loop.create_task(running)
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
 
     def _app_for(self, headers: list[tuple[bytes, bytes]]) -> Any:
         app: Any = self.app

@@ -89,9 +89,9 @@ class BoundedHttpProtocol(LeanHttpToolsProtocol):
             running.disconnected = True
             running.message_event.set()
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any, at_once: bool = False) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, app, at_once)
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:

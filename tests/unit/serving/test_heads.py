@@ -16,7 +16,7 @@ from registry import keys
 from serving.access.auth import Guard, Rules
 from serving.access.keyring import Keyring
 from serving.http.front import Front
-from serving.http.heads import WHOLE, by_name, raw_of
+from serving.http.heads import AT_ONCE, WHOLE, by_name, raw_of
 from serving.http.protocol import bounded_protocol
 from tests.unit.serving.test_cycle import REQUEST, Transport, over
 
@@ -60,6 +60,7 @@ async def told(pieces: list[bytes], *, learning: bool) -> tuple[list[Any], bytes
         answer = b"%d" % len(seen)
         headers = [(b"content-length", b"%d" % len(answer))]
         if "memo" in scope:
+            scope["memo"][AT_ONCE] = len(seen) % 3 != 0
             await send({"type": "http.response.start", "status": 200, "headers": headers, WHOLE: answer})
         else:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
