@@ -14,6 +14,7 @@ import pytest
 from benchmarks._report import HEAVY, SMALL
 from benchmarks._servers import Absent, Server, answers, end
 from benchmarks._turns import pinned
+from registry import untracked
 from tests.integration.serving.parity import servers as parity
 from tests.own_environment import own_environment
 
@@ -132,7 +133,7 @@ def _started(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             env={
                 "PATH": f"{Path(command[0]).parent}:/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1",
-                "BENTOML_DO_NOT_TRACK": "true", **environment,
+                "BENTOML_DO_NOT_TRACK": "true", **untracked.SETTINGS, **environment,
             },
         )  # fmt: skip
     try:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from registry import untracked
 from tests.integration.serving.parity.models import ParityModel, write_onnx, write_triton
 from tests.own_environment import ROOT, own_environment
 
@@ -90,7 +91,7 @@ def triton(
             # The stub's Python is told where its packages are by the interpreter in front of the path, and by nothing else.
             env={
                 "PATH": f"{env / 'bin'}:/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1",
-                "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
+                "LD_LIBRARY_PATH": ":".join(map(str, libraries)), **untracked.SETTINGS,
             },
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
