@@ -101,7 +101,7 @@ class Application:
         self.v2 = v2
         self.pages = pages
         self._aliases = aliases
-        self._bounded = BoundedBodies(pages, max_body_bytes)
+        self._bounded = BoundedBodies(pages, max_body_bytes, most_bytes=v2.max_receiving_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -154,7 +154,7 @@ class V2:
         self._max_body_bytes = settings.server.max_body_bytes
         most = settings.performance.max_concurrent_requests
         serving.places.resize(most)
-        serving.uploads.most_bytes = settings.server.max_receiving_mb << 20
+        self.max_receiving_bytes = serving.uploads.most_bytes = settings.server.max_receiving_mb << 20
         serving.gate.most_waiting = max(1, most // 2)
         self._id_prefix = request_ids.prefix(serving.replica_id, serving.boot_id)
         self._ids = itertools.count(1)

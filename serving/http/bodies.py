@@ -91,17 +91,20 @@ def too_long(limit: int, *, unread: bool) -> InputError:
 
 class BoundedBodies:
     """An ASGI application in front of another. What is too long is answered 413 with the limit, by what it declares or as soon as it
-    is longer; JSON that is nested too deep 400.
+    is longer; JSON that is nested too deep 400; 503 where bodies that are still coming would take more than `most_bytes` together.
     """
 
-    def __init__(self, app: ASGIApp, limit_bytes: int, *, depth: int = PAGES) -> None:
+    def __init__(self, app: ASGIApp, limit_bytes: int, *, depth: int = PAGES, most_bytes: int | None = None) -> None:
         self.app, self.limit_bytes, self.depth = app, limit_bytes, depth
+        self.most_bytes = most_bytes
+        self.bytes = 0
+        """Of bodies that are still coming."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit, size = self.limit_bytes, 0
+        limit, size, held = self.limit_bytes, 0, 0
         declared = kind = b""
         for name, value in scope["headers"]:
             if name == b"content-length":
@@ -115,11 +118,20 @@ class BoundedBodies:
         whole = kind.startswith(_NO_JSON)  # whether it may go on in parts
 
         async def counted() -> Message:
-            nonlocal size
+            nonlocal size, held
             message = await receive()
             size += len(message.get("body", b""))
             if size > limit:
                 raise HTTPException(413, f"the body is longer than the limit of {limit} bytes")
+            now = size if message.get("more_body") else 0
+            self.bytes, held = self.bytes + now - held, now
+            if self.most_bytes is not None and self.most_bytes < self.bytes != held:  # one alone may always come
+                raise HTTPException(
+                    503,
+                    f"bodies of {self.bytes - held} bytes are still coming in, and all together may have "
+                    f"{self.most_bytes}; try again later",
+                    {"Retry-After": "1"},
+                )
             return message
 
         async def bounded() -> Message:
@@ -139,4 +151,7 @@ class BoundedBodies:
                 raise HTTPException(400, f"the JSON of the request is nested deeper than {self.depth} levels")
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, bounded, send)
+        try:
+            await self.app(scope, bounded, send)
+        finally:
+            self.bytes -= held

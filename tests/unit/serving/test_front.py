@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from registry.actor import Who
@@ -395,6 +395,54 @@ def test_deep_json_is_refused_before_anybody_builds_it() -> None:
         assert (await ask(parts, "POST", "/x", kind, (b"ab", b"cd")))[2] == b"abcd"
         image = {"Content-Type": "image/png"}
         assert (await ask(parts, "POST", "/x", image, (b"[" * 500,)))[0] == 200
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", ["application/json", "image/png"])
+def test_bodies_that_come_slowly_take_no_more_memory_than_is_set_aside(kind: str) -> None:
+    async def scenario() -> None:
+        app = FastAPI()
+
+        @app.post("/x")
+        async def x(request: Request) -> dict[str, int]:
+            return {"bytes": len(await request.body())}
+
+        bounded = BoundedBodies(app, 1000, most_bytes=1500)
+        rest = asyncio.Event()
+
+        async def slowly(size: int) -> tuple[int, dict[bytes, bytes], bytes]:
+            pieces = [b"[" * 10 + b" " * (size - 11), b"]"]
+
+            async def receive() -> dict[str, Any]:
+                if len(pieces) == 1:
+                    await rest.wait()
+                return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+            sent: list[Any] = []
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            lines = [(b"content-type", kind.encode())]
+            scope = {"type": "http", "method": "POST", "path": "/x", "query_string": b"", "headers": lines}
+            await bounded(scope, receive, send)
+            return sent[0]["status"], dict(sent[0]["headers"]), b"".join(one.get("body", b"") for one in sent[1:])
+
+        first, second = asyncio.create_task(slowly(900)), asyncio.create_task(slowly(500))
+        await asyncio.sleep(0.01)
+        assert bounded.bytes == 1398
+        status, headers, said = await slowly(900)
+        assert (status, headers[b"retry-after"]) == (503, b"1")
+        assert b"1500" in said
+        assert bounded.bytes == 1398
+        rest.set()
+        assert [(await one)[0] for one in (first, second)] == [200, 200]
+        assert bounded.bytes == 0
+        assert (await slowly(900))[0] == 200
+        bounded.most_bytes = 100
+        assert (await slowly(900))[0] == 200  # nobody else sends
+        assert bounded.bytes == 0
 
     asyncio.run(scenario())
 
