@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 SETTINGS = {
     "ORT_DISABLE_TELEMETRY": "1",
@@ -23,3 +23,8 @@ def settle(environment: MutableMapping[str, str]) -> None:
     """What the person has set already stays: someone who wants to report may."""
     for name, value in SETTINGS.items():
         environment.setdefault(name, value)
+
+
+def told(environment: Mapping[str, str]) -> dict[str, str]:
+    """What holds there, for a process whose environment is not inherited."""
+    return {name: environment.get(name, value) for name, value in SETTINGS.items()}

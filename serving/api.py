@@ -290,7 +290,7 @@ class V2:
         else:
             named += (_OCTETS, (b"inference-header-content-length", b"%d" % header_length))
         if (memo := scope.get("memo")) is not None:
-            memo[AT_ONCE] = request is None and alias is None
+            memo[AT_ONCE] = request is None
             named.append((b"content-length", b"%d" % len(answer)))
             await send({"type": "http.response.start", "status": 200, "headers": named, WHOLE: answer})
         else:
@@ -426,7 +426,6 @@ class V2:
         headers.append((b"content-length", b"%d" % len(body)))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        await in_a_task()
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
                 while (await unread()).get("more_body"):

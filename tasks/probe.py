@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from registry import untracked
 from registry.errors import StorageError
 from registry.policy import METRICS
 from registry.signature import Signature
@@ -263,6 +264,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 def _environment(job: ProbeJob, folder: Path) -> dict[str, str]:
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment.update(untracked.told(os.environ))
     # The probe is to be of the same tree as this module, whether that is installed or not.
     root = Path(__file__).resolve().parents[1]
     paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]

@@ -235,22 +235,29 @@ def _checked(name: bytes) -> bytes:
 
 
 class _Begun(Coroutine[Any, Any, None]):
-    """A coroutine that has run until it waited for something: a task goes on with it from there."""
+    """A coroutine that has run until it waited for something: a task goes on with it from there.
 
-    __slots__ = ("_coroutine", "_waits_for")
+    A task that is cancelled before its first step does not cancel what is waited for, as it would later.
+    """
+
+    __slots__ = ("_coroutine", "_handed_over", "_waits_for")
 
     def __init__(self, coroutine: Coroutine[Any, Any, None], waits_for: Any) -> None:
         self._coroutine = coroutine
-        self._waits_for: Any = (waits_for,)
+        self._waits_for, self._handed_over = waits_for, False
+        if waits_for is not None:
+            waits_for._asyncio_future_blocking = False  # until a task takes it, others may come to wait for the same
 
     def send(self, value: Any) -> Any:
-        if self._waits_for is not None:
-            (waits_for,), self._waits_for = self._waits_for, None
-            return waits_for
-        return self._coroutine.send(value)
+        if self._handed_over:
+            return self._coroutine.send(value)
+        waits_for, self._waits_for, self._handed_over = self._waits_for, None, True
+        if waits_for is not None:
+            waits_for._asyncio_future_blocking = True  # as by its own `await`
+        return waits_for
 
     def throw(self, *raised: Any) -> Any:
-        self._waits_for = None
+        self._waits_for, self._handed_over = None, True
         return self._coroutine.throw(*raised)
 
     def close(self) -> None:
@@ -321,11 +328,13 @@ class LeanHttpToolsProtocol(HttpToolsProtocol):
         cycle.body = data[len(head.raw) :]  # type: ignore[assignment]
         cycle.more_body = False
         cycle.message_event.set()
-        self._start_asgi_task(cycle, head.app, head.scope["memo"].get(AT_ONCE, False))
+        self._start_asgi_task(cycle, head.app, head.scope["memo"].pop(AT_ONCE, False))
         return True
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any, at_once: bool = False) -> None:
-        """`at_once`: an answer that waits for nothing is made here and now; a task is only begun for one that waits."""
+        """`at_once`: an answer that waits for nothing is made here and now, in the context of the connection; a task is only begun for
+        one that waits. In the place of uvicorn's: its `reset_contextvars` has no effect.
+        """
         running = cycle.run_asgi(app)
         if at_once:
             try:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 from sqlalchemy import select
 
-from registry import schema
+from registry import schema, untracked
 from registry.client_tls import verify
 from registry.connect import open_database
 from registry.database import Database
@@ -101,6 +101,7 @@ def _running(settings: Settings, url: str, home: Path, artifacts: Path) -> Itera
     keep = ("PATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH")
     environment = {
         **{name: os.environ[name] for name in keep if name in os.environ},
+        **untracked.told(os.environ),
         "MODELKEEP_HOME": str(home),
         "MODELKEEP_DATABASE_URL": url,
         "MODELKEEP_ARTIFACTS": str(artifacts),

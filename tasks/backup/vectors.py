@@ -419,7 +419,7 @@ def _lines(job: dict[str, Any], more: Iterable[bytes] = ()) -> Iterator[bytes]:
             environment={
                 "PYTHONPATH": str(root),
                 "HOME": name,
-                **untracked.SETTINGS,
+                **untracked.told(os.environ),
                 "OMP_NUM_THREADS": "1",
             },
             silent_seconds=SILENT_SECONDS,

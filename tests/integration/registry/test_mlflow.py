@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 
-from registry import exporting, formats, versions
+from registry import exporting, formats, untracked, versions
 from registry.signature import TensorSpec
 from serving.compute.runtimes import load_runtime
 from tests.e2e.harness import Box, box, build, go, images, wait_for
@@ -47,7 +47,7 @@ def run(python: Path, code: str, *arguments: object) -> Any:
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
     done = subprocess.run(
         [str(python), "-W", "ignore", "-c", code, *map(str, arguments)],
-        env={**kept, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"},
+        env={**kept, **untracked.SETTINGS, "MLFLOW_DISABLE_TELEMETRY": "true"},
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

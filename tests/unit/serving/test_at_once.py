@@ -158,6 +158,86 @@ def test_one_that_is_cancelled_tidies_up_and_answers_wherever_it_is(steps: int) 
     assert ended == ["answered"] * 5 + ["cancelled"]
 
 
+async def begun(app: Any, connections: int = 1) -> list[tuple[Any, Transport, Any]]:
+    """Connections whose next request begins without a task."""
+    made = [connected(app) for _ in range(connections)]
+    for one in made:
+        for _ in range(5):
+            await next_answer(*one, REQUEST)
+    return made
+
+
+async def say_ok(send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+@on_a_loop
+async def test_several_may_wait_for_the_same() -> None:
+    shared: list[asyncio.Future[None]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if "memo" in scope:
+            scope["memo"][AT_ONCE] = True
+        if shared:
+            await shared[0]
+        await say_ok(send)
+
+    made = await begun(app, 3)
+    shared.append(asyncio.get_running_loop().create_future())
+    loop = asyncio.get_running_loop()
+    for protocol, _, _ in made:
+        loop.call_soon(protocol.data_received, REQUEST)  # all of them before the first task begins
+    await asyncio.sleep(0)
+    before = [len(transport.written) for _, transport, _ in made]
+    shared[0].set_result(None)
+    for protocol, _, state in made:
+        await over(protocol, state)
+    written = [b"".join(transport.written[at:]) for (_, transport, _), at in zip(made, before, strict=True)]
+    assert [one.startswith(b"HTTP/1.1 200") for one in written] == [True] * 3
+
+
+@on_a_loop
+async def test_one_that_waits_again_when_it_is_cancelled_waits_for_the_new() -> None:
+    ended: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if "memo" in scope:
+            scope["memo"][AT_ONCE] = True
+        if len(ended) == 5:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.01)
+        ended.append("answered")
+        await say_ok(send)
+
+    ((protocol, transport, state),) = await begun(app)
+    before = len(transport.written)
+    await arrive(protocol, REQUEST)
+    (task,) = state.tasks
+    task.cancel()
+    await over(protocol, state)
+    assert len(ended) == 6
+    assert transport.written[before].startswith(b"HTTP/1.1 200")
+
+
+@on_a_loop
+async def test_after_an_answer_that_failed_the_next_one_begins_in_a_task() -> None:
+    version = load(PythonRuntime(), deterministic=True)
+    server = cached(version)
+    protocol, transport, state = connected(server.app)
+    for _ in range(5):
+        await next_answer(protocol, transport, state)
+    assert protocol._head.scope["memo"][AT_ONCE] is True
+    body = asking().partition(b"\r\n\r\n")[2]
+    await next_answer(protocol, transport, state, asking().replace(body, b"x" * len(body)))
+    assert b"HTTP/1.1 400" in transport.written[-1]
+    assert AT_ONCE not in protocol._head.scope["memo"]
+    await over(protocol, state)
+    close(version)
+
+
 @on_a_loop
 async def test_what_needs_a_task_has_one() -> None:
     seen: list[bool] = []
