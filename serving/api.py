@@ -35,7 +35,7 @@ from serving.http.compression import WORTH_BYTES, inflate, packed
 from serving.http.heads import AT_ONCE, WHOLE, by_name, in_a_task
 from serving.http.protocol import LINGER_SECONDS
 from serving.state import Serving
-from serving.statuses import BusyError, ClientGoneError, MethodError, status_of
+from serving.statuses import BusyError, ClientGoneError, MethodError, kind_of, status_of
 from serving.traffic import shadow
 from serving.traffic.routing import Route
 from serving.views.backup_metrics import BackupMetrics
@@ -267,19 +267,20 @@ class V2:
                 answer, coding = await packed(answer, accepts)
                 if coding is not None:
                     named += (_VARY, (b"content-encoding", coding))
-        except ClientGoneError:
-            self._count(loaded, 499)
+        except ClientGoneError as error:
+            self._count(loaded, 499, error)
             return
         except ModelkeepError as error:
             status = status_of(error)
-            self._count(loaded, status)
+            self._count(loaded, status, error)
             await self._send_error(send, status, error, named, unread=receive if _unread(error) else None)
             return
         except Exception:
             # A fault of this server, not of the model: the client learns no more than that, the log has it all.
             logger.exception("an inference request failed inside the server")
-            self._count(loaded, 500)
-            await self._send_error(send, 500, ModelkeepError("internal error of the server; see its log"), named)
+            fault = ModelkeepError("internal error of the server; see its log")
+            self._count(loaded, 500, fault)
+            await self._send_error(send, 500, fault, named)
             return
         finally:
             if place is not None:
@@ -398,7 +399,10 @@ class V2:
             body += message.get("body", b"")
         return self._unpacked(bytes(body), headers)
 
-    def _count(self, loaded: LoadedVersion | None, status: int) -> None:
+    def _count(self, loaded: LoadedVersion | None, status: int, error: ModelkeepError) -> None:
+        errors = self._serving.unrouted_errors if loaded is None else loaded.telemetry.errors
+        kind = kind_of(error)
+        errors[kind] = errors.get(kind, 0) + 1
         if loaded is None:
             self._serving.unrouted(status)
         else:

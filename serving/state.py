@@ -56,6 +56,8 @@ class Serving:
         self.catching_up = False
         """Whether those who connected while no server was there are being worked off: they wait for their turn."""
         self.unrouted_codes: dict[int, int] = {}
+        self.unrouted_errors: dict[str, int] = {}
+        """Inference requests that never reached a version, by `serving.statuses.kind_of`."""
         """Answers by status of requests that never reached a version."""
         self.auth_failures: dict[str, int] = {}
         """Requests that the guard refused, by reason."""

@@ -84,6 +84,24 @@ def status_of(error: ModelkeepError) -> int:
     return next((code for kind, code in _STATUSES if isinstance(error, kind)), 500)
 
 
+_KINDS = {
+    404: "not_found", 405: "input", 429: "busy", 499: "client_gone", 503: "unavailable", 504: "deadline", 507: "memory",
+}  # fmt: skip
+
+
+def kind_of(error: ModelkeepError) -> str:
+    """What went wrong, in a word for /metrics: the model (`model`, `output`, `memory`), the client (`input`, `not_found`, `client_gone`),
+    time and room (`deadline`, `busy`, `unavailable`), or this server (`internal`).
+    """
+    if isinstance(error, ClientGoneError):
+        return "client_gone"
+    kind = getattr(error, "kind", None)
+    if isinstance(kind, str):
+        return kind
+    status = status_of(error)
+    return _KINDS.get(status, "input" if 400 <= status < 500 else "internal")
+
+
 OPENAI_PATHS = ("/v1/completions", "/v1/models")
 """What the `openai` client asks: it shows of an error what stands in error.message."""
 

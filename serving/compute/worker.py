@@ -28,6 +28,8 @@ _FAILURES_LOGGED_EVERY_SECONDS = 1.0
 class ModelError(ModelkeepError):
     """The model failed on an input. Answered 500 and counted as the version's error."""
 
+    kind = "model"
+
 
 class Computing:
     """The part of a version that computes. One thread at a time calls `compute` and `run`."""

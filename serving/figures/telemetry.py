@@ -180,6 +180,7 @@ class VersionTelemetry:
         "batches",
         "cache",
         "codes",
+        "errors",
         "last_inference_unix_seconds",
         "model_seconds",
         "out_of_memory",
@@ -194,6 +195,8 @@ class VersionTelemetry:
         self.total = WatchCounts()
         self.cache = CacheCounts()
         self.codes: dict[int, int] = {}
+        self.errors: dict[str, int] = {}
+        """Inference requests without the answer that they asked for, by `serving.statuses.kind_of`."""
         self.batches = 0
         self.rows = 0
         self.queue_seconds = 0.0

@@ -183,6 +183,12 @@ class _ServingCollector(Collector):
             "modelkeep_request_duration_seconds", "Seconds in queue and model of answered requests.", labels=_VERSION
         )
         errors = CounterMetricFamily("modelkeep_model_errors", "Requests that the version failed.", labels=_VERSION)
+        kinds = CounterMetricFamily(
+            "modelkeep_inference_errors",
+            "Inference requests without an answer, by kind: input, not_found, client_gone; model, output, memory; deadline, busy, "
+            "unavailable; internal.",
+            labels=[*_VERSION, "kind"],
+        )
         events = CounterMetricFamily(
             "modelkeep_bad_events",
             "Executed batches with a bad request, by stream (slow: while a promotion says what is slow).",
@@ -192,17 +198,21 @@ class _ServingCollector(Collector):
         rows = CounterMetricFamily("modelkeep_batched_rows", "Rows computed in those runs.", labels=_VERSION)
         for code, count in self._serving.unrouted_codes.items():
             requests.add_metric(["", "", str(code)], count)
+        for kind, count in self._serving.unrouted_errors.items():
+            kinds.add_metric(["", "", kind], count)
         for model, name, telemetry in self._serving.telemetry():
             labels, total = [model, name], telemetry.total
             for code, count in telemetry.codes.items():
                 requests.add_metric([*labels, str(code)], count)
             duration.add_metric(labels, cumulative_buckets(total.latency), total.latency_seconds_total)
             errors.add_metric(labels, total.errors)
+            for kind, count in telemetry.errors.items():
+                kinds.add_metric([*labels, kind], count)
             batches.add_metric(labels, telemetry.batches)
             rows.add_metric(labels, telemetry.rows)
             events.add_metric([*labels, "error"], total.error_clusters.events)
             events.add_metric([*labels, "slow"], total.slow_clusters.events)
-        yield from (requests, duration, errors, events, batches, rows)
+        yield from (requests, duration, errors, kinds, events, batches, rows)
 
     def _shadow(self) -> Iterator[Metric]:
         texts = {

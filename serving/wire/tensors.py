@@ -39,6 +39,7 @@ class OutputError(ModelkeepError):
     """
 
     status = 422
+    kind = "output"
 
 
 BF16 = np.dtype("V2")

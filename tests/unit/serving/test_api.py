@@ -12,9 +12,19 @@ import orjson
 import pytest
 from numpy.typing import NDArray
 
-from registry.errors import UnavailableError
+from registry.errors import ModelkeepError, UnavailableError
 from registry.signature import Signature, TensorSpec
+from serving.statuses import (
+    BusyError,
+    ClientGoneError,
+    MethodError,
+    OutOfMemoryError,
+    QueueFullError,
+    kind_of,
+)
 from serving.traffic.routing import Route
+from serving.views.metrics import Metrics
+from serving.wire.tensors import InputError
 from tests.unit.serving.helpers import ROWS, Arrays, PythonRuntime, close, load, request, serve, until
 
 INFER = "/v2/models/m/infer"
@@ -183,6 +193,54 @@ def test_a_model_that_fails_answers_500_with_its_name_and_counts_as_its_error() 
         close(version)
 
     asyncio.run(scenario())
+
+
+def test_errors_are_counted_by_kind() -> None:
+    def compute(inputs: Arrays) -> Arrays:
+        first = float(inputs["x"][0, 0])
+        if first == 1:
+            raise ValueError("it cannot")
+        if first == 2:
+            raise OutOfMemoryError("no room")
+        if first == 3:
+            return {"y": inputs["x"] / np.float32(np.nan)}
+        return {"y": inputs["x"]}
+
+    async def scenario() -> None:
+        version = load(runtime := PythonRuntime(compute), "3")
+        server = serve(version)
+        statuses = [(await server.infer(value, 2)).status for value in (0, 1, 1, 2, 3)]
+        assert statuses == [200, 500, 500, 507, 422]
+        assert (await server.post(INFER, {"inputs": []})).status == 400
+        runtime.gate.clear()
+        late = await server.post(INFER, {**request(0, 2), "parameters": {"timeout": 20_000}})
+        assert late.status == 504
+        runtime.gate.set()
+        assert (await server.post("/v2/models/other/infer", request())).status == 404
+        assert version.telemetry.errors == {"model": 2, "memory": 1, "output": 1, "input": 1, "deadline": 1}
+        assert server.serving.unrouted_errors == {"not_found": 1}
+        page = Metrics(server.serving).render().decode()
+        assert 'modelkeep_inference_errors_total{kind="model",model="m",version="3"} 2.0' in page
+        assert 'modelkeep_inference_errors_total{kind="not_found",model="",version=""} 1.0' in page
+        close(version)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ClientGoneError("x"), "client_gone"),
+        (BusyError("x"), "busy"),
+        (QueueFullError("x"), "busy"),
+        (UnavailableError("x"), "unavailable"),
+        (InputError("x", status=413), "input"),
+        (MethodError("/x", "GET", "POST"), "input"),
+        (ModelkeepError("x"), "internal"),
+    ],
+)
+def test_what_went_wrong_has_a_word(error: ModelkeepError, kind: str) -> None:
+    assert kind_of(error) == kind
 
 
 def test_an_answer_with_nan_is_refused_in_json_and_counts_as_the_versions_error() -> None:
