@@ -33,14 +33,24 @@ from tests.own_environment import ROOT
 START_SECONDS = 120.0
 REST_SECONDS = 1.0
 CACHE_MB = parity.CACHE_BYTES >> 20
+KEPT_28 = "kept-28"
+"""As KEPT, but for images of 28x28 numbers: 14 kB of JSON."""
+SIDES = {KEPT_28: 28}
+CACHED = (KEPT, KEPT_28)
+"""The models whose answers may be kept."""
+
+
+def side_of(model: str) -> int:
+    """Pixels to a side of its images."""
+    return SIDES.get(model, 8)
 
 
 class Absent(Exception):
     """A server that cannot be measured here, and why."""
 
 
-def conv_model(path: Path, channels: Sequence[int]) -> Path:
-    """Convolutions (3x3, so many channels each) and a linear layer over 8x8 images, [n,1,8,8] -> [n,10]; weights are fixed noise."""
+def conv_model(path: Path, channels: Sequence[int], side: int = 8) -> Path:
+    """Convolutions (3x3, so many channels each) and a linear layer over square images, [n,1,side,side] -> [n,10]; weights are fixed noise."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
@@ -57,10 +67,10 @@ def conv_model(path: Path, channels: Sequence[int]) -> Path:
         nodes.append(helper.make_node("Relu", [f"c{at}"], [f"r{at}"]))
         before, last = count, f"r{at}"
     nodes.append(helper.make_node("Flatten", [last], ["flat"]))
-    nodes.append(helper.make_node("MatMul", ["flat", weights("out", before * 64, 10)], ["logits"]))
+    nodes.append(helper.make_node("MatMul", ["flat", weights("out", before * side * side, 10)], ["logits"]))
     graph = helper.make_graph(
         nodes, "conv",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 1, 8, 8])],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 1, side, side])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 10])], constants,
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
@@ -77,14 +87,20 @@ def write_models(folder: Path) -> dict[str, Path]:
     }
 
 
+def write_cached(folder: Path) -> dict[str, Path]:
+    """The models whose answers may be kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return {name: conv_model(folder / f"{name}.onnx", (8, 16), side_of(name)) for name in CACHED}
+
+
 def v2_target(
-    address: str, path: str, kind: str, *, headers: Mapping[str, str] | None = None, fresh: bool = False
+    address: str, path: str, kind: str, *, headers: Mapping[str, str] | None = None, fresh: bool = False, side: int = 8
 ) -> Target:
     """A V2 request of one image, `kind` "json" or "binary" (its answer too). `fresh`: every request has another number in it."""
     import numpy as np
 
-    image = np.random.default_rng(0).random(64, dtype=np.float32)
-    tensor: dict[str, Any] = {"name": "image", "shape": [1, 1, 8, 8], "datatype": "FP32"}
+    image = np.random.default_rng(0).random(side * side, dtype=np.float32)
+    tensor: dict[str, Any] = {"name": "image", "shape": [1, 1, side, side], "datatype": "FP32"}
     if kind == "json":
         numbers = [repr(value) for value in image.tolist()]  # 16 or 17 digits, as clients send float32
         if fresh:
@@ -117,7 +133,7 @@ class Server:
         path = self.paths.get(model, f"/v2/models/{model}/infer")
         if self.plain is not None:
             return Target(self.address, path, self.plain, self.headers)
-        return v2_target(self.address, path, kind, headers=self.headers, fresh=fresh)
+        return v2_target(self.address, path, kind, headers=self.headers, fresh=fresh, side=side_of(model))
 
     def memory_bytes(self) -> int:
         """What all of its processes have resident, what they share counted once (PSS)."""
@@ -241,7 +257,7 @@ def registered(folder: Path, files: Mapping[str, Path], extra: Mapping[str, str]
     one = Box(folder, extra={**settings(), **extra})
     try:
         for name, path in files.items():
-            add_model(one, name, path, deterministic=name == KEPT)
+            add_model(one, name, path, deterministic=name in CACHED)
         _, text = keys.create(one.database, name="bench", role="operate", who=Who("bench", via="command"), rate="none")
         yield one, text
     finally:
@@ -339,10 +355,11 @@ def write_triton(model: ParityModel, repository: Path, file: Path, *, batcher: b
     (folder / "1").mkdir(parents=True)
     (folder / "1" / "model.py").write_text(BATCHING)
     (folder / "1" / "model.onnx").write_bytes(file.read_bytes())
-    cache = "response_cache { enable: true }\n" if model.name == KEPT else ""
+    cache = "response_cache { enable: true }\n" if model.name in CACHED else ""
+    side = side_of(model.name)
     (folder / "config.pbtxt").write_text(
         f'name: "{model.name}"\nbackend: "python"\nmax_batch_size: 32\n'
-        'input [{ name: "image" data_type: TYPE_FP32 dims: [1, 8, 8] }]\n'
+        f'input [{{ name: "image" data_type: TYPE_FP32 dims: [1, {side}, {side}] }}]\n'
         'output [{ name: "logits" data_type: TYPE_FP32 dims: [10] }]\n'
         f"{'dynamic_batching { }' if batcher else ''}\n{cache}instance_group [{{ kind: KIND_CPU count: 1 }}]\n"
     )
@@ -352,8 +369,11 @@ def write_triton(model: ParityModel, repository: Path, file: Path, *, batcher: b
 def triton(folder: Path, files: Mapping[str, Path], core: int | None, *, batcher: bool = True) -> Iterator[Server]:
     """`batcher`: with its dynamic batcher, which computes together what waits; without, a request at a time, as it is out of the box."""
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = ((("image", "FP32", (-1, 1, 8, 8)),), (("logits", "FP32", (-1, 10)),))
-    models = [ParityModel(name, *shapes, rows=True) for name in files]
+    logits = (("logits", "FP32", (-1, 10)),)
+    models = [
+        ParityModel(name, (("image", "FP32", (-1, 1, side_of(name), side_of(name))),), logits, rows=True)
+        for name in files
+    ]
     write = partial(write_triton, batcher=batcher)
     started = parity.triton(models, next(iter(files.values())).parent, folder, write=write, caching=True)
     try:

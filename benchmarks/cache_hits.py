@@ -1,4 +1,5 @@
-"""Requests that the cache answers: ours against Triton's local cache, in turns of one run; the cases that `serving_compare` has too, alone.
+"""Requests that the cache answers: ours against Triton's local cache, in turns of one run; the cases that `serving_compare` has too, alone,
+and the same with images of 28x28 numbers in the place of 8x8.
 
 `python -m benchmarks.cache_hits [--rounds 7] [--seconds 2]` prints a Markdown table of requests a second (p99 in
 milliseconds; microseconds of CPU a request) and the ratio of each round. Each server on the first core, wrk on the last.
@@ -12,40 +13,39 @@ import shutil
 import sys
 import tempfile
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 
 from benchmarks import _servers as servers
+from benchmarks._report import KINDS, SHOWN
 from benchmarks._turns import Driver, Turn, in_turns, rates_table, ratios
 
 CONNECTIONS = (16, 64)
-KINDS = ("json", "binary")
 
 
 def measure(
     folder: Path, rounds: int, seconds: float, cores: tuple[int | None, int | None]
 ) -> dict[str, dict[str, list[Turn]]]:
     """By case, by server, the turns. Raises `_servers.Absent` where Triton cannot be had."""
-    models = servers.write_models(folder / "models")
+    models = servers.write_cached(folder / "models")
     driver = Driver(folder, cores[1])
     cases: dict[str, dict[str, list[Turn]]] = {}
     with ExitStack() as stack:
         running = {
             "modelkeep": stack.enter_context(servers.modelkeep(folder / "ours", models, cores[0])),
-            "Triton": stack.enter_context(
-                servers.triton(folder / "triton", {servers.KEPT: models[servers.KEPT]}, cores[0])
-            ),
+            "Triton": stack.enter_context(servers.triton(folder / "triton", models, cores[0])),
         }
         alone = servers.Alone(running)
         stack.callback(alone.end)
-        for kind in KINDS:
-            for connections in CONNECTIONS:
+        for model, kind, connections in product(models, KINDS, CONNECTIONS):
 
-                def one(name: str, kind: str = kind, connections: int = connections) -> Turn:
-                    with alone.turn(name) as server:
-                        target = server.target(servers.KEPT, kind)
-                        return driver.turn(target, connections, seconds, server.cpu_seconds)
+            def one(name: str, model: str = model, kind: str = kind, connections: int = connections) -> Turn:
+                with alone.turn(name) as server:
+                    return driver.turn(server.target(model, kind), connections, seconds, server.cpu_seconds)
 
-                cases[f"cache hit, {kind}, {connections}"] = in_turns(tuple(running), rounds, one)
+            side = servers.side_of(model)
+            case = f"cache hit, {SHOWN[kind]}, {side}x{side}, {connections}"
+            cases[case] = in_turns(tuple(running), rounds, one)
     return cases
 
 

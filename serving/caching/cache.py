@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from registry.errors import ModelkeepError
 from serving.caching.cache_store import LocalStore, Owner
 from serving.caching.cache_values import Answer, Arrays, KeyMaker, kept
-from serving.caching.cache_written import LARGEST_BYTES, Written, WrittenAnswers
+from serving.caching.cache_written import Written, WrittenAnswers
 from serving.compute.engine import QueueFullError
 from serving.compute.work import ParkedWork, Work, cached_by, left_of, saved_by
 from serving.figures.telemetry import CacheCounts
@@ -185,11 +185,11 @@ class VersionAnswers:
 
         None where a promotion watches or copies the requests: it needs them read.
         """
-        if len(body) > LARGEST_BYTES or type(body) is not bytes:
+        cache = self._cache
+        if len(body) > cache.written.largest_bytes or type(body) is not bytes:
             return None
         if route is not None and (route.watch or route.shadow):
             return None
-        cache = self._cache
         name = (self._token, header_length, body)
         written = cache.written.get(name)
         if written is None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import NamedTuple
 
-LARGEST_BYTES = 16_384
-"""Of a request and its answer together. Looking for a longer one would cost what reading it costs."""
+LARGEST_BYTES = 1 << 20
+"""Of a request and its answer together. Looking for it is hashing it, 0.2 ns a byte on the event loop; reading JSON takes ten times as long."""
+LARGEST_SHARE = 0.125
+"""Of all that may be held: one long answer does not push out the others."""
 _ENTRY_BYTES = 400
 
 Key = tuple[int, int | None, bytes]
@@ -30,6 +32,8 @@ class WrittenAnswers:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.largest_bytes = min(LARGEST_BYTES, int(max_bytes * LARGEST_SHARE))
+        """Of a request and its answer together; longer ones are not held."""
         self.bytes = 0
         self._held: OrderedDict[Key, Written] = OrderedDict()
 
@@ -44,7 +48,7 @@ class WrittenAnswers:
 
     def put(self, key: Key, written: Written) -> None:
         size = _size(key, written)
-        if size > min(LARGEST_BYTES, self.max_bytes):
+        if size > self.largest_bytes:
             return
         self.drop(key)
         self._held[key] = written

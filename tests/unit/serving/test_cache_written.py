@@ -188,8 +188,28 @@ def test_what_a_promotion_judges_or_copies_is_read(how: str, monkeypatch: pytest
     asyncio.run(scenario())
 
 
+def test_a_long_request_is_known_too_up_to_a_share_of_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        version = load(PythonRuntime(), deterministic=True)
+        server, cache = cached(version)
+        seen = reads(version, monkeypatch)
+        text = orjson.dumps(request(1, 2))
+        most = cache.written.largest_bytes
+        for length, read in ((most - 2_000, 2), (most + 1, 4)):
+            seen.clear()
+            body = text.ljust(length)
+            for _ in range(4):
+                assert (await send(server, body)).json()["outputs"][0]["data"] == [2, 4]
+            assert seen == [length] * read
+        close(version)
+
+    asyncio.run(scenario())
+
+
 def test_it_takes_no_more_than_its_bytes_and_the_last_ones_stay() -> None:
+    assert WrittenAnswers(64 << 20).largest_bytes == LARGEST_BYTES
     held = WrittenAnswers(10_000)
+    assert held.largest_bytes < 10_000 / 2
     for number in range(100):
         held.put((1, None, b"%d" % number), Written(b"x" * 500, None, b"k" * 16, number))
         held.get((1, None, b"0"))
@@ -199,7 +219,7 @@ def test_it_takes_no_more_than_its_bytes_and_the_last_ones_stay() -> None:
     size = held.bytes
     held.put((1, None, b"99"), Written(b"x" * 500, None, b"k" * 16, 1))
     assert held.bytes == size
-    held.put((1, None, b"long"), Written(b"x" * LARGEST_BYTES, None, b"k" * 16, 1))
+    held.put((1, None, b"long"), Written(b"x" * held.largest_bytes, None, b"k" * 16, 1))
     assert held.get((1, None, b"long")) is None and held.bytes == size
     for name in [*held._held]:
         held.drop(name)
