@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any
 
 from benchmarks._turns import (
@@ -23,12 +24,17 @@ from benchmarks._turns import (
 
 SMALL, HEAVY, KEPT = "small", "heavy", "kept"
 """The models: two small convolutions; about 2 ms a row alone; the small one again, whose answers may be kept."""
+SMALL_28, KEPT_28 = "small-28", "kept-28"
+"""As those without the number, but for images of 28x28 numbers (14 kB of JSON), not 8x8."""
+LARGER = "28x28"
+"""How their cases are named."""
 OURS, TRITON, BATCHER = "modelkeep", "Triton", "Triton, batcher"
 TRITONS = (TRITON, BATCHER)
 """Triton twice: as it is out of the box, and with its dynamic batcher and a Python model that computes a batch at once."""
 ALONE = "ONNX Runtime alone, batches of 16"
 KINDS = ("json", "binary")
 SHOWN = {"json": "JSON", "binary": "binary"}
+_SHOWN_MODELS = {SMALL_28: f"{SMALL}, {LARGER}"}
 ELSEWHERE = (
     ("dashboard sample on screen", "< 100 ms", "not part of serving inference: with the dashboard"),
     ("tracing", "< 5 % at 1 % sampling", "there is no tracing yet"),
@@ -50,29 +56,22 @@ class Found:
 
 
 def case(model: str, kind: str, connections: int) -> str:
-    return f"{model}, {SHOWN[kind]}, {connections}"
+    return f"{_SHOWN_MODELS.get(model, model)}, {SHOWN[kind]}, {connections}"
 
 
 def judge(found: Found) -> list[Mark]:
     """Every mark of the design that needs no GPU."""
     marks: list[Mark] = []
     cases = found.cases
-    for kind, limit in (("binary", 1.4), ("json", 2.0)):
-        for connections in (16, 64):
-            turns = cases[case(SMALL, kind, connections)]
-            for triton in TRITONS:
-                _against(marks, turns, triton, f"{SHOWN[kind]}, {connections}", "requests_per_second", limit)
-    for kind in KINDS:
-        for connections in (16, 64):
-            for triton in TRITONS:
-                _against(
-                    marks,
-                    cases[case(SMALL, kind, connections)],
-                    triton,
-                    f"{SHOWN[kind]}, {connections}",
-                    "p99_seconds",
-                    1.0,
-                )
+    sizes = ((SMALL, ""), (SMALL_28, f"{LARGER}, "))
+    for (model, size), (kind, limit) in product(sizes, (("binary", 1.4), ("json", 2.0))):
+        for connections, triton in product((16, 64), TRITONS):
+            turns, name = cases[case(model, kind, connections)], f"{size}{SHOWN[kind]}, {connections}"
+            _against(marks, turns, triton, name, "requests_per_second", limit)
+    for (model, size), kind in product(sizes, KINDS):
+        for connections, triton in product((16, 64), TRITONS):
+            turns, name = cases[case(model, kind, connections)], f"{size}{SHOWN[kind]}, {connections}"
+            _against(marks, turns, triton, name, "p99_seconds", 1.0)
     for kind in KINDS:
         for triton in TRITONS:
             _against(marks, cases[case(SMALL, kind, 1)], triton, f"{SHOWN[kind]}, one connection", "p50_seconds", 1.0)
@@ -80,8 +79,8 @@ def judge(found: Found) -> list[Mark]:
         turns = cases[case(HEAVY, kind, 16)]
         name = f"heavy model, {SHOWN[kind]}, 16: rate against ONNX Runtime's own at batch 16"
         marks.append(at_least(name, 0.8, ratios(turns[OURS], turns[ALONE], "requests_per_second")))
-    for connections in (16, 64):
-        name = f"cache hit, JSON, {connections}"
+    for size, connections in product(("", f"{LARGER}, "), (16, 64)):
+        name = f"cache hit, {size}JSON, {connections}"
         _against(marks, cases[name], BATCHER, name, "requests_per_second", 1.0)
     failed = float(sum(turn.failed for turns in cases.values() for some in turns.values() for turn in some))
     marks.append(at_most("requests that failed in all of these turns", 0.0, spread([failed])))

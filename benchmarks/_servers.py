@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks._report import HEAVY, KEPT, SMALL
+from benchmarks._report import HEAVY, KEPT, KEPT_28, SMALL, SMALL_28
 from benchmarks._turns import Target, pinned
 from registry import keys, versions
 from registry.actor import Who
@@ -33,9 +33,7 @@ from tests.own_environment import ROOT
 START_SECONDS = 120.0
 REST_SECONDS = 1.0
 CACHE_MB = parity.CACHE_BYTES >> 20
-KEPT_28 = "kept-28"
-"""As KEPT, but for images of 28x28 numbers: 14 kB of JSON."""
-SIDES = {KEPT_28: 28}
+SIDES = {SMALL_28: 28, KEPT_28: 28}
 CACHED = (KEPT, KEPT_28)
 """The models whose answers may be kept."""
 
@@ -78,19 +76,12 @@ def conv_model(path: Path, channels: Sequence[int], side: int = 8) -> Path:
     return path
 
 
-def write_models(folder: Path) -> dict[str, Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    return {
-        SMALL: conv_model(folder / f"{SMALL}.onnx", (8, 16)),
-        HEAVY: conv_model(folder / f"{HEAVY}.onnx", (64, 512, 512)),
-        KEPT: conv_model(folder / f"{KEPT}.onnx", (8, 16)),
-    }
+CHANNELS = {SMALL: (8, 16), HEAVY: (64, 512, 512), KEPT: (8, 16), SMALL_28: (8, 16), KEPT_28: (8, 16)}
 
 
-def write_cached(folder: Path) -> dict[str, Path]:
-    """The models whose answers may be kept."""
+def write_models(folder: Path, names: Sequence[str] = tuple(CHANNELS)) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    return {name: conv_model(folder / f"{name}.onnx", (8, 16), side_of(name)) for name in CACHED}
+    return {name: conv_model(folder / f"{name}.onnx", CHANNELS[name], side_of(name)) for name in names}
 
 
 def v2_target(
@@ -279,7 +270,7 @@ def modelkeep(folder: Path, files: Mapping[str, Path], core: int | None, **extra
         with pinned(core):
             process = one.serve(ready=False)
         headers = {"Authorization": f"Bearer {key}"}
-        server = Server("modelkeep", f"127.0.0.1:{one.port}", process.pid, headers)
+        server = Server("modelkeep", f"127.0.0.1:{one.port}", process.pid, headers, models=tuple(files))
         answers(server, process, files, log=one.log("server"))
         yield server
 

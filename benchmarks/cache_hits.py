@@ -27,7 +27,7 @@ def measure(
     folder: Path, rounds: int, seconds: float, cores: tuple[int | None, int | None]
 ) -> dict[str, dict[str, list[Turn]]]:
     """By case, by server, the turns. Raises `_servers.Absent` where Triton cannot be had."""
-    models = servers.write_cached(folder / "models")
+    models = servers.write_models(folder / "models", servers.CACHED)
     driver = Driver(folder, cores[1])
     cases: dict[str, dict[str, list[Turn]]] = {}
     with ExitStack() as stack:

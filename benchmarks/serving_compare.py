@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from benchmarks import _peers as peers
@@ -31,11 +32,13 @@ from benchmarks._report import (
     ALONE,
     BATCHER,
     HEAVY,
-    KEPT,
+    KEPT_28,
     KINDS,
+    LARGER,
     OURS,
     SHOWN,
     SMALL,
+    SMALL_28,
     TRITON,
     Found,
     case,
@@ -131,7 +134,7 @@ def start_all(
     wanted: Sequence[str],
 ) -> dict[str, Server]:
     running: dict[str, Server] = {}
-    plain = {name: path for name, path in files.items() if name != KEPT}
+    plain = {name: path for name, path in files.items() if name not in servers.CACHED}
     starters: dict[str, Callable[[], contextlib.AbstractContextManager[Server]]] = {
         OURS: lambda: servers.modelkeep(folder / "ours", files, core),
         BATCHER: lambda: servers.triton(folder / "triton", files, core),
@@ -182,6 +185,14 @@ def rates(plan: Plan, running: dict[str, Server], alone: Alone, driver: Driver, 
                     return driver.turn(server.target(SMALL, kind), connections, plan.turn_seconds, server.cpu_seconds)
 
             take(found, case(SMALL, kind, connections), plan, one, among)
+    among = [name for name, server in running.items() if SMALL_28 in server.models]
+    for kind, connections in product(KINDS, CONNECTIONS[1:]):
+
+        def larger(name: str, kind: str = kind, connections: int = connections) -> Turn:
+            with alone.turn(name) as server:
+                return driver.turn(server.target(SMALL_28, kind), connections, plan.turn_seconds, server.cpu_seconds)
+
+        take(found, case(SMALL_28, kind, connections), plan, larger, among)
 
 
 def heavy(
@@ -209,18 +220,21 @@ def heavy(
 
 
 def kept(plan: Plan, running: dict[str, Server], alone: Alone, driver: Driver, found: Found) -> None:
-    """The model whose answers are kept: hits, and requests of which each is new."""
-    among = [name for name, server in running.items() if KEPT in server.models]
-    for fresh, word in ((False, "hit"), (True, "miss")):
-        for kind in KINDS:
-            for connections in (16,) if fresh else (16, 64):
+    """The models whose answers are kept: hits, and requests of which each is new."""
+    for model, fresh, kind in product(servers.CACHED, (False, True), KINDS):
+        among = [name for name, server in running.items() if model in server.models]
+        size = f"{LARGER}, " if model == KEPT_28 else ""
+        for connections in (16,) if fresh else (16, 64):
 
-                def one(name: str, kind: str = kind, connections: int = connections, fresh: bool = fresh) -> Turn:
-                    with alone.turn(name) as server:
-                        target = server.target(KEPT, kind, fresh=fresh)
-                        return driver.turn(target, connections, plan.turn_seconds, server.cpu_seconds)
+            def one(
+                name: str, model: str = model, kind: str = kind, connections: int = connections, fresh: bool = fresh
+            ) -> Turn:
+                with alone.turn(name) as server:
+                    target = server.target(model, kind, fresh=fresh)
+                    return driver.turn(target, connections, plan.turn_seconds, server.cpu_seconds)
 
-                take(found, f"cache {word}, {SHOWN[kind]}, {connections}", plan, one, among, plan.other_rounds)
+            word = "miss" if fresh else "hit"
+            take(found, f"cache {word}, {size}{SHOWN[kind]}, {connections}", plan, one, among, plan.other_rounds)
 
 
 def health(plan: Plan, running: dict[str, Server], alone: Alone, driver: Driver, found: Found) -> None:

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from benchmarks import _report, _servers
-from benchmarks._report import ALONE, BATCHER, HEAVY, OURS, SMALL, TRITON, Found, case, document, judge, markdown
+from benchmarks._report import (
+    ALONE,
+    BATCHER,
+    HEAVY,
+    OURS,
+    SMALL,
+    SMALL_28,
+    TRITON,
+    Found,
+    case,
+    document,
+    judge,
+    markdown,
+)
 from benchmarks._turns import (
     Mark,
     Spread,
@@ -36,11 +50,12 @@ def found() -> Found:
     one = Found(versions={OURS: "abc", TRITON: "wheel", BATCHER: "wheel"})
     both = {OURS: [turn(3000.0), turn(3000.0)], TRITON: [turn(1000.0), turn(1000.0)], BATCHER: [turn(2000.0)]}
     for kind in ("json", "binary"):
-        for connections in (1, 16, 64):
-            one.cases[case(SMALL, kind, connections)] = dict(both)
+        for model, connections in product((SMALL, SMALL_28), (1, 16, 64)):
+            one.cases[case(model, kind, connections)] = dict(both)
         one.cases[case(HEAVY, kind, 16)] = {**both, ALONE: [turn(3500.0)]}
     for connections in (16, 64):
         one.cases[f"cache hit, JSON, {connections}"] = {OURS: [turn(10.0)], BATCHER: [turn(20.0)]}
+        one.cases[f"cache hit, 28x28, JSON, {connections}"] = {OURS: [turn(30.0)], BATCHER: [turn(20.0)]}
     swaps = {
         "swaps": 3, "requests": 1000, "failed": 0, "wrong": 0, "usual_slowest_seconds": 0.01, "slowest_seconds": 0.03,
         "swap_seconds": 0.2, "held_back": 4, "held_back_longest_seconds": 0.07,
@@ -159,6 +174,7 @@ def test_the_marks_compare_with_triton_as_it_is_and_with_its_batcher() -> None:
     assert mark("binary, 64: rate against Triton, batcher").met is True, "1.5 >= 1.4"
     assert mark("heavy model, JSON, 16: rate against ONNX Runtime's own at batch 16").met is True
     assert mark("cache hit, JSON, 16: rate against Triton, batcher").met is False
+    assert mark("cache hit, 28x28, JSON, 16: rate against Triton, batcher").met is True
     assert mark("p99 of /health, small model under full load").met is False, "60 ms"
     assert any(one.met is False and "memory for one version" in one.name for one in judge(found())), "one failed"
 
