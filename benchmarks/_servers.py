@@ -236,6 +236,8 @@ def settings() -> dict[str, str]:
         "MODELKEEP_SECURITY__REQUIRE_KEYS": "true",
         "MODELKEEP_SECURITY__RATE_LIMIT": "100000000/second",
         "MODELKEEP_CACHE__MAX_MB": str(CACHE_MB),
+        # All of them stay in memory; by profile it would be four.
+        "MODELKEEP_MODELS__MAX_CONCURRENT_MODELS": str(len(CHANNELS)),
         # What an operator has who set nothing; the tests' box is in a hurry.
         "MODELKEEP_POLL_SECONDS": "1",
         "MODELKEEP_LEASE_SECONDS": "30",
