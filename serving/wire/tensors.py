@@ -5,6 +5,7 @@ BF16, which numpy lacks, is float32 inside this server: every BF16 number is one
 
 from __future__ import annotations
 
+import array as arrays
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -65,6 +66,8 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> Ar
         texts = np.empty(array.shape, dtype=object)
         texts.reshape(-1)[:] = [value.encode() for value in array.flat]
         array = texts
+    elif (floats := _flat_floats(data)) is not None:
+        array = _to_datatype(name, datatype, floats, data)
     else:
         if _has_text(data):  # numpy would make every element as long as the longest text
             raise _unfit_elements(name, datatype)
@@ -80,6 +83,16 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> Ar
     if array.size != count:
         raise InputError(f"input '{name}' has {array.size} elements, its shape {list(shape)} needs {count}")
     return array.reshape(shape)
+
+
+def _flat_floats(data: list[Any]) -> Array | None:
+    """What numpy makes of a flat list of numbers that begins with a fraction, in half the time: it need not look for their type. Else None."""
+    if not data or type(data[0]) is not float:
+        return None
+    try:
+        return np.frombuffer(arrays.array("d", data))
+    except TypeError:
+        return None
 
 
 def _has_text(data: list[Any]) -> bool:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry.signature import DATATYPES, Signature, TensorSpec
+from serving.wire import tensors
 from serving.wire.tensors import DTYPES, InputError, OutputError, to_bf16
 from serving.wire.v2 import Codec, InferRequest
 
@@ -102,6 +103,30 @@ def test_an_empty_batch_is_a_batch() -> None:
 def test_whole_numbers_keep_every_digit() -> None:
     assert one("UINT64", [1, 2**64 - 1], [2]).tolist() == [1, 2**64 - 1]
     assert one("INT64", [-(2**63), 2**63 - 1], [2]).tolist() == [-(2**63), 2**63 - 1]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.floats(allow_nan=False, allow_infinity=False)
+        | st.integers(-(2**63), 2**64 - 1)
+        | st.sampled_from([True, None, "1", [1.5], {}, 1e39, -0.0, 70000.0]),
+        max_size=5,
+    ),
+    st.sampled_from([*NUMBERS, "BOOL"]),
+)
+def test_a_flat_list_of_fractions_becomes_what_numpy_makes_of_it(rest: list[Any], datatype: str) -> None:
+    def read() -> tuple[str, bytes] | str:
+        try:
+            found = tensors.from_json("x", datatype, (len(rest) + 1,), [2.0, *rest])
+        except InputError as error:
+            return str(error)
+        return found.dtype.str, found.tobytes()
+
+    with pytest.MonkeyPatch.context() as patch:
+        quick = read()
+        patch.setattr(tensors, "_flat_floats", lambda data: None)
+        assert quick == read()
 
 
 def test_the_id_is_echoed_and_names_are_answered() -> None:
