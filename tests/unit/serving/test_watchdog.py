@@ -336,10 +336,13 @@ def test_the_number_of_a_run_is_there_only_while_it_lasts() -> None:
             return {"y": inputs["x"]}
 
         version = load(PythonRuntime(note))  # type: ignore[arg-type]
+        failed = []
         for _ in range(3):
-            await asyncio.wait([version.submit(row(1, 2), None).future])
+            future = version.submit(row(1, 2), None).future
+            await asyncio.wait([future])
+            failed.append(future.exception() is not None)
         await until(lambda: not version.computing)
-        assert seen == [1, 2, 3]
+        assert seen == [1, 2, 3] and failed == [False, True, False]
         close(version)
 
     asyncio.run(scenario())
