@@ -70,7 +70,7 @@ class ResponseCache:
             version.answers = None
             if version.deterministic:
                 answers[owner] = version.answers = known if known is not None else VersionAnswers(self, version, owner)
-        if self._answers.keys() - answers.keys():
+        if set(self._answers.values()) - set(answers.values()):  # also where the same version was loaded anew
             self.written.clear()  # of the others it comes back with their next hits
         self._answers = answers
         for owner in self.local.owners():
@@ -214,7 +214,8 @@ class VersionAnswers:
         if cached_by(work) != L1 or type(work) is not ParkedWork or type(body) is not bytes:
             return
         found: Answer | None = self._cache.local.peek(work.found)
-        if found is not None and found.serial:
+        # What is there now may be another than what was written, where writing took a thread.
+        if found is not None and found.serial and found.serial == work.serial:
             written = Written(answer, answer_header_length, work.found, found.serial)
             self._cache.written.put((self._token, header_length, body), written)
 
@@ -247,7 +248,7 @@ class VersionAnswers:
         found: Answer | None = cache.local.get(key)
         if found is not None:
             hit = loaded.park(inputs, outputs, mark)
-            hit.found = key
+            hit.found, hit.serial = key, found.serial
             self._answer(hit, found.arrays, L1, found.model_seconds)
             return hit
         flight = self._flights.get(key)

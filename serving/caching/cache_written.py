@@ -9,10 +9,13 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 LARGEST_BYTES = 1 << 20
-"""Of a request and its answer together. Looking for it is hashing it, 0.2 ns a byte on the event loop; reading JSON takes ten times as long."""
-LARGEST_SHARE = 0.125
-"""Of all that may be held: one long answer does not push out the others."""
-_ENTRY_BYTES = 400
+"""Of a request and its answer together. Looking for it is hashing it, 0.2 ns a byte on the event loop; reading JSON takes ten times as
+long, and making the key of binary numbers five times."""
+LARGEST_SHARE = 0.25
+"""Of all that may be held of its length: one answer does not push out many others."""
+SHORT_BYTES = 16_384
+"""Up to so many a request is short, with its answer; short and long ones have half of the room each."""
+_ENTRY_BYTES = 550
 
 Key = tuple[int, int | None, bytes]
 """(whose, Inference-Header-Content-Length, body): all that an answer depends on once its version is chosen."""
@@ -27,43 +30,70 @@ class Written(NamedTuple):
     serial: int
 
 
-class WrittenAnswers:
-    """Used on one thread. The answers that were given last, `max_bytes` of them with their requests."""
+class _Part:
+    """The entries that were asked for last, `max_bytes` of them."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.largest_bytes = min(LARGEST_BYTES, int(max_bytes * LARGEST_SHARE))
-        """Of a request and its answer together; longer ones are not held."""
         self.bytes = 0
-        self._held: OrderedDict[Key, Written] = OrderedDict()
+        self.held: OrderedDict[Key, Written] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def get(self, key: Key) -> Written | None:
-        found = self._held.get(key)
-        if found is not None:
-            self._held.move_to_end(key)
-        return found
-
-    def put(self, key: Key, written: Written) -> None:
-        size = _size(key, written)
-        if size > self.largest_bytes:
-            return
-        self.drop(key)
-        self._held[key] = written
+    def put(self, key: Key, written: Written, size: int) -> None:
+        self.held[key] = written
         self.bytes += size
         while self.bytes > self.max_bytes:
-            self.drop(next(iter(self._held)))
+            self.drop(next(iter(self.held)))
 
-    def drop(self, key: Key) -> None:
-        found = self._held.pop(key, None)
+    def drop(self, key: Key) -> bool:
+        found = self.held.pop(key, None)
         if found is not None:
             self.bytes -= _size(key, found)
+        return found is not None
 
     def clear(self) -> None:
-        self._held.clear()
+        self.held.clear()
         self.bytes = 0
+
+
+class WrittenAnswers:
+    """Used on one thread. The answers that were given last, `max_bytes` of them with their requests: a few long ones do not push out
+    many short ones.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._short, self._long = _Part(max_bytes - max_bytes // 2), _Part(max_bytes // 2)
+        self.largest_bytes = min(LARGEST_BYTES, int(self._long.max_bytes * LARGEST_SHARE))
+        """Of a request and its answer together; longer ones are not held."""
+
+    def __len__(self) -> int:
+        return len(self._short.held) + len(self._long.held)
+
+    @property
+    def bytes(self) -> int:
+        return self._short.bytes + self._long.bytes
+
+    def get(self, key: Key) -> Written | None:
+        for part in (self._short, self._long):
+            found = part.held.get(key)
+            if found is not None:
+                part.held.move_to_end(key)
+                return found
+        return None
+
+    def put(self, key: Key, written: Written) -> None:
+        self.drop(key)
+        size = _size(key, written)
+        if size <= self.largest_bytes:
+            (self._short if size <= SHORT_BYTES else self._long).put(key, written, size)
+
+    def drop(self, key: Key) -> None:
+        if not self._short.drop(key):
+            self._long.drop(key)
+
+    def clear(self) -> None:
+        self._short.clear()
+        self._long.clear()
 
 
 def _size(key: Key, written: Written) -> int:

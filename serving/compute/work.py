@@ -87,10 +87,10 @@ class ParkedWork(Work):
     """One that the cache may answer. `cached` says who did (serving.caching.cache), None where the version computed it.
 
     `left_seconds` is how long its answer is still one, where another server computed it; `found` the key under which this
-    process holds it.
+    process holds it, `serial` the number of what it found there.
     """
 
-    __slots__ = ("cached", "found", "left_seconds", "saved_seconds")
+    __slots__ = ("cached", "found", "left_seconds", "saved_seconds", "serial")
 
     def __init__(
         self,
@@ -105,6 +105,7 @@ class ParkedWork(Work):
         self.saved_seconds = 0.0
         self.left_seconds: float | None = None
         self.found = b""
+        self.serial = 0
 
 
 def cached_by(work: Work) -> str | None:

@@ -91,7 +91,7 @@ def _flat_floats(data: list[Any]) -> Array | None:
         return None
     try:
         return np.frombuffer(arrays.array("d", data))
-    except TypeError:
+    except (TypeError, OverflowError):
         return None
 
 
@@ -104,7 +104,10 @@ def _has_text(data: list[Any]) -> bool:
                 try:
                     sum(one)  # fails on all but numbers: the quickest look at many of them
                     continue
-                except TypeError:
+                except (
+                    TypeError,
+                    OverflowError,
+                ):  # a whole number beyond all fractions: not from JSON, which makes it one
                     pass
             kinds = set(map(type, one))
             if str in kinds:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 
+from registry.signature import Signature, TensorSpec
 from serving.caching.cache import ResponseCache
-from serving.caching.cache_written import LARGEST_BYTES, Written, WrittenAnswers
+from serving.caching.cache_written import Written, WrittenAnswers
 from serving.compute.engine import LoadedVersion
 from serving.traffic.routing import Route
+from serving.wire.classification import INLINE_ELEMENTS
 from tests.unit.serving.helpers import Answer, PythonRuntime, Server, close, load, request, serve, until
 
 STABLE = Route("m", 1, "1")
@@ -27,14 +31,14 @@ class Clock:
         return self.now
 
 
-def cached(*versions: LoadedVersion) -> tuple[Server, ResponseCache]:
-    server = serve(*versions, route=STABLE)
-    cache = server.serving.cache = ResponseCache(SimpleNamespace(max_mb=1, ttl_seconds=60.0))
+def cached(*versions: LoadedVersion, max_mb: int = 1, max_body_bytes: int = 100_000) -> tuple[Server, ResponseCache]:
+    server = serve(*versions, route=STABLE, max_body_bytes=max_body_bytes)
+    cache = server.serving.cache = ResponseCache(SimpleNamespace(max_mb=max_mb, ttl_seconds=60.0))
     cache.follow(versions)
     return server, cache
 
 
-async def send(server: Server, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
+async def send(server: Server, body: bytes | list[bytes], headers: Mapping[str, str] | None = None) -> Answer:
     answer = await server.ask("POST", "/v2/models/m/infer", body, headers)
     assert answer is not None and answer.status == 200, answer
     await asyncio.sleep(0)
@@ -188,28 +192,107 @@ def test_what_a_promotion_judges_or_copies_is_read(how: str, monkeypatch: pytest
     asyncio.run(scenario())
 
 
-def test_a_long_request_is_known_too_up_to_a_share_of_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_long_request_is_known_too(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         version = load(PythonRuntime(), deterministic=True)
-        server, cache = cached(version)
+        server, cache = cached(version, max_mb=64, max_body_bytes=2 << 20)
         seen = reads(version, monkeypatch)
         text = orjson.dumps(request(1, 2))
-        most = cache.written.largest_bytes
-        for length, read in ((most - 2_000, 2), (most + 1, 4)):
+        assert cache.written.largest_bytes == 1 << 20
+        for length, read in ((40_000, 2), ((1 << 20) - 2_000, 1), ((1 << 20) + 1, 4)):
             seen.clear()
             body = text.ljust(length)
+            cut = -(-length // pieces)
+            sent = [body[at : at + cut] for at in range(0, length, cut)]
             for _ in range(4):
-                assert (await send(server, body)).json()["outputs"][0]["data"] == [2, 4]
+                assert (await send(server, sent)).json()["outputs"][0]["data"] == [2, 4]
             assert seen == [length] * read
         close(version)
 
     asyncio.run(scenario())
 
 
+def test_long_ones_do_not_push_out_the_short_ones() -> None:
+    held = WrittenAnswers(8 << 20)
+    for number in range(1_000):
+        held.put((1, None, b"%d" % number), Written(b"x" * 500, None, b"k" * 16, number))
+    assert len(held) == 1_000
+    for number in range(100):
+        held.put((1, None, b"%d" % number * 100_000), Written(b"x", None, b"k" * 16, number))
+        assert held.bytes <= held.max_bytes
+    assert len(held) > 1_010
+    assert all(held.get((1, None, b"%d" % number)) is not None for number in range(1_000))
+    held.clear()
+    assert held.bytes == len(held) == 0
+
+
+def test_what_is_written_in_a_thread_while_the_cache_is_emptied_is_not_kept() -> None:
+    """Ranking the classes of a long output takes a thread; meanwhile the answer is dropped, and another one comes in its place."""
+
+    async def scenario() -> None:
+        factor = [1.0]
+        signature = Signature(
+            (TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1, INLINE_ELEMENTS + 1)),)
+        )
+
+        def compute(inputs: dict[str, Any]) -> dict[str, Any]:
+            answer = np.zeros((1, INLINE_ELEMENTS + 1), np.float32)
+            answer[0, 0] = factor[0]
+            return {"y": answer}
+
+        version = load(PythonRuntime(compute, signature), deterministic=True)  # type: ignore[arg-type]
+        server, cache = cached(version)
+        one, two = (
+            orjson.dumps({**request(1, 2), "outputs": [{"name": "y", "parameters": {"classification": count}}]})
+            for count in (1, 2)
+        )
+        await send(server, one)
+        encode, written, goes_on = version.codec.encode, asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def slowly(*words: Any) -> Any:
+            found = encode(*words)
+            loop.call_soon_threadsafe(written.set)
+            goes_on.wait(20)
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(version.codec, "encode", slowly)
+            hit = asyncio.create_task(send(server, one))
+            await written.wait()
+        factor[0] = 2.0
+        cache.forget("m")
+        assert "2.0" in (await send(server, two)).json()["outputs"][0]["data"][0]
+        goes_on.set()
+        assert "1.0" in (await hit).json()["outputs"][0]["data"][0]
+        for _ in range(3):
+            assert "2.0" in (await send(server, one)).json()["outputs"][0]["data"][0]
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_kept_of_a_version_that_was_loaded_anew() -> None:
+    async def scenario() -> None:
+        version, again = load(PythonRuntime(), deterministic=True), load(PythonRuntime(), deterministic=True)
+        server, cache = cached(version)
+        body = orjson.dumps(request(1, 2))
+        for _ in range(3):
+            await send(server, body)
+        assert len(cache.written) == 1
+        cache.follow([version])
+        assert len(cache.written) == 1
+        cache.follow([again])
+        assert len(cache.written) == 0
+        close(version, again)
+
+    asyncio.run(scenario())
+
+
 def test_it_takes_no_more_than_its_bytes_and_the_last_ones_stay() -> None:
-    assert WrittenAnswers(64 << 20).largest_bytes == LARGEST_BYTES
     held = WrittenAnswers(10_000)
-    assert held.largest_bytes < 10_000 / 2
+    assert held.largest_bytes < 10_000 / 4
     for number in range(100):
         held.put((1, None, b"%d" % number), Written(b"x" * 500, None, b"k" * 16, number))
         held.get((1, None, b"0"))
@@ -221,6 +304,6 @@ def test_it_takes_no_more_than_its_bytes_and_the_last_ones_stay() -> None:
     assert held.bytes == size
     held.put((1, None, b"long"), Written(b"x" * held.largest_bytes, None, b"k" * 16, 1))
     assert held.get((1, None, b"long")) is None and held.bytes == size
-    for name in [*held._held]:
-        held.drop(name)
+    for number in range(100):
+        held.drop((1, None, b"%d" % number))
     assert held.bytes == len(held) == 0

@@ -129,6 +129,13 @@ def test_a_flat_list_of_fractions_becomes_what_numpy_makes_of_it(rest: list[Any]
         assert quick == read()
 
 
+@pytest.mark.parametrize("data", [[1.5, 10**400], [10**400, 1], [[1.5], [10**400]]])
+def test_a_number_beyond_all_fractions_is_refused(data: list[Any]) -> None:
+    """No JSON has it, but the default of an alias in the settings may."""
+    with pytest.raises(InputError):
+        tensors.from_json("x", "FP32", (2,), data)
+
+
 def test_the_id_is_echoed_and_names_are_answered() -> None:
     request = decode(TWO, {"id": "r-1", "inputs": [A, B], "outputs": [{"name": "p"}]})
     assert request.outputs == ("p",)
