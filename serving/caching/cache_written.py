@@ -74,12 +74,15 @@ class WrittenAnswers:
         return self._short.bytes + self._long.bytes
 
     def get(self, key: Key) -> Written | None:
-        for part in (self._short, self._long):
-            found = part.held.get(key)
-            if found is not None:
-                part.held.move_to_end(key)
-                return found
-        return None
+        held = self._short.held
+        found = held.get(key)
+        if found is None:
+            held = self._long.held
+            found = held.get(key)
+            if found is None:
+                return None
+        held.move_to_end(key)
+        return found
 
     def put(self, key: Key, written: Written) -> None:
         self.drop(key)
