@@ -9,7 +9,7 @@ SETTINGS = {"glibc.malloc.arena_max": "1", "glibc.malloc.tcache_max": "256"}
 """One heap, and of what a thread freed only pieces of up to so many bytes kept for that thread.
 
 Otherwise every thread has a heap, and keeps 7 freed pieces of each size up to 1 kB. Fifteen threads, of which any may do a piece of work,
-touch all of that in the course of hours: a server with nothing more in use grew by 0.5 MB an hour, and grows by 0.1 so. Small pieces are what ONNX Runtime
+touch all of that in the course of hours: a server with nothing more in use grew by 0.5 MB an hour, and by less than 0.1 so. Small pieces are what ONNX Runtime
 asks for most, Python has a heap of its own for them: neither setting shows in the rates of docs/PERFORMANCE.md.
 """
 _OTHER_NAMES = {"MALLOC_ARENA_MAX": "glibc.malloc.arena_max"}
