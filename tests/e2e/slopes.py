@@ -1,14 +1,7 @@
-"""How fast a figure grows, with how sure that is: a straight line through the means of blocks, since neighbouring samples are alike.
-
-Blocks may be alike, too. Memory of a process is taken in steps that stay (an allocator's page, touched at a rare moment), so it wanders;
-a line through something that wanders without growing has an error by its scatter that is far too small (Granger and Newbold, "Spurious
-regressions in econometrics", 1974): by it one step of 50 kB in two hours is growth, always. So the error is the larger of two: by the
-scatter around the line, and by that of the steps from block to block, whose mean is the growth of what wanders.
-"""
+"""How fast a figure grows, with how sure that is: a straight line through the means of blocks, since neighbouring samples are alike."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,7 +37,5 @@ def slope(seconds: Sequence[float], values: Sequence[float]) -> Slope:
     if np.ptp(means) == 0:
         return Slope(0.0, 0.0, 0.0)  # a line without any scatter has no error that could be computed
     fit = stats.linregress(hours, means)
-    steps = np.diff(means) / np.diff(hours)
-    error = max(float(fit.stderr), float(steps.std(ddof=1)) / math.sqrt(len(steps)))
-    margin = float(stats.t.ppf(0.975, BLOCKS - 2)) * error
+    margin = float(stats.t.ppf(0.975, BLOCKS - 2)) * float(fit.stderr)
     return Slope(float(fit.slope), float(fit.slope) - margin, float(fit.slope) + margin)
