@@ -25,7 +25,7 @@ from benchmarks._turns import (
 SMALL, HEAVY, KEPT = "small", "heavy", "kept"
 """The models: two small convolutions; about 2 ms a row alone; the small one again, whose answers may be kept."""
 SMALL_28, KEPT_28 = "small-28", "kept-28"
-"""As those without the number, but for images of 28x28 numbers (14 kB of JSON), not 8x8."""
+"""As those without the number, but for images of 28x28 numbers (16 kB of JSON), not 8x8."""
 LARGER = "28x28"
 """How their cases are named."""
 OURS, TRITON, BATCHER = "modelkeep", "Triton", "Triton, batcher"

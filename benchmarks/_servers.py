@@ -4,15 +4,18 @@ package index in environments of their own. What cannot be had says why (`Absent
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +25,7 @@ import psutil
 import pytest
 
 from benchmarks._report import HEAVY, KEPT, KEPT_28, SMALL, SMALL_28
-from benchmarks._turns import Target, pinned
+from benchmarks._turns import Driver, Target, Turn, in_turns, pinned
 from registry import keys, versions
 from registry.actor import Who
 from tests.e2e.harness import Box
@@ -236,8 +239,6 @@ def settings() -> dict[str, str]:
         "MODELKEEP_SECURITY__REQUIRE_KEYS": "true",
         "MODELKEEP_SECURITY__RATE_LIMIT": "100000000/second",
         "MODELKEEP_CACHE__MAX_MB": str(CACHE_MB),
-        # All of them stay in memory; by profile it would be four.
-        "MODELKEEP_MODELS__MAX_CONCURRENT_MODELS": str(len(CHANNELS)),
         # What an operator has who set nothing; the tests' box is in a hurry.
         "MODELKEEP_POLL_SECONDS": "1",
         "MODELKEEP_LEASE_SECONDS": "30",
@@ -247,7 +248,9 @@ def settings() -> dict[str, str]:
 @contextmanager
 def registered(folder: Path, files: Mapping[str, Path], extra: Mapping[str, str]) -> Iterator[tuple[Box, str]]:
     """A home with these models, each with a route, and the text of a key that may operate."""
-    one = Box(folder, extra={**settings(), **extra})
+    # All of them stay in memory; by profile it would be four.
+    together = {"MODELKEEP_MODELS__MAX_CONCURRENT_MODELS": str(max(4, len(files)))}
+    one = Box(folder, extra={**settings(), **together, **extra})
     try:
         for name, path in files.items():
             add_model(one, name, path, deterministic=name in CACHED)
@@ -380,6 +383,64 @@ def triton(folder: Path, files: Mapping[str, Path], core: int | None, *, batcher
         yield server
     finally:
         started.__exit__(None, None, None)
+
+
+def beside_triton(
+    folder: Path,
+    models: Mapping[str, Path],
+    cases: Mapping[str, tuple[str, str, int]],
+    rounds: int,
+    seconds: float,
+) -> dict[str, dict[str, list[Turn]]]:
+    """Ours and Triton with its batcher in turns of so many seconds: by case, by server, the turns. `cases`: model, kind, connections.
+
+    Each server has the first core, wrk the last. Raises Absent.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    serving, driving = (cores[0], cores[-1]) if len(cores) > 1 else (None, None)
+    driver = Driver(folder, driving)
+    found: dict[str, dict[str, list[Turn]]] = {}
+    with ExitStack() as stack:
+        running = {
+            "modelkeep": stack.enter_context(modelkeep(folder / "ours", models, serving)),
+            "Triton": stack.enter_context(triton(folder / "triton", models, serving)),
+        }
+        alone = Alone(running)
+        stack.callback(alone.end)
+        for case, (model, kind, connections) in cases.items():
+
+            def one(name: str, model: str = model, kind: str = kind, connections: int = connections) -> Turn:
+                with alone.turn(name) as server:
+                    return driver.turn(server.target(model, kind), connections, seconds, server.cpu_seconds)
+
+            found[case] = in_turns(tuple(running), rounds, one)
+    return found
+
+
+def beside_triton_main(
+    about: str | None,
+    models: Callable[[Path], Mapping[str, Path]],
+    cases: Mapping[str, tuple[str, str, int]],
+    shown: Callable[[dict[str, dict[str, list[Turn]]]], str],
+    *,
+    rounds: int,
+    seconds: float,
+) -> int:
+    """The program of a benchmark that is such a comparison. `models` writes their files into a folder."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--seconds", type=float, default=seconds, help="length of a turn")
+    options = parser.parse_args()
+    if shutil.which("wrk") is None:
+        print("SKIPPED: wrk is not installed (Debian: apt-get install wrk)")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="beside-triton-") as folder:
+        files = models(Path(folder) / "models")
+        found = beside_triton(Path(folder), files, cases, options.rounds, options.seconds)
+    print(shown(found))
+    failed = sum(turn.failed for turns in found.values() for some in turns.values() for turn in some)
+    print(f"\n{failed} requests failed")
+    return 0
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

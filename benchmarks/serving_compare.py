@@ -175,24 +175,17 @@ def take(
 
 
 def rates(plan: Plan, running: dict[str, Server], alone: Alone, driver: Driver, found: Found) -> None:
-    """The small model, by connections and encoding."""
-    for kind in KINDS:
-        among = [name for name, server in running.items() if kind in server.kinds]
-        for connections in CONNECTIONS:
+    """The small model, by connections and encoding; with larger images among the Tritons only."""
+    for model, kind, connections in product((SMALL, SMALL_28), KINDS, CONNECTIONS):
+        if model == SMALL_28 and connections == 1:
+            continue
+        among = [name for name, server in running.items() if kind in server.kinds and model in server.models]
 
-            def one(name: str, kind: str = kind, connections: int = connections) -> Turn:
-                with alone.turn(name) as server:
-                    return driver.turn(server.target(SMALL, kind), connections, plan.turn_seconds, server.cpu_seconds)
-
-            take(found, case(SMALL, kind, connections), plan, one, among)
-    among = [name for name, server in running.items() if SMALL_28 in server.models]
-    for kind, connections in product(KINDS, CONNECTIONS[1:]):
-
-        def larger(name: str, kind: str = kind, connections: int = connections) -> Turn:
+        def one(name: str, model: str = model, kind: str = kind, connections: int = connections) -> Turn:
             with alone.turn(name) as server:
-                return driver.turn(server.target(SMALL_28, kind), connections, plan.turn_seconds, server.cpu_seconds)
+                return driver.turn(server.target(model, kind), connections, plan.turn_seconds, server.cpu_seconds)
 
-        take(found, case(SMALL_28, kind, connections), plan, larger, among)
+        take(found, case(model, kind, connections), plan, one, among)
 
 
 def heavy(
