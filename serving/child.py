@@ -36,7 +36,7 @@ from serving.follow.reconcile import Reconciler
 from serving.http.handshakes import Handshakes
 from serving.http.protocol import BoundedHttpProtocol
 from serving.http.tls import certificates
-from serving.process import threads
+from serving.process import headroom, threads
 from serving.process.collector import collect, freeze_startup_objects
 from serving.process.pulse import Pulse
 from serving.state import Serving
@@ -227,6 +227,7 @@ async def serve(
         rules,
     )
     freeze_startup_objects()
+    headroom.take()
     config = entry.config(app, settings, tls)
     # Those who connected while no server was there come all at once: nobody of them is told to try again later.
     serving.catching_up = True

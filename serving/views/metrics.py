@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
@@ -76,6 +77,9 @@ class _ServingCollector(Collector):
         yield GaugeMetricFamily("modelkeep_generation", "Registry generation served.", value=float(serving.generation))
         yield GaugeMetricFamily(
             "modelkeep_requests_in_flight", "Inference requests not yet answered.", value=float(serving.in_flight)
+        )
+        yield GaugeMetricFamily(
+            "modelkeep_python_blocks", "Pieces of memory that Python has in use.", value=float(sys.getallocatedblocks())
         )
         refused = CounterMetricFamily("modelkeep_auth_failures", "Requests refused for their key.", labels=["reason"])
         for reason, count in serving.auth_failures.items():

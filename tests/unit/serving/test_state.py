@@ -199,6 +199,7 @@ def test_metrics_have_no_labels_but_those_of_versions_that_were_loaded() -> None
             "modelkeep_ready 1.0",
         ):
             assert line in page.splitlines(), line
+        assert float(page.split("\nmodelkeep_python_blocks ")[1].split()[0]) > 10_000
         assert "modelkeep_build_info{" in page and "modelkeep_process_resident_memory_bytes" in page
         close(version)
 
