@@ -155,7 +155,8 @@ class V2:
         most = settings.performance.max_concurrent_requests
         serving.places.resize(most)
         self.max_receiving_bytes = serving.uploads.most_bytes = settings.server.max_receiving_mb << 20
-        serving.gate.most_waiting = max(1, most // 2)
+        serving.gate.most_waiting = (most + 1) // 2
+        serving.gate.others_asked = lambda: not serving.places.asked() <= serving.gate.closed.keys()
         self._id_prefix = request_ids.prefix(serving.replica_id, serving.boot_id)
         self._ids = itertools.count(1)
         self._waits = Waits(self._timeout_seconds)
@@ -222,19 +223,22 @@ class V2:
             if message.get("more_body"):
                 # Who sends slowly holds no place meanwhile.
                 enter = partial(self._turn, key, model)
-                body, place = await serving.uploads.receive(message, receive, self._max_body_bytes, enter)
+                body, place, spent = await serving.uploads.receive(message, receive, self._max_body_bytes, enter)
             else:
                 body = message.get("body", b"")
                 place = places.enter(key, model)
                 if place is None:
+                    began = time.perf_counter()
                     place = await self._turn(key, model, receive)
+                    spent = time.perf_counter() - began
             if len(body) > self._max_body_bytes or b"content-encoding" in headers:
                 body = self._unpacked(body, headers)
             if serving.gate.closed and model in serving.gate.closed:
                 await in_a_task()
                 began, sticky = time.perf_counter(), headers.get(b"x-route-key")
-                loaded, route, mark = await admitted(serving, model, version, sticky, self._timeout_seconds, receive)
-                spent = time.perf_counter() - began
+                left = max(0.0, self._timeout_seconds - spent)
+                loaded, route, mark = await admitted(serving, model, version, sticky, left, receive)
+                spent += time.perf_counter() - began
             else:
                 loaded, route, mark = serving.admit(model, version, headers.get(b"x-route-key"))
             if route is not None:
@@ -339,6 +343,8 @@ class V2:
 
     async def _computed(self, loaded: LoadedVersion, asked: _Asked, request: InferRequest) -> Work:
         """Through the version's queue, or its cache. Raises what `Waits.wait` does."""
+        if asked.spent:
+            self._waits.check(loaded, request.timeout_seconds, asked.spent)
         queue = loaded if loaded.answers is None else loaded.answers
         work = queue.submit(request.inputs, request.outputs, asked.route, asked.mark, asked.key)
         if self._serving.access is not None:

@@ -75,6 +75,7 @@ class _Waiter(NamedTuple):
     place: Place
     turn: asyncio.Future[Place]
     patient: bool
+    for_long: bool
 
 
 class Places:
@@ -106,8 +107,15 @@ class Places:
         self._ample = capacity - self._reserve
         """Below so many in flight nobody is asked how much he holds."""
 
-    def enter(self, key: str, model: str) -> Place | None:
-        """A place, None where there is none for this key and model now; see `turn`."""
+    def asked(self) -> set[str]:
+        """The models that are asked: now, or within ACTIVE_SECONDS."""
+        now = self._monotonic()
+        return {name for name, share in self._models.by_name.items() if _is_active(share, now)}
+
+    def enter(self, key: str, model: str, *, for_long: bool = False) -> Place | None:
+        """A place, None where there is none for this key and model now; see `turn`. `for_long`: it is held for minutes, so none of the last
+        ones is taken, which are left to other models, whoever asks for them then.
+        """
         now = self._monotonic()
         share = self._keys.by_name.get(key)
         if share is None:
@@ -116,7 +124,7 @@ class Places:
         if of_model is None:
             of_model = self._models.add(model, now)
         share.seen = of_model.seen = now
-        if self.in_flight >= self._ample and not self._may_take(share, of_model, now):
+        if self.in_flight >= self._ample and (for_long or not self._may_take(share, of_model, now)):
             return None
         self.in_flight += 1
         share.held += 1
@@ -130,10 +138,11 @@ class Places:
         timeout_seconds: float,
         *,
         patient: bool = False,
+        for_long: bool = False,
         receive: Receive | None = None,
     ) -> Place | None:
         """Wait for the place of a request that ends, where `enter` had none. None at once where key and model hold their share already,
-        and after `timeout_seconds`. `patient`: wait whatever they hold. `receive` is the client's: if he goes, waiting ends.
+        and after `timeout_seconds`. `patient`: wait whatever they hold. `for_long`: as for `enter`. `receive` is the client's: if he goes, waiting ends.
 
         Raises ClientGoneError.
         """
@@ -145,7 +154,7 @@ class Places:
             self.refused[why] += 1
             return None
         turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(Place(share, of_model), turn, patient)
+        waiter = _Waiter(Place(share, of_model), turn, patient, for_long)
         self._waiters.append(waiter)
         self.waiting += 1
         share.waiting += 1
@@ -179,6 +188,8 @@ class Places:
             return f"{here}, {share.held} of them with this key, others ask too; try again later"
         if (share := models.get(model)) is not None and share.held < self.in_flight:
             return f"{here}, {share.held} of them for model '{model}', others are asked too; try again later"
+        if self.in_flight < self.capacity:
+            return f"{here}, and keeps the rest for other models; try again later"
         return f"{here}, its limit; try again later"
 
     def leave(self, place: Place) -> None:
@@ -221,7 +232,9 @@ class Places:
             ready = [
                 w
                 for w in self._waiters
-                if not w.turn.done() and (w.patient or self._may_take(w.place.key, w.place.model, now))
+                if not w.turn.done()
+                and (self.in_flight < self._ample or not w.for_long)
+                and (w.patient or self._may_take(w.place.key, w.place.model, now))
             ]
             if not ready:
                 return

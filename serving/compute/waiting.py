@@ -40,6 +40,15 @@ class Waits:
         self._waiting: set[_Waiting] = set()
         self._sweeping = False
 
+    def check(self, loaded: LoadedVersion, timeout_seconds: float, spent: float) -> None:
+        """Raises DeadlineError where all its time went before it came to the version, whose fault that is not."""
+        given = min(timeout_seconds or self._timeout_seconds, self._timeout_seconds)
+        if spent >= given:
+            raise DeadlineError(
+                f"model '{loaded.model}' version '{loaded.version}' was not asked: the request had waited for {spent:.3g} seconds "
+                f"before its turn came, and has {given:g}"
+            )
+
     async def wait(
         self, work: Work, loaded: LoadedVersion, receive: Receive, timeout_seconds: float, spent: float
     ) -> None:

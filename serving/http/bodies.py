@@ -4,6 +4,7 @@ inference requests, which have no place until they are there.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 
 from starlette.exceptions import HTTPException
@@ -28,6 +29,8 @@ _NO_JSON = (
 Enter = Callable[[Receive], Awaitable[Place]]
 """Gives a request its place; told how to learn that its client goes."""
 
+_INSTANT_SECONDS = 0.001
+
 
 class Uploads:
     """Bodies of inference requests that come in more than one piece. Who sends slowly holds no place of others meanwhile, as long as
@@ -40,8 +43,9 @@ class Uploads:
         self.bytes = 0
         """Of those that have no place."""
 
-    async def receive(self, first: Message, receive: Receive, limit: int, enter: Enter) -> tuple[bytes, Place]:
-        """The whole body, of which `first` was the first piece, and the place of its request, which the caller gives back.
+    async def receive(self, first: Message, receive: Receive, limit: int, enter: Enter) -> tuple[bytes, Place, float]:
+        """The whole body, of which `first` was the first piece; the place of its request, which the caller gives back; and how many seconds
+        it waited for that place with its body whole.
 
         Raises InputError as soon as it is longer than `limit` bytes, ClientGoneError, and what `enter` does.
         """
@@ -72,9 +76,11 @@ class Uploads:
                 message = kept.pop(0) if kept else await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGoneError("the client went while it was sending")
+            began = time.perf_counter()
             if place is None:
                 place = await enter(receive)
-            return bytes(body), place
+            waited = time.perf_counter() - began
+            return bytes(body), place, waited if waited > _INSTANT_SECONDS else 0.0
         except BaseException:
             if place is not None:
                 self.places.leave(place)

@@ -78,11 +78,12 @@ class TextAnswer(Response):
             given = None
         named = [(b"x-request-id", given or desk.id_prefix + b"0.-.%d" % next(desk.numbers))]
         places, key, model = serving.places, key_of(scope), self._asked.model
-        place = places.enter(key, model)
+        minutes = len(serving.routes) > 1  # a text may take them: where there are other models, places are left to them
+        place = places.enter(key, model, for_long=minutes)
         if place is None:
-            patience = self._patience()
+            patience, patient = self._patience(), serving.catching_up
             try:
-                place = await places.turn(key, model, patience, patient=serving.catching_up, receive=receive)
+                place = await places.turn(key, model, patience, patient=patient, for_long=minutes, receive=receive)
             except ClientGoneError:
                 serving.unrouted(499)
                 return

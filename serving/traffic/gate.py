@@ -22,7 +22,9 @@ class Gate:
         self.knock: Callable[[str], None] | None = None
         """Told of every model that is waited for: one that sleeps is woken. Raises UnavailableError where waiting is of no use."""
         self.most_waiting = 128
-        """Of all models together: those that wait hold places that other models could use."""
+        """Of all models together, while others are asked that have a version: those that wait hold places that these could use."""
+        self.others_asked: Callable[[], bool] = lambda: True
+        """Whether anybody asks for models that have a version. Where nobody does, all places may wait."""
         self.waiting = 0
         self.waited = 0
         """Requests that were held back, since the start."""
@@ -58,7 +60,7 @@ class Gate:
         if model not in self.closed:
             return
         self._knock(model)
-        if self.waiting >= self.most_waiting:
+        if self.waiting >= self.most_waiting and self.others_asked():
             self.turned_away += 1
             raise BusyError(
                 f"{self.waiting} requests wait for versions that are on their way, the most that may; try again later"

@@ -549,6 +549,31 @@ def test_a_request_whose_own_deadline_has_come_is_not_computed_and_proves_nothin
     asyncio.run(scenario())
 
 
+def test_what_a_request_waited_for_its_place_is_gone_of_its_own_deadline() -> None:
+    async def scenario() -> None:
+        runtime = PythonRuntime()
+        version = load(runtime)
+        server = serve(version, route=Route("m", 1, "1", watch=True), max_concurrent=1)
+        server.serving.catching_up = True  # everybody waits for his turn
+        runtime.gate.clear()
+        computing = asyncio.create_task(server.infer(1, 1))
+        await until(runtime.entered.is_set)
+        late = asyncio.create_task(server.post(INFER, {**request(2, 2), "parameters": {"timeout": 10_000}}))
+        long = asyncio.create_task(server.post(INFER, {**request(3, 3), "parameters": {"timeout": 20_000_000}}))
+        await until(lambda: server.serving.places.waiting == 2)
+        await asyncio.sleep(0.02)
+        runtime.gate.set()
+        assert (await computing).status == (await long).status == 200
+        answer = await late
+        assert answer.status == 504 and "was not asked: the request had waited for 0.0" in answer.error
+        assert len(runtime.calls) == 2, "it is not computed"
+        counts = version.counts_for(server.serving.routes["m"])
+        assert (counts.requests, counts.errors) == (2, 0)
+        close(version)
+
+    asyncio.run(scenario())
+
+
 def test_a_deadline_beyond_what_is_usual_counts_against_the_version() -> None:
     async def scenario() -> None:
         runtime = PythonRuntime()

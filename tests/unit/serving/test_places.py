@@ -106,6 +106,30 @@ def test_a_slow_model_leaves_places_to_a_fast_one() -> None:
     assert places.enter("", "slow") is not None, "nobody asks for another model any more"
 
 
+@pytest.mark.parametrize("capacity", [2, 5, 32])
+def test_what_takes_minutes_leaves_places_to_a_model_that_nobody_asked_until_now(capacity: int) -> None:
+    async def scenario() -> None:
+        places = Places(capacity)
+        texts: list[Place] = []
+        while (place := places.enter("", "texts", for_long=True)) is not None:
+            texts.append(place)
+        assert len(texts) == capacity - max(1, capacity // 8)
+        assert await places.turn("", "texts", 30, for_long=True) is None
+        assert "keeps the rest for other models" in places.words("", "texts")
+        others = fill(places, "", "other")
+        assert others, "at once, however long the texts take"
+        waiting = asyncio.create_task(places.turn("", "texts", 30, patient=True, for_long=True))
+        await asyncio.sleep(0)
+        for place in others:
+            places.leave(place)
+        await asyncio.sleep(0)
+        assert not waiting.done(), "what was kept stays kept"
+        places.leave(texts.pop())
+        assert await waiting is not None
+
+    asyncio.run(scenario())
+
+
 def test_who_asks_for_a_model_that_others_flood_waits_for_one_of_its_places() -> None:
     async def scenario() -> None:
         places = Places(5)

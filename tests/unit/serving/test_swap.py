@@ -24,7 +24,7 @@ from serving.traffic.gate import Gate
 from serving.traffic.routing import Route
 from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, MODEL
-from tests.unit.serving.helpers import Answer, PythonRuntime, Server, close, load, until
+from tests.unit.serving.helpers import Answer, PythonRuntime, Server, close, load, serve, until
 from tests.unit.serving.rounds import following, three_versions
 
 MB = 1 << 20
@@ -102,9 +102,12 @@ def test_requests_wait_no_longer_than_they_may_and_no_more_of_them_than_may() ->
         with pytest.raises(BusyError, match="2 requests wait"):
             await gate.wait("m", 30)
         await gate.wait("other", 0.01)
+        gate.others_asked = lambda: False  # nobody needs what those hold who wait
+        waiting.append(asyncio.create_task(gate.wait("m", 30)))
+        await until(lambda: gate.waiting == 3)
         gate.open(["m"])
         await asyncio.gather(*waiting)
-        assert (gate.waiting, gate.waited, gate.turned_away) == (0, 3, 2) and gate.longest_seconds >= 0.01
+        assert (gate.waiting, gate.waited, gate.turned_away) == (0, 4, 2) and gate.longest_seconds >= 0.01
         gate.close(["m"])
         again = asyncio.create_task(gate.wait("m", 30))
         await until(lambda: gate.waiting == 1)
@@ -115,6 +118,24 @@ def test_requests_wait_no_longer_than_they_may_and_no_more_of_them_than_may() ->
         assert not again.done()
         gate.open(["m"])
         await again
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("places", "others", "answered"), [(2, False, 2), (5, False, 5), (2, True, 1), (5, True, 3)])
+def test_where_nobody_asks_for_another_model_every_place_may_wait(places: int, others: bool, answered: int) -> None:
+    async def run() -> None:
+        version, other = load(), load(model="other")
+        server = serve(version, other, max_concurrent=places)
+        gate = server.serving.gate
+        gate.close(["m"])
+        if others:
+            assert (await server.infer(1, 2, model="other", version="1")).status == 200
+        asked = [asyncio.create_task(server.infer(1, 2)) for _ in range(places)]
+        await until(lambda: gate.waiting + sum(one.done() for one in asked) == places)
+        gate.open(["m"])
+        assert sorted([(await one).status for one in asked]) == [200] * answered + [429] * (places - answered)
+        close(version, other)
 
     asyncio.run(run())
 

@@ -98,6 +98,25 @@ def test_a_body_in_one_piece_is_no_upload() -> None:
     run(test)
 
 
+def test_what_an_upload_waited_for_its_place_is_gone_of_its_own_deadline() -> None:
+    async def test(server: Server, runtime: PythonRuntime) -> None:
+        server.serving.catching_up = True
+        runtime.gate.clear()
+        computing = asyncio.create_task(server.infer(1.0, 1.0))
+        await until(runtime.entered.is_set)
+        late, body = Client(server), orjson.dumps({**request(1.0, 2.0), "parameters": {"timeout": 10_000}})
+        late.send(body[:10])
+        late.send(body[10:], more=False)
+        await until(lambda: server.serving.places.waiting == 1)
+        await asyncio.sleep(0.02)
+        runtime.gate.set()
+        answer = await late.answer()
+        assert (await computing).status == 200 and answer.status == 504, answer.error
+        assert len(runtime.calls) == 1, "it is not computed"
+
+    run(test, max_concurrent=1)
+
+
 def test_beyond_the_memory_for_uploads_a_request_takes_its_place_while_it_sends() -> None:
     async def test(server: Server, runtime: PythonRuntime) -> None:
         uploads, places = server.serving.uploads, server.serving.places
