@@ -30,7 +30,7 @@ from serving.compute.engine import LoadedVersion
 from serving.compute.waiting import Waits
 from serving.compute.work import Work, cached_by
 from serving.http import request_ids
-from serving.http.bodies import BoundedBodies, too_long
+from serving.http.bodies import INSTANT_SECONDS, BoundedBodies, too_long
 from serving.http.compression import WORTH_BYTES, inflate, packed
 from serving.http.heads import AT_ONCE, WHOLE, by_name, in_a_task
 from serving.http.protocol import LINGER_SECONDS
@@ -155,11 +155,19 @@ class V2:
         most = settings.performance.max_concurrent_requests
         serving.places.resize(most)
         self.max_receiving_bytes = serving.uploads.most_bytes = settings.server.max_receiving_mb << 20
-        serving.gate.most_waiting = (most + 1) // 2
-        serving.gate.others_asked = lambda: not serving.places.asked() <= serving.gate.closed.keys()
+        serving.gate.most_waiting = self._most_waiting
         self._id_prefix = request_ids.prefix(serving.replica_id, serving.boot_id)
         self._ids = itertools.count(1)
         self._waits = Waits(self._timeout_seconds)
+
+    def _most_waiting(self) -> int:
+        """How many requests may wait for versions that are on their way: all places where there is one model only; as many as leave the
+        last places free where nobody asks for one that is here; else half of them.
+        """
+        serving, places = self._serving, self._serving.places
+        if len(serving.routes) <= 1:
+            return places.capacity
+        return places.ample if places.asked() <= serving.gate.closed.keys() else (places.capacity + 1) // 2
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """All but inference."""
@@ -217,6 +225,7 @@ class V2:
         places, key = serving.places, key_of(scope)
         place: Place | None = None
         loaded: LoadedVersion | None = None
+        failed: ModelkeepError | None = None
         spent = 0.0
         try:
             message = await self._first(headers, receive)
@@ -255,7 +264,11 @@ class V2:
                     length = _header_length(headers)
                     answer, header_length, request, work = await self._answer(loaded, asked, body, length)
                 else:
-                    translated = await alias.request(loaded.codec, body, headers, self._timeout_seconds)
+                    began = time.perf_counter()
+                    left = max(0.0, self._timeout_seconds - spent)
+                    translated = await alias.request(loaded.codec, body, headers, left)
+                    if (took := time.perf_counter() - began) > INSTANT_SECONDS:
+                        asked.spent += took
                     body, length, header_length = translated.body, translated.header_length, None
                     request = loaded.codec.decode(body, length)
                     work = await self._computed(loaded, asked, request)
@@ -275,20 +288,20 @@ class V2:
             self._count(loaded, 499, error)
             return
         except ModelkeepError as error:
-            status = status_of(error)
-            self._count(loaded, status, error)
-            await self._send_error(send, status, error, named, unread=receive if _unread(error) else None)
-            return
+            failed = error.with_traceback(None)  # which would hold this frame, and what was asked
         except Exception:
             # A fault of this server, not of the model: the client learns no more than that, the log has it all.
             logger.exception("an inference request failed inside the server")
-            fault = ModelkeepError("internal error of the server; see its log")
-            self._count(loaded, 500, fault)
-            await self._send_error(send, 500, fault, named)
-            return
+            failed = ModelkeepError("internal error of the server; see its log")
         finally:
             if place is not None:
                 places.leave(place)
+        if failed is not None:  # who reads its answer slowly holds no place meanwhile
+            status = status_of(failed)
+            self._count(loaded, status, failed)
+            await self._send_error(send, status, failed, named, unread=receive if _unread(failed) else None)
+            return
+        assert loaded is not None  # else something failed
         loaded.telemetry.answered(200)
         if header_length is None:
             named.append(_JSON)

@@ -103,8 +103,8 @@ class Places:
 
     def resize(self, capacity: int) -> None:
         self.capacity = capacity
-        self._reserve = max(1, capacity // 8) if capacity > 1 else 0
-        self._ample = capacity - self._reserve
+        reserve = max(1, capacity // 8) if capacity > 1 else 0
+        self.ample = capacity - reserve
         """Below so many in flight nobody is asked how much he holds."""
 
     def asked(self) -> set[str]:
@@ -124,7 +124,7 @@ class Places:
         if of_model is None:
             of_model = self._models.add(model, now)
         share.seen = of_model.seen = now
-        if self.in_flight >= self._ample and (for_long or not self._may_take(share, of_model, now)):
+        if self.in_flight >= self.ample and (for_long or not self._may_take(share, of_model, now)):
             return None
         self.in_flight += 1
         share.held += 1
@@ -201,7 +201,7 @@ class Places:
             self._hand_over()
 
     def _may_take(self, share: _Share, of_model: _Share, now: float) -> bool:
-        if self.in_flight < self._ample:
+        if self.in_flight < self.ample:
             return True
         if self.in_flight >= self.capacity:
             return False
@@ -233,7 +233,7 @@ class Places:
                 w
                 for w in self._waiters
                 if not w.turn.done()
-                and (self.in_flight < self._ample or not w.for_long)
+                and (self.in_flight < self.ample or not w.for_long)
                 and (w.patient or self._may_take(w.place.key, w.place.model, now))
             ]
             if not ready:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
+
 from registry.errors import ModelkeepError, UnavailableError, UsageError
 from serving.compute.handover import Bell, Deliveries, deliveries_of
 from serving.compute.runtimes import Runtime
@@ -262,11 +264,16 @@ class LoadedVersion(Computing):
         work.future.set_exception(reason)
 
     def count_output_error(self, work: Work) -> None:
-        """The answer could not be encoded: after all, the version failed this request. One from the cache is none of its requests."""
+        """The answer could not be encoded: after all, the version failed this request, unless that came with what was asked. One from the
+        cache is none of its requests.
+        """
         if cached_by(work) is not None:
             return
+        if not all(np.isfinite(array).all() for array in work.inputs.values() if array.dtype.kind == "f"):
+            return  # what is not finite came with the request
         self.telemetry.total.record_error(work.batch, None)
         self.telemetry.total.error_seconds_total += work.finished - work.enqueued
+        self.telemetry.askers.failed(work.asker)
         if work.counts is not None:
             work.counts.record_error(work.batch, work.mark)
 
@@ -360,6 +367,11 @@ class LoadedVersion(Computing):
         slow = threshold is not None and latency_seconds > threshold
         # The process remembers no keys for all time: in the totals, an event is a batch.
         self.telemetry.total.record(latency_seconds, error=error, slow=slow, batch=work.batch)
+        askers = self.telemetry.askers
+        if work.asker != askers.last:
+            askers.changed(work.asker)
+        if error:
+            askers.failed(work.asker)
         if work.counts is not None:
             work.counts.record(latency_seconds, error=error, slow=slow, batch=work.batch, key=work.mark)
 

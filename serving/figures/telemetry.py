@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
-from serving.figures.clusters import Clusters
+from serving.figures.clusters import KEYS_KEPT, Clusters
 
 if TYPE_CHECKING:
     from serving.text.counts import TextCounts
@@ -173,10 +173,34 @@ class CacheCounts:
         }
 
 
+class Askers:
+    """Whose requests failed, by API key: what one client alone brings about says little of the version. On the event loop only."""
+
+    __slots__ = ("changes", "errors", "last")
+
+    def __init__(self) -> None:
+        self.last: str | None = None
+        self.changes = 0
+        """How often a request came with another key than the one before it: none, and one client asks alone."""
+        self.errors: dict[str, int] = {}
+
+    def changed(self, asker: str) -> None:
+        """A request of another key than `last`."""
+        if self.last is not None:
+            self.changes += 1
+        self.last = asker
+
+    def failed(self, asker: str) -> None:
+        """Who comes without a key may be anybody, and is counted for nobody."""
+        if asker and (asker in self.errors or len(self.errors) < KEYS_KEPT):
+            self.errors[asker] = self.errors.get(asker, 0) + 1
+
+
 class VersionTelemetry:
     """Everything that /metrics and /stats say about a version since this process first loaded it."""
 
     __slots__ = (
+        "askers",
         "batches",
         "cache",
         "codes",
@@ -194,6 +218,7 @@ class VersionTelemetry:
     def __init__(self) -> None:
         self.total = WatchCounts()
         self.cache = CacheCounts()
+        self.askers = Askers()
         self.codes: dict[int, int] = {}
         self.errors: dict[str, int] = {}
         """Inference requests without the answer that they asked for, by `serving.statuses.kind_of`."""

@@ -29,7 +29,8 @@ _NO_JSON = (
 Enter = Callable[[Receive], Awaitable[Place]]
 """Gives a request its place; told how to learn that its client goes."""
 
-_INSTANT_SECONDS = 0.001
+INSTANT_SECONDS = 0.001
+"""What takes no longer was not waited for."""
 
 
 class Uploads:
@@ -80,7 +81,7 @@ class Uploads:
             if place is None:
                 place = await enter(receive)
             waited = time.perf_counter() - began
-            return bytes(body), place, waited if waited > _INSTANT_SECONDS else 0.0
+            return bytes(body), place, waited if waited > INSTANT_SECONDS else 0.0
         except BaseException:
             if place is not None:
                 self.places.leave(place)

@@ -56,6 +56,8 @@ class BoundedHttpProtocol(LeanHttpToolsProtocol):
     _running: RequestResponseCycle | None = None
     """The request that is being answered, or was last; those behind it wait in `pipeline`."""
     _rejected: tuple[int, str] | None = None
+    _lingers: RequestResponseCycle | None = None
+    """The request that is answered and whose rest still comes."""
     _deaf = False
     """Whether what comes in is thrown away: the connection ends with the answer that is on its way."""
     _in_head = False
@@ -233,7 +235,10 @@ class BoundedHttpProtocol(LeanHttpToolsProtocol):
         if self.flow.read_paused:  # it is our turn, not the client's
             self._receiving_since = now
         elif self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
-            if now - since > LINGER_SECONDS:
+            if self._lingers is not self.cycle:
+                # Its answer has just gone out: the time runs from now on, however long the request took to come.
+                self._lingers, self._receiving_since = self.cycle, now
+            elif now - since > LINGER_SECONDS:
                 self.transport.close()
         elif now - since > self.receive_timeout_seconds:
             if self.cycle is None or self._answered() or not self.cycle.response_started:

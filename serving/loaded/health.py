@@ -70,12 +70,33 @@ class _Sample:
     errors: int
     seconds: float
     hits: int
+    changes: int
+    errors_by_key: dict[str, int]
 
 
 def _sample(at: float, version: LoadedVersion) -> _Sample:
     total, cache = version.telemetry.total, version.telemetry.cache
     hits = cache.l1 + cache.l2 + cache.shared
-    return _Sample(at, total.requests, total.errors, total.latency_seconds_total, hits)
+    askers = version.telemetry.askers
+    return _Sample(
+        at,
+        total.requests,
+        total.errors,
+        total.latency_seconds_total,
+        hits,
+        askers.changes,
+        dict(askers.errors),
+    )
+
+
+def _of_one_client(oldest: _Sample, newest: _Sample, requests: int, limit: float) -> int:
+    """How many of the errors are those of one API key, where other clients asked too and had no more than their share; else 0."""
+    if newest.changes == oldest.changes:
+        return 0  # it asks alone: nobody else says that the version is well
+    gained = (count - oldest.errors_by_key.get(key, 0) for key, count in newest.errors_by_key.items())
+    worst = max(gained, default=0)
+    rest, errors = requests - worst, newest.errors - oldest.errors - worst
+    return worst if rest > 0 and errors <= limit * rest else 0
 
 
 class ModelHealth:
@@ -100,7 +121,10 @@ class ModelHealth:
         return {key: self.judge(key, version) for key, version in loaded.items()}
 
     def judge(self, key: Key, version: LoadedVersion) -> HealthResult:
-        """By the limits of the settings: memory, errors and a computation without end make a version unhealthy, slow answers degraded."""
+        """By the limits of the settings: memory, errors and a computation without end make a version unhealthy, slow answers degraded.
+
+        Errors of one client while others are answered make it degraded too: else whoever may ask could have any version taken out.
+        """
         limits, newest = self._limits, _sample(0.0, version)
         samples = self._samples.get(key)
         oldest = samples[0] if samples else newest
@@ -119,8 +143,13 @@ class ModelHealth:
             status = HealthStatus.DEGRADED if status is HealthStatus.HEALTHY else status
             reasons.append(f"answers take {mean:.2f} s on average, more than {limits.response_seconds:g} s")
         if rate is not None and enough and rate > limits.error_rate:
-            status = HealthStatus.UNHEALTHY
-            reasons.append(f"{errors} of {requests} requests failed, more than {limits.error_rate:.1%}")
+            reason = f"{errors} of {requests} requests failed, more than {limits.error_rate:.1%}"
+            if worst := _of_one_client(oldest, newest, requests, limits.error_rate):
+                status = HealthStatus.DEGRADED if status is HealthStatus.HEALTHY else status
+                reason += f"; {worst} of them with one key, and of the others no more than that"
+            else:
+                status = HealthStatus.UNHEALTHY
+            reasons.append(reason)
         if memory is not None and memory > limits.max_memory_mb * MEBIBYTE:
             status = HealthStatus.UNHEALTHY
             reasons.append(f"takes {memory / MEBIBYTE:.0f} MB, more than {limits.max_memory_mb} MB")

@@ -287,6 +287,10 @@ class TextVersion(LoadedVersion):
         slow = threshold is not None and latency > threshold
         failed = error is not None
         telemetry.total.record(latency, error=failed, slow=slow, batch=self._batch)
+        if text.asker != telemetry.askers.last:
+            telemetry.askers.changed(text.asker)
+        if failed:
+            telemetry.askers.failed(text.asker)
         if generation.counts is not None:
             generation.counts.record(latency, error=failed, slow=slow, batch=self._batch, key=generation.mark)
 

@@ -21,10 +21,8 @@ class Gate:
         self.closed: dict[str, asyncio.Event] = {}
         self.knock: Callable[[str], None] | None = None
         """Told of every model that is waited for: one that sleeps is woken. Raises UnavailableError where waiting is of no use."""
-        self.most_waiting = 128
-        """Of all models together, while others are asked that have a version: those that wait hold places that these could use."""
-        self.others_asked: Callable[[], bool] = lambda: True
-        """Whether anybody asks for models that have a version. Where nobody does, all places may wait."""
+        self.most_waiting: Callable[[], int] = lambda: 128
+        """Of all models together: those that wait hold places that other models could use."""
         self.waiting = 0
         self.waited = 0
         """Requests that were held back, since the start."""
@@ -60,7 +58,7 @@ class Gate:
         if model not in self.closed:
             return
         self._knock(model)
-        if self.waiting >= self.most_waiting and self.others_asked():
+        if self.waiting >= self.most_waiting():
             self.turned_away += 1
             raise BusyError(
                 f"{self.waiting} requests wait for versions that are on their way, the most that may; try again later"

@@ -62,10 +62,11 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> Ar
         if datatype == "BF16":
             raise InputError(f"input '{name}' is BF16, which JSON cannot carry: send it as binary data")
         array = np.array(data, dtype=object)
-        if any(type(value) is not str for value in array.flat):
+        flat = array.reshape(-1)  # `flat` is for 32 dimensions at most
+        if any(type(value) is not str for value in flat):
             raise InputError(f"input '{name}': the elements of BYTES must be strings, in lists of equal lengths")
         texts = np.empty(array.shape, dtype=object)
-        texts.reshape(-1)[:] = [value.encode() for value in array.flat]
+        texts.reshape(-1)[:] = [value.encode() for value in flat]
         array = texts
     elif (floats := _flat_floats(data)) is not None:
         array = _to_datatype(name, datatype, floats, data)
@@ -151,7 +152,7 @@ def _to_datatype(name: str, datatype: str, array: Array, data: Any) -> Array:
 
 def _whole_numbers(name: str, datatype: str, data: Any) -> Array:
     array = np.array(data, dtype=object)
-    if any(type(value) is not int for value in array.flat):
+    if any(type(value) is not int for value in array.reshape(-1)):
         raise _unfit_elements(name, datatype)
     return array
 
@@ -199,6 +200,8 @@ def _unpack_bytes(name: str, shape: tuple[int, ...], count: int, data: memoryvie
         end = start + int.from_bytes(data[position:start], "little")
         if end > len(data) or start > len(data):
             raise InputError(f"input '{name}': element {len(elements)} of BYTES ends beyond its binary data")
+        if len(elements) == count:
+            raise InputError(f"input '{name}' has more elements than the {count} that its shape {list(shape)} needs")
         elements.append(bytes(data[start:end]))
         position = end
     if len(elements) != count:

@@ -61,6 +61,7 @@ class InferRequest:
 _JSON_NUMPY = orjson.OPT_SERIALIZE_NUMPY
 _NO_PARAMETERS: dict[str, Any] = {}
 _MOST_ELEMENTS = 2**59
+_MOST_SHOWN = 20
 """Of a shape with its zeros left out: numpy counts the bytes of an array, empty ones too, in 63 bits."""
 
 
@@ -364,6 +365,9 @@ def _shape(item: dict[str, Any], spec: TensorSpec) -> tuple[int, ...]:
     shape = item.get("shape")
     if type(shape) is not list:
         raise InputError(f"input '{spec.name}' has no 'shape' (a list of numbers)")
+    if len(shape) != len(spec.shape):  # before anything is done with each of them: there may be a million
+        have = brief(shape) if len(shape) <= _MOST_SHOWN else f"[… {len(shape)} dimensions]"
+        raise InputError(f"input '{spec.name}' has the shape {have}, the model takes {list(spec.shape)} (-1: any)")
     for n in shape:
         if type(n) is not int or not 0 <= n <= 2**31:
             raise InputError(f"input '{spec.name}': {brief(n)} in 'shape' is not a dimension")

@@ -549,6 +549,37 @@ def test_a_request_whose_own_deadline_has_come_is_not_computed_and_proves_nothin
     asyncio.run(scenario())
 
 
+def test_who_does_not_take_his_answer_holds_no_place_whatever_it_is() -> None:
+    async def scenario() -> None:
+        version = load()
+        server = serve(version, max_concurrent=1)
+        for wanted, document in ((200, request(1.0, 2.0)), (400, {"inputs": []})):
+            took, free = asyncio.Event(), asyncio.Event()
+            told: list[int] = []
+
+            async def send(message: Any, took: asyncio.Event = took, free: asyncio.Event = free) -> None:
+                if message["type"] == "http.response.start":
+                    told.append(message["status"])  # noqa: B023
+                    took.set()
+                await free.wait()
+
+            body = orjson.dumps(document)
+
+            async def receive(body: bytes = body) -> dict[str, Any]:
+                return {"type": "http.request", "body": body, "more_body": False}
+
+            lines = [(b"content-length", b"%d" % len(body))]
+            scope = {"type": "http", "method": "POST", "path": INFER, "query_string": b"", "headers": lines}
+            asking = asyncio.create_task(server.app(scope, receive, send))
+            await asyncio.wait_for(took.wait(), 30)
+            assert told == [wanted] and server.serving.places.in_flight == 0
+            free.set()
+            await asking
+        close(version)
+
+    asyncio.run(scenario())
+
+
 def test_what_a_request_waited_for_its_place_is_gone_of_its_own_deadline() -> None:
     async def scenario() -> None:
         runtime = PythonRuntime()

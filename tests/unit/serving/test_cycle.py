@@ -375,6 +375,24 @@ def test_a_request_that_was_answered_gets_no_second_answer_for_the_rest_of_it() 
     asyncio.run(story())
 
 
+def test_who_was_refused_amid_a_long_upload_has_time_to_see_it() -> None:
+    """However long it sent before: a connection that is closed with bytes unread is reset, and the answer is lost."""
+
+    async def story() -> None:
+        protocol, transport, state = connected(saying(start((b"content-length", b"0"), status=413), body()))
+        protocol.data_received(b"POST /a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+        await over(protocol, state)
+        assert len(transport.written) == 1 and not transport.closed
+        now = asyncio.get_running_loop().time() + 20  # the answer came so late
+        for seconds in (0.0, 0.5, 4.9):
+            protocol._close_if_slow(now + seconds)
+            assert not transport.closed, seconds
+        protocol._close_if_slow(now + 5.1)
+        assert transport.closed
+
+    asyncio.run(story())
+
+
 def test_a_request_that_comes_in_while_the_server_stops_is_answered_and_is_the_last() -> None:
     async def story() -> None:
         protocol, transport, state = connected(saying(start((b"content-length", b"0")), body()))

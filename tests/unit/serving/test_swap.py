@@ -92,7 +92,7 @@ def test_the_need_is_as_measured_here_else_by_the_validation_else_the_files(
 def test_requests_wait_no_longer_than_they_may_and_no_more_of_them_than_may() -> None:
     async def run() -> None:
         gate = Gate()
-        gate.most_waiting = 2
+        gate.most_waiting = lambda: 2
         await gate.wait("m", 0.01)  # it is open
         gate.close(["m"])
         with pytest.raises(UnavailableError, match="took longer than"):
@@ -102,7 +102,7 @@ def test_requests_wait_no_longer_than_they_may_and_no_more_of_them_than_may() ->
         with pytest.raises(BusyError, match="2 requests wait"):
             await gate.wait("m", 30)
         await gate.wait("other", 0.01)
-        gate.others_asked = lambda: False  # nobody needs what those hold who wait
+        gate.most_waiting = lambda: 3  # nobody needs what those hold who wait
         waiting.append(asyncio.create_task(gate.wait("m", 30)))
         await until(lambda: gate.waiting == 3)
         gate.open(["m"])
@@ -122,13 +122,22 @@ def test_requests_wait_no_longer_than_they_may_and_no_more_of_them_than_may() ->
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("places", "others", "answered"), [(2, False, 2), (5, False, 5), (2, True, 1), (5, True, 3)])
-def test_where_nobody_asks_for_another_model_every_place_may_wait(places: int, others: bool, answered: int) -> None:
+@pytest.mark.parametrize(
+    ("places", "others", "answered"),
+    [(2, None, 2), (5, None, 5), (2, False, 1), (5, False, 4), (2, True, 1), (5, True, 3)],
+)
+def test_as_many_may_wait_as_nobody_else_could_use_the_places_of(
+    places: int, others: bool | None, answered: int
+) -> None:
+    """`others`: whether another model is asked; None: there is none."""
+
     async def run() -> None:
         version, other = load(), load(model="other")
         server = serve(version, other, max_concurrent=places)
         gate = server.serving.gate
         gate.close(["m"])
+        if others is not None:
+            server.serving.routes["other"] = Route("other", 1, "1")
         if others:
             assert (await server.infer(1, 2, model="other", version="1")).status == 200
         asked = [asyncio.create_task(server.infer(1, 2)) for _ in range(places)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from typing import Any
 
@@ -447,6 +448,42 @@ def test_a_long_text_among_numbers_costs_no_memory(datatype: str, elements: str,
         tracemalloc.stop()
     assert words == f"input 'x': the elements of {datatype} must be {elements}"
     assert most < 2_000_000, "numpy would take 36 MB"
+
+
+def test_a_shape_of_very_many_dimensions_is_refused_before_anything_is_done_with_them() -> None:
+    """The product of 900,000 dimensions takes minutes, in which nothing else runs; as gzip they are 58 kB."""
+
+    shape: list[Any] = [0] + [2**31] * 900_000
+    shape[1] = "which would be refused first if they were looked at one by one"
+    tensor = {"name": "x", "shape": shape, "datatype": "FP32", "data": []}
+    words = refused(of("FP32", (-1, 4)), {"inputs": [tensor]})
+    assert words == "input 'x' has the shape [… 900001 dimensions], the model takes [-1, 4] (-1: any)"
+
+
+@pytest.mark.parametrize("depth", [32, 33, 64, 100])
+@pytest.mark.parametrize(("datatype", "element"), [("BYTES", "a"), ("INT32", 1.5), ("INT32", None), ("FP32", 1.5)])
+def test_data_that_is_nested_deeper_than_arrays_are_is_the_clients_mistake(
+    depth: int, datatype: str, element: Any
+) -> None:
+    for _ in range(depth):
+        element = [element]
+    tensor = {"name": "x", "shape": [1], "datatype": datatype, "data": element}
+    assert refused(of(datatype), {"inputs": [tensor]}).startswith("input 'x'")
+
+
+def test_elements_that_are_too_many_are_not_all_read_first() -> None:
+    tail = bytes(10_000_000)
+    tensor = {"name": "x", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": len(tail)}}
+    codec, head = of("BYTES"), json.dumps({"inputs": [tensor]}).encode()
+    body = head + tail
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=re.escape("more elements than the 1 that its shape [1] needs")):
+            codec.decode(body, len(head))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 1_000_000, "two and a half million empty texts are 20 MB"
 
 
 def test_a_shape_that_no_array_has_is_refused_even_without_elements() -> None:

@@ -83,6 +83,27 @@ def test_a_model_that_answers_other_tensors_than_its_signature_says_is_its_own_f
     assert status == 422 and errors_of(version) == (1, 1)
 
 
+def test_what_is_not_finite_already_when_it_comes_in_is_no_fault_of_the_version() -> None:
+    """Else whoever may ask could have the version taken out that serves."""
+    values = np.array([[np.nan, 1.0]], "<f4").tobytes()
+    tensor = {"name": "x", "shape": [1, 2], "datatype": "FP32", "parameters": {"binary_data_size": len(values)}}
+    header = orjson.dumps({"inputs": [tensor]})
+
+    async def scenario() -> tuple[int, LoadedVersion]:
+        version = load()
+        server = serve(version, route=WATCHED)
+        length = {"Inference-Header-Content-Length": str(len(header))}
+        answer = await server.ask("POST", "/v2/models/m/infer", header + values, length)
+        assert answer is not None
+        close(version)
+        return answer.status, version
+
+    status, version = asyncio.run(scenario())
+    assert status == 422 and errors_of(version) == (0, 0)
+    status, _, version = asked(PythonRuntime(lambda given: {"y": given["x"] * np.float32(np.inf)}), request(1.0, 2.0))
+    assert status == 422 and errors_of(version) == (1, 1), "finite numbers in, others out"
+
+
 MANY, LONG = 40_000, 4_000_000
 
 
