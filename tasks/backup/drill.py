@@ -33,6 +33,7 @@ from tasks.backup.selection import Chosen
 HISTORY = "drills.json"
 KEPT = 260
 """Drills of five years, one a week."""
+FULL_WITHIN = dt.timedelta(days=1)
 ROOM = 1.3
 """Free space that a drill wants, as a share of what it restores."""
 
@@ -200,13 +201,26 @@ def _newest(repository: Repository, installation: str | None) -> Manifest:
             f"there is no backup to hold a drill with in {', '.join(repository.shown)}" + (f" ({broken})" if broken else "")
             + ": modelkeep backup"
         )  # fmt: skip
-    manifests = backup_ledger.of_installation(scan.manifests, installation)
+    return chosen(backup_ledger.of_installation(scan.manifests, installation))
+
+
+def chosen(manifests: Sequence[Manifest]) -> Manifest:
+    """The newest that has registry and models, if any has. One of everything goes before one of a part that is newer by a day at most:
+    else what only the weekly backup has were never tried, since the daily one follows it.
+    """
     whole = [
         one
         for one in manifests
         if {"registry", "models"} <= {part.name for part in one.components if part.state == COMPLETE}
     ]
-    return max(whole or manifests, key=lambda one: (one.sequence, one.backup_id))
+    newest = max(whole or manifests, key=_age)
+    lately = dt.datetime.fromisoformat(newest.began_at) - FULL_WITHIN
+    full = [one for one in whole if kinds.ALL in one.requested and dt.datetime.fromisoformat(one.began_at) >= lately]
+    return max(full, key=_age, default=newest)
+
+
+def _age(one: Manifest) -> tuple[int, str]:
+    return one.sequence, one.backup_id
 
 
 def _order(one: Component) -> tuple[int, str]:
