@@ -145,6 +145,10 @@ class _Asked:
         self.spent = spent
 
 
+MOST_OF_OTHERS_BYTES = 1 << 16
+"""Of a body that is no inference: nothing bounds all of them together."""
+
+
 class V2:
     """The V2 protocol's endpoints as an ASGI application."""
 
@@ -228,7 +232,7 @@ class V2:
         failed: ModelkeepError | None = None
         spent = 0.0
         try:
-            message = await self._first(headers, receive)
+            message = await self._first(headers, receive, self._max_body_bytes)
             if message.get("more_body"):
                 # Who sends slowly holds no place meanwhile.
                 enter = partial(self._turn, key, model)
@@ -385,9 +389,8 @@ class V2:
             raise BusyError(places.words(key, model))
         return place
 
-    async def _first(self, headers: dict[bytes, bytes], receive: Receive) -> Message:
+    async def _first(self, headers: dict[bytes, bytes], receive: Receive, limit: int) -> Message:
         """The first piece of the body. Raises InputError where it says that it is too long, ClientGoneError."""
-        limit = self._max_body_bytes
         declared = headers.get(b"content-length")
         if declared is not None and int(declared) > limit:
             raise InputError(f"the body has {int(declared)} bytes, the limit is {limit}", status=413, unread=True)
@@ -407,15 +410,18 @@ class V2:
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """The body of what is no inference. Raises InputError as soon as it is too long, whatever the client still sends."""
-        message = await self._first(headers, receive)
+        limit = min(MOST_OF_OTHERS_BYTES, self._max_body_bytes)
+        message = await self._first(headers, receive, limit)
         body = bytearray(message.get("body", b""))
         while message.get("more_body"):
-            if len(body) > self._max_body_bytes:
-                raise too_long(self._max_body_bytes, unread=True)
+            if len(body) > limit:
+                raise too_long(limit, unread=True)
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGoneError("the client went while it was sending")
             body += message.get("body", b"")
+        if len(body) > limit:
+            raise too_long(limit, unread=False)
         return self._unpacked(bytes(body), headers)
 
     def _count(self, loaded: LoadedVersion | None, status: int, error: ModelkeepError) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from registry.errors import ModelkeepError
 from serving.caching.cache_store import LocalStore, Owner
-from serving.caching.cache_values import Answer, Arrays, KeyMaker, kept
+from serving.caching.cache_values import Answer, Arrays, KeyMaker, computing, kept
 from serving.caching.cache_written import Written, WrittenAnswers
 from serving.compute.engine import QueueFullError
 from serving.compute.work import ParkedWork, Work, cached_by, left_of, saved_by
@@ -162,7 +162,7 @@ class VersionAnswers:
         """How often this was emptied: what was being computed at the time is not stored."""
         self._cache = cache
         self._loaded = loaded
-        self._key = KeyMaker(loaded.model, loaded.version, loaded.digest, loaded.runtime.platform)
+        self._key = KeyMaker(loaded.model, loaded.version, loaded.digest, *computing(loaded.runtime))
         self._flights: dict[bytes, Flight] = {}
         """Those that a new request may join, by key."""
         self._waiting = 0

@@ -40,17 +40,25 @@ class Answer(NamedTuple):
     serial: int = 0
 
 
+def computing(runtime: Any) -> tuple[str, str, str]:
+    """(platform, device, precision) of a runtime, for its keys."""
+    return runtime.platform, getattr(runtime, "device", "cpu"), getattr(runtime, "precision", "fp32")
+
+
 class KeyMaker:
     """The keys of one loaded version: 128 bits of BLAKE2b over all that its answer depends on.
 
-    That is the model, the version and its digest, the runtime (another one rounds differently), each input's name, type, shape
-    and bytes, and the outputs that are asked for. How the answer is written (JSON, binary, its id) is no part of it.
+    That is the model, the version and its digest, the runtime, the kind of device and the precision (another one rounds differently), each
+    input's name, type, shape and bytes, and the outputs that are asked for. Parameters of a request change no answer's numbers. How the answer is written (JSON, binary, its id) is no part of it.
     Every part has its length in front, so that no two requests read alike.
     """
 
-    def __init__(self, model: str, version: str, digest: str, platform: str) -> None:
+    def __init__(
+        self, model: str, version: str, digest: str, platform: str, device: str = "cpu", precision: str = "fp32"
+    ) -> None:
+        """`device` may name one of several of its kind ("cuda:1")."""
         self._begun = blake2b(digest_size=KEY_BYTES, person=b"modelkeep-cache%d" % FORMAT)
-        for part in (model, version, digest, platform):
+        for part in (model, version, digest, platform, device.partition(":")[0], precision):
             self._begun.update(_text(part))
 
     def __call__(self, inputs: Arrays, outputs: tuple[str, ...] | None) -> bytes:

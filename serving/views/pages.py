@@ -79,7 +79,9 @@ def create_pages(
             "in_flight": serving.in_flight,
             "boot_id": serving.boot_id,
         }
-        return JSONResponse(body, status_code=200 if serving.live and serving.ready else 503)
+        if serving.live and serving.ready:
+            return JSONResponse(body)
+        return JSONResponse({**body, "error": "not ready; try again later"}, 503, headers={"Retry-After": "1"})
 
     @app.get("/metrics", summary="Prometheus metrics")
     async def metrics_page() -> Response:

@@ -135,6 +135,36 @@ def test_a_body_without_a_length_is_cut_off_at_the_limit_before_it_is_all_there(
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("path", ["/v2/repository/index", "/v2/models/m/versions/1/nothing"])
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_body_that_is_no_inference_has_a_bound_of_its_own(path: str, pieces: int) -> None:
+    """A thousand connections that each send most of `max_body_bytes` would take gigabytes, and no place bounds them."""
+
+    async def scenario() -> None:
+        version = load()
+        server = serve(version, max_body_bytes=10_000_000)
+        sent = [b" " * 30_000] * pieces if pieces > 1 else b" " * 70_000
+        answer = await server.ask("POST", path, sent)
+        assert answer is not None and answer.status == 413 and str(1 << 16) in answer.error
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_who_asks_whether_the_server_is_ready_is_told_when_to_ask_again() -> None:
+    async def scenario() -> None:
+        version = load()
+        server = serve(version)
+        assert (await server.get("/health")).status == 200
+        server.serving.ready = False
+        answer = await server.get("/health")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert answer.json()["ready"] is False and "not ready" in answer.json()["error"]
+        close(version)
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("path", [INFER, "/v2/repository/index"])
 @pytest.mark.parametrize(
     ("body", "headers", "lingers"),

@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from serving.caching.cache_values import Answer, KeyMaker, kept, pack, unpack
+from serving.caching.cache_values import Answer, KeyMaker, computing, kept, pack, unpack
 from tests.unit.serving.caching import KEY
-from tests.unit.serving.helpers import Arrays
+from tests.unit.serving.helpers import Arrays, close, load
 
 
-def make(model: str = "m", version: str = "1", digest: str = "d" * 64, platform: str = "onnx") -> KeyMaker:
-    return KeyMaker(model, version, digest, platform)
+def make(
+    model: str = "m", version: str = "1", digest: str = "d" * 64, platform: str = "onnx", *more: str
+) -> KeyMaker:
+    return KeyMaker(model, version, digest, platform, *more)
 
 
 def test_a_key_depends_on_everything_that_the_answer_depends_on() -> None:
@@ -28,6 +30,8 @@ def test_a_key_depends_on_everything_that_the_answer_depends_on() -> None:
         (make(version="2"), {"x": x}, None),
         (make(digest="e" * 64), {"x": x}, None),
         (make(platform="torch"), {"x": x}, None),
+        (make("m", "1", "d" * 64, "onnx", "cuda:0"), {"x": x}, None),
+        (make("m", "1", "d" * 64, "onnx", "cuda:0", "fp16"), {"x": x}, None),
         (make("md"), {"x": x}, None),
         (make(), {"y": x}, None),
         (make(), {"x": x + 1}, None),
@@ -50,6 +54,19 @@ def test_a_key_depends_on_everything_that_the_answer_depends_on() -> None:
     ]
     keys = [maker(arrays, outputs) for maker, arrays, outputs in inputs]
     assert len(set(keys)) == len(keys) and {len(key) for key in keys} == {16}
+
+
+def test_versions_that_compute_otherwise_have_other_keys() -> None:
+    """Two servers on one Redis, one of them in half precision: neither may take the other's answers for its own."""
+    x = np.array([[1, 2]], dtype="<f4")
+    versions = [load() for _ in range(4)]
+    for version, device, precision in zip(
+        versions, ("cpu", "cuda:0", "cuda:1", "cuda:0"), ("fp32", "fp32", "fp32", "fp16"), strict=True
+    ):
+        version.runtime.device, version.runtime.precision = device, precision
+    keys = [KeyMaker("m", "1", "d" * 64, *computing(version.runtime))({"x": x}, None) for version in versions]
+    close(*versions)
+    assert keys[1] == keys[2] and len(set(keys)) == 3
 
 
 def test_a_key_does_not_depend_on_how_the_request_was_written() -> None:

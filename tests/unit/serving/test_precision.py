@@ -11,7 +11,7 @@ import pytest
 from registry.signature import Signature, TensorSpec
 from serving.compute.golden import Golden
 from serving.compute.onnx_runtime import CPU, CUDA, TENSORRT, providers
-from serving.compute.precision import agrees
+from serving.compute.precision import agrees, choose
 from serving.compute.runtimes import load_runtime
 from serving.device.devices import Place
 from serving.device.loads import memory_by_type
@@ -55,6 +55,21 @@ def test_an_onnx_model_that_agrees_computes_in_half_precision_with_the_types_tha
     assert runtime.signature.inputs[0].datatype == "FP32"
     y = runtime.run({"x": np.array([[1, 2]], np.float32)}, None)["y"]
     assert y.dtype == np.float32 and y.tolist() == [[3, 6]]
+
+
+def test_a_model_whose_golden_cases_are_texts_is_not_loaded_a_second_time_to_find_that_out(tmp_path: Path) -> None:
+    cases = tmp_path / "g.npz"
+    with cases.open("wb") as file:
+        np.savez(file, **{"input.prompt": np.array(["a", "b"])})
+    loads: list[bool] = []
+
+    def load(half: bool) -> Any:
+        loads.append(half)
+        return load_runtime(affine_model(tmp_path / "m.onnx"), "onnx", signature=None)
+
+    runtime, why = choose(load, cases, "m")
+    assert runtime.precision == "fp32" and loads == [False]
+    assert why == "fp32: its golden cases are not the graph's inputs (x), as those of texts are"
 
 
 def test_without_golden_cases_or_with_values_beyond_its_range_it_stays_in_full_precision(tmp_path: Path) -> None:
