@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import httpx
 
 from tests.e2e.harness import MODEL, box, free_port, images, wait_for
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisCluster, RedisServer
 
 TENSOR = {"name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": images()[0].ravel().tolist()}
 
@@ -48,6 +50,48 @@ def test_two_servers_share_what_a_deterministic_version_answered_until_it_is_dro
             assert answered_by(urls[1]) is None
     finally:
         redis.close()
+
+
+def test_two_servers_on_a_cluster_fail_no_request_when_a_master_is_killed_and_share_again(
+    tmp_path: Path, program: Callable[[str], Path]
+) -> None:
+    """With the time that Redis has by default, a few milliseconds: what comes too late is computed."""
+    (folder := tmp_path / "redis").mkdir()
+    ports = dict.fromkeys(free_port() for _ in range(100))
+    cluster = RedisCluster(program("redis-server"), folder, iter(ports).__next__, replicas=1)
+    try:
+        with box(tmp_path / "box") as made:
+            made.extra |= {"MODELKEEP_REDIS_URL": cluster.url_of(0, 1, 2)}
+            (made.folder / "model.toml").write_text("deterministic = true\n")
+            made.first("1")
+            urls = [made.url, f"http://127.0.0.1:{(port := free_port())}"]
+            made.start("second", "modelkeep", "serve", MODELKEEP_SERVER__PORT=str(port))
+            made.serve()
+            for url in urls:
+                wait_for("Redis", lambda url=url: shares(url))
+            numbers = itertools.count(1)
+
+            def taken_from_the_other() -> bool:
+                """Whether what one server has just computed was an answer from Redis for the other. Both answer alike, whatever is away."""
+                tensor = {**TENSOR, "data": [next(numbers) / 4096.0, *TENSOR["data"][1:]]}
+                answers = []
+                for url in urls:
+                    answer = httpx.post(f"{url}/v2/models/{MODEL}/infer", json={"inputs": [tensor]}, timeout=10)
+                    assert answer.status_code == 200, answer.text
+                    answers.append(answer.json())
+                    time.sleep(0.02)  # it is written beside the answer
+                assert answers[0]["outputs"] == answers[1]["outputs"]
+                return answers[1]["parameters"].get("cache") == "l2"
+
+            wait_for("answers from the other server", lambda: sum(taken_from_the_other() for _ in range(10)) >= 5)
+            gone = cluster.masters_now()[0]
+            cluster.nodes[gone].kill()
+            for _ in range(20):
+                taken_from_the_other()  # a third of them are computed twice, and none fails
+            wait_for("its replica", lambda: taken_from_the_other() is not None and len(cluster.masters_now()) == 3)
+            wait_for("answers of all nodes", lambda: sum(taken_from_the_other() for _ in range(20)) >= 15)
+    finally:
+        cluster.close()
 
 
 def shares(url: str) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -38,15 +40,23 @@ class Swapped:
     info: dict[str, Any]
 
 
-def swapped(folder: Path, count: int, *, ballast_mb: int = 0, budget_mb: int = 2048) -> Swapped:
-    with box(folder, extra={"MODELKEEP_GPU__MAX_MEMORY_MB": str(budget_mb)}) as one:
+def swapped(
+    folder: Path,
+    count: int,
+    *,
+    ballast_mb: int = 0,
+    budget_mb: int = 2048,
+    connections: int = 16,
+    extra: Mapping[str, str] = MappingProxyType({}),
+) -> Swapped:
+    with box(folder, extra={"MODELKEEP_GPU__MAX_MEMORY_MB": str(budget_mb), **extra}) as one:
         one.register("1", build(one.folder / "v1.onnx", seed=1, ballast_mb=ballast_mb))
         one.settle_by_hand("1")
         one.serve()
         log = folder / "closed.npz"
         client = one.start(
             "closed", "tests.e2e.closed_loop", "--port", str(one.port), "--model", MODEL, "--log", str(log),
-            "--data", str(write_traffic(folder / "traffic.npz")),
+            "--data", str(write_traffic(folder / "traffic.npz")), "--connections", str(connections),
         )  # fmt: skip
         wait_for("a request of the client", lambda: requests_of(one) > 100)
         time.sleep(BEFORE_SECONDS)
@@ -122,3 +132,15 @@ def test_five_swaps_with_memory_for_one_version_hold_requests_back_and_fail_none
     assert (found["failed"], found["wrong"]) == (0, 0)
     assert found["versions"] == 6, "each version answered"
     assert found["held_back"] >= 5, "at each swap some requests waited"
+
+
+def test_swaps_on_the_five_places_of_the_4_gb_profile_fail_none_where_every_place_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four connections and this test's own: each holds a place of the five, also while all wait for the next version."""
+    profile = {"MODELKEEP_PROFILE": "rtx3050-4gb", "MODELKEEP_GPU__COMPUTE": "cpu"}
+    found = figures(swapped(tmp_path, 3, ballast_mb=30, budget_mb=50, connections=4, extra=profile))
+    with capsys.disabled():
+        print(f"\nswaps with five places: {json.dumps(found)}")
+    assert (found["failed"], found["wrong"]) == (0, 0)
+    assert found["versions"] == 4 and found["held_back"] >= 3

@@ -48,7 +48,7 @@ def test_an_arena_that_is_full_raises_what_the_engine_splits_by(provider: str, t
     assert np.allclose(runtime.run(ones(8), None)["y"], np.tanh(1.0), atol=1e-5)
 
 
-def test_half_precision_agrees_or_is_not_taken(provider: str, tmp_path: Path) -> None:
+def test_half_precision_is_taken_where_the_golden_cases_agree(provider: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "golden.npz", **{"input.x": ones(4)["x"]})
     runtime: Any = load_runtime(
         wide_model(tmp_path / "m.onnx"),
@@ -57,5 +57,5 @@ def test_half_precision_agrees_or_is_not_taken(provider: str, tmp_path: Path) ->
         place=Place("cuda", 0, fp16=True),
         golden=tmp_path / "golden.npz",
     )
-    assert runtime.precision_reason.startswith(runtime.precision)
+    assert (runtime.precision, runtime.precision_reason) == ("fp16", "fp16: agrees on 4 golden cases")
     assert np.allclose(runtime.run(ones(3), None)["y"], np.tanh(1.0), atol=1e-2)
