@@ -123,24 +123,29 @@ class Supervisor:
         short_lives = 0
         while not self._stopping:
             started = time.monotonic()
-            self._child = self._spawn()
-            if self._stopping:  # a signal between the test and the start
-                self._child.terminate()
-            code = self._wait(self._child)
+            try:
+                self._child = self._spawn()
+            except OSError as error:  # what it lacks (memory, a process, a descriptor) may be there in a moment, and the socket waits
+                ended = f"the server cannot be started ({error})"
+            else:
+                if self._stopping:  # a signal between the test and the start
+                    self._child.terminate()
+                ended = f"the server ended ({_how(self._wait(self._child))})"
             if self._stopping:
                 break
             lived = time.monotonic() - started
             short_lives = short_lives + 1 if lived < _HEALTHY_SECONDS else 0
             pause = _PAUSES_SECONDS[min(short_lives, len(_PAUSES_SECONDS) - 1)]
-            log.error("the server ended (%s) after %.1f s; starting it again in %g s", _how(code), lived, pause)
+            log.error("%s after %.1f s; starting it again in %g s", ended, lived, pause)
             self._pause(pause)
         self.listener.close()
         return 0
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         descriptor = self.listener.fileno()
+        fresh = Pulse()  # may raise: only then the one before goes, else it would be closed a second time
         self._pulse.close()
-        self._pulse = Pulse()
+        self._pulse = fresh
         command = [sys.executable, "-P", "-m", "serving.child", "--fd", str(descriptor), "--parent", str(os.getpid())]
         command += ["--pulse", str(self._pulse.descriptor)]
         child = subprocess.Popen(

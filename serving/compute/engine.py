@@ -455,7 +455,11 @@ class LoadedVersion(Computing):
         if self._mark is not None:
             self._mark(False)
         if not error:
-            found = compare(copy.expected, answer)
+            try:
+                found = compare(copy.expected, answer)
+            except Exception:  # an answer like no other; the worker has the next to compute
+                logger.exception("what %r answered to a shadow copy cannot be compared", self)
+                error = True
         self._report(self._deliver_copy, copy, seconds, error, found)
 
     def count_out_of_memory(self) -> None:

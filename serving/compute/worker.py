@@ -70,7 +70,13 @@ class Computing:
         started = self._clock()
         for work in batch:
             work.started = started
-        runs = self._compute_single(batch[0]) if len(batch) == 1 else self._compute_together(batch)
+        try:
+            runs = self._compute_single(batch[0]) if len(batch) == 1 else self._compute_together(batch)
+        except Exception as error:  # beside the model (memory that ran out there too): the thread has the next to compute
+            runs = 1
+            for work in batch:
+                if not work.answer and work.failure is None:
+                    work.failure, work.finished = self.failure(error), self._clock()
         if self._mark is not None:
             self._mark(False)
         return runs

@@ -208,7 +208,6 @@ class Loader:
     def _begin(self, what: str, version: Wanted, work: Callable[[], T]) -> Attempt[T]:
         loop = asyncio.get_running_loop()
         attempt: Attempt[T] = Attempt(what, version, self._limit_seconds(version), loop.create_future())
-        self.attempts.append(attempt)
 
         def run() -> None:
             found: T | None = None
@@ -224,6 +223,8 @@ class Loader:
 
         attempt.thread = threading.Thread(target=run, name=f"load {version.model}/{version.version}", daemon=True)
         attempt.thread.start()
+        # Not before: where no thread can be started, there is nothing under way that others may wait for.
+        self.attempts.append(attempt)
         if self._watching is None or self._watching.done():
             self._watching = asyncio.create_task(self._watch())
         return attempt

@@ -93,20 +93,24 @@ class Loading:
                 path, version.format, signature=signature, place=self._place, golden=self._golden_cases(version)
             )
             max_batch = min(settings.performance.batch_size, version.max_batch or settings.performance.batch_size)
-            loaded = engine_of(path, runtime, settings.text, self._caches)(
-                version.model,
-                version.version,
-                version.digest,
-                runtime,
-                rows_independent=version.rows_independent,
-                max_batch=max_batch,
-                queue_size=settings.performance.queue_size,
-                deterministic=version.deterministic,
-                labels=labels.resolved(version.labels or {}, artifact),
-                mark=slot.mark,
-                limit=self._memory.limits.of(version.digest, max_batch),
-                clean_up=self._memory.ran_out,
-            )
+            try:
+                loaded = engine_of(path, runtime, settings.text, self._caches)(
+                    version.model,
+                    version.version,
+                    version.digest,
+                    runtime,
+                    rows_independent=version.rows_independent,
+                    max_batch=max_batch,
+                    queue_size=settings.performance.queue_size,
+                    deterministic=version.deterministic,
+                    labels=labels.resolved(version.labels or {}, artifact),
+                    mark=slot.mark,
+                    limit=self._memory.limits.of(version.digest, max_batch),
+                    clean_up=self._memory.ran_out,
+                )
+            except BaseException:  # its worker, which would close it, has not begun
+                runtime.close()
+                raise
             self._caches.note(loaded)
         self._caretaker.keep(loaded, slot)
         self._room.note(loaded)

@@ -35,9 +35,16 @@ class Use:
 
     def look(self) -> None:
         """See what was asked since: before `at`, which is asked for many."""
+        now = self._clock()
+        # By a clock that was ahead: until now, or who is asked from here on would look older than that until it is there again.
+        self._used = {model: min(at, now) for model, at in self._used.items()}
         for (model, _), version in self._serving.loaded.items():
-            last = self._clock() if version.references else version.telemetry.last_inference_unix_seconds
-            if last is not None and last > self._used.get(model, 0.0):
+            last = now if version.references else version.telemetry.last_inference_unix_seconds
+            if last is None:
+                continue
+            if last > now:
+                self._used.setdefault(model, now)
+            elif last > self._used.get(model, 0.0):
                 self._used[model] = last
 
     def at(self, model: str) -> float:

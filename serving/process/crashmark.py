@@ -10,6 +10,7 @@ import json
 import logging
 import mmap
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -54,16 +55,19 @@ class CrashMarks:
             os.close(descriptor)
         self.computing_at_death = [found for slot in range(SLOTS) if (found := self._left(slot)) is not None]
         self._map[:] = bytes(len(self._map))
+        self._taking = threading.Lock()
+        """Versions are loaded on several threads: no two of them shall have one slot."""
 
     def take(self, model: str, version: str, digest: str) -> Slot:
         """A slot for a version. Where all are taken it has none, and a crash of it is nobody's: logged."""
         name = json.dumps([model, version, digest]).encode()
-        for slot in range(SLOTS):
-            start = slot * SLOT_BYTES
-            if self._map[start] == _FREE and len(name) < SLOT_BYTES - 1:
-                self._map[start + 1 : start + SLOT_BYTES] = name.ljust(SLOT_BYTES - 1, b"\0")
-                self._map[start] = _IDLE
-                return Slot(self._map, start)
+        with self._taking:
+            for slot in range(SLOTS):
+                start = slot * SLOT_BYTES
+                if self._map[start] == _FREE and len(name) < SLOT_BYTES - 1:
+                    self._map[start + 1 : start + SLOT_BYTES] = name.ljust(SLOT_BYTES - 1, b"\0")
+                    self._map[start] = _IDLE
+                    return Slot(self._map, start)
         log.warning("no mark is left for %s %s: a crash of it cannot be told from another's", model, version)
         return Slot(None, 0)
 

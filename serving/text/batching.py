@@ -84,6 +84,8 @@ class Batcher:
         """Texts under way, and what their caches take, after the last step: for whoever asks from another thread."""
         self.gave_way = self.cut = 0
         """How often a text gave way to be computed again, and how many ended because the memory held no more of them."""
+        self.gained: Gained = []
+        """By a step that failed, until it did: a text that is at its end by that is in no group any more, so `drop` does not return it."""
         self.stalled = False
         """Nothing runs, and who waits does not fit beside the texts of other versions: `share.wait`, then another step."""
         self._share = share
@@ -119,7 +121,7 @@ class Batcher:
 
     def step(self) -> Gained:
         """One step of all: who left goes, who waits comes, prompts are read, and every text whose prompt is read gets a token."""
-        gained: Gained = []
+        gained = self.gained = []
         self._let_go()
         self._make_room(gained)
         self._admit(gained)
@@ -144,6 +146,7 @@ class Batcher:
         self.cache_bytes = own + sum(part.nbytes for group in self._groups for part in group.cache)
         if not self.running:
             self._share.take(0)
+        self.gained = []
         return gained
 
     def drop(self) -> list[TextSequence]:

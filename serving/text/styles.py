@@ -28,6 +28,7 @@ class About:
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
     first_token_seconds: float | None = None
+    queue_seconds: float | None = None
     seconds: float = 0.0
 
     @property
@@ -90,6 +91,7 @@ class Plain:
             "finish_reason": reason,
             "usage": about.usage,
             "seed": about.asked.sampling.seed,
+            "queue_seconds": None if about.queue_seconds is None else round(about.queue_seconds, 6),
             "first_token_seconds": None if first is None else round(first, 6),
             "seconds": round(about.seconds, 6),
         }

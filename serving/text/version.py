@@ -153,12 +153,16 @@ class TextVersion(LoadedVersion):
         self._ended: ModelkeepError | None = None
         """What all texts were ended with: nobody would see the end of another one."""
         self._share = (caches or Caches(None)).share(text, max_cache_bytes)
-        self.batcher = Batcher(
-            self.run, text, runtime.signature, max_running=max_running, max_rows=max_batch if rows_independent else 1,
-            share=self._share, failure=self._text_failure, ran_out=lambda error: self._ran_out(0, error),
-        )  # fmt: skip
-        # Raw runs are not what the validation looked at: each for itself.
-        super().__init__(model, version, digest, runtime, rows_independent=False, max_batch=1, **options)
+        try:
+            self.batcher = Batcher(
+                self.run, text, runtime.signature, max_running=max_running, max_rows=max_batch if rows_independent else 1,
+                share=self._share, failure=self._text_failure, ran_out=lambda error: self._ran_out(0, error),
+            )  # fmt: skip
+            # Raw runs are not what the validation looked at: each for itself.
+            super().__init__(model, version, digest, runtime, rows_independent=False, max_batch=1, **options)
+        except BaseException:  # the worker that would end it has not begun
+            self._share.end()
+            raise
 
     @property
     def queue_length(self) -> int:
@@ -355,7 +359,7 @@ class TextVersion(LoadedVersion):
             if isinstance(error, MemoryError):
                 error = OutOfMemoryError(f"no memory for the texts that are under way: {error}")
             failure = self._text_failure(error)
-            gained = [(text, Piece(error=failure)) for text in self.batcher.drop()]
+            gained = [*self.batcher.gained, *((text, Piece(error=failure)) for text in self.batcher.drop())]
         finally:
             if self._mark is not None:
                 self._mark(False)

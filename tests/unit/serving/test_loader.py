@@ -80,6 +80,23 @@ def test_what_is_quick_is_loaded_and_what_fails_says_why() -> None:
     run(test, patience=60.0)
 
 
+def test_one_for_which_no_thread_can_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(loader: Loader, work: Work) -> None:
+        def fail(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as short:
+            short.setattr(threading.Thread, "start", fail)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                await loader.load(wanted())
+            under_way = loader.attempts.copy()
+            loader.attempts.clear()  # else the end of this test would wait for it for ever
+            assert under_way == []
+        assert await loader.load(wanted()) == "m is here"  # type: ignore[comparison-overlap]
+
+    run(test)
+
+
 def test_one_that_takes_long_is_gone_on_without_and_taken_when_it_is_there() -> None:
     async def test(loader: Loader, work: Work) -> None:
         go_on, told = work.holds("slow"), list[str]()

@@ -211,6 +211,26 @@ def test_a_clean_up_that_fails_ends_neither_the_requests_nor_the_worker(caplog: 
     assert "the clean-up after memory ran out failed" in caplog.text
 
 
+def test_what_fails_beside_the_model_fails_its_requests_and_not_the_worker() -> None:
+    """A thread that ends unnoticed leaves a version that takes requests and never answers."""
+
+    async def scenario() -> None:
+        version, runtime = made(Pool(5 * KILOBYTE))
+
+        def fail() -> None:
+            raise MemoryError("there as well")
+
+        runtime.trim = fail
+        answers = await together(version, runtime, *(row(k, k) for k in range(16)))
+        assert all(isinstance(answer, ModelError) and "there as well" in str(answer) for answer in answers)
+        assert version.telemetry.total.errors == 16
+        async with asyncio.timeout(30):
+            assert await outcome(version.submit(row(1, 2), None)) == [[2, 4]]
+        close(version)
+
+    asyncio.run(scenario())
+
+
 def test_a_single_row_is_tried_once_more_after_the_clean_up_also_where_it_was_a_part() -> None:
     sizes: list[int] = []
 

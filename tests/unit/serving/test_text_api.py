@@ -24,7 +24,7 @@ def test_a_text_is_answered_with_its_usage_and_who_answered() -> None:
         assert document["text"] == expected("abc", 8) and document["finish_reason"] == "length"
         assert document["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
         assert (document["model"], document["version"]) == ("m", "3")
-        assert 0 < document["first_token_seconds"] <= document["seconds"]
+        assert 0 < document["queue_seconds"] < document["first_token_seconds"] <= document["seconds"]
         assert answer.headers["x-model-version"] == "3"
         assert answer.headers["x-request-id"] == document["id"] == f"box-1.abcdef.1.3.{FIRST_NUMBER + 1}"
         given = await server.post(GENERATE, asked(), {"X-Request-Id": "mine"})

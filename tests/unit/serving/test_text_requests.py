@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,10 @@ from registry.errors import UnavailableError
 from serving.loaded.swap import Room
 from serving.text.caches import COPIES, Caches
 from serving.text.exchange import end_texts
+from serving.text.groups import Group
 from serving.text.sequences import Wanted
 from serving.traffic.routing import Route
-from tests.unit.serving.helpers import close, load, until
+from tests.unit.serving.helpers import Answer, close, load, until
 from tests.unit.serving.text_toy import END, Toy, toy_model
 from tests.unit.serving.texting import COMPLETIONS, GENERATE, WORDS, asked, events, expected, held, serve, text_version
 
@@ -296,6 +298,60 @@ def test_a_server_that_stops_ends_its_streams_with_a_last_event_that_is_no_error
         close(version)
 
     asyncio.run(scenario())
+
+
+def test_what_a_step_has_gained_before_it_fails_reaches_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that is at its end by then is not among those that the failure ends."""
+
+    async def scenario() -> None:
+        version, gate = held()
+        server = serve(version)
+
+        async def generate(prompt: str, most: int) -> asyncio.Task[Answer]:
+            held_before = version.references
+            task = asyncio.create_task(server.post(GENERATE, asked(prompt, max_tokens=most)))
+            await until(lambda: version.references == held_before + 1)
+            return task
+
+        await generate("first", 1)
+        await until(lambda: not version.batcher.waiting)
+        ends, goes_on = await generate("abc", 3), await generate("xyz", 50)
+        gate.release(1)
+        await until(lambda: not version.batcher.waiting)  # both are in the step that begins
+        read = await generate("one token", 1)
+        select, fails = Group.select, iter([True])
+
+        def no_memory(group: Group, indices: Sequence[int]) -> Group:
+            if next(fails, False):
+                raise MemoryError("no room")
+            return select(group, indices)
+
+        monkeypatch.setattr(Group, "select", no_memory)
+        gate.release(5)
+        async with asyncio.timeout(10):
+            assert (await read).json()["text"] == expected("one token", 1)
+            assert (await ends).json()["text"] == expected("abc", 3)
+            assert "no memory for the texts" in (await goes_on).error
+        assert version.text_counts.endings == {"length": 3, "error": 1}
+        gate.release(10)
+        assert (await server.post(GENERATE, asked())).status == 200
+        close(version)
+
+    asyncio.run(scenario())
+
+
+def test_a_version_that_does_not_come_about_leaves_no_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    caches = Caches(1 << 20)
+    with monkeypatch.context() as short:
+        short.setattr(threading.Thread, "start", fail)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                text_version(caches=caches)
+    with caches.changed:
+        assert caches.room(caches.share(toy_model(), 1000)) == 1 << 20
 
 
 def test_raw_inference_goes_between_the_steps_of_texts() -> None:
