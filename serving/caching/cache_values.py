@@ -48,8 +48,9 @@ def computing(runtime: Any) -> tuple[str, str, str]:
 class KeyMaker:
     """The keys of one loaded version: 128 bits of BLAKE2b over all that its answer depends on.
 
-    That is the model, the version and its digest, the runtime, the kind of device and the precision (another one rounds differently), each
-    input's name, type, shape and bytes, and the outputs that are asked for. Parameters of a request change no answer's numbers. How the answer is written (JSON, binary, its id) is no part of it.
+    That is the model, the version and its digest, the runtime, the kind of device and the precision (another one rounds
+    differently), each input's name, type, shape and bytes, and the outputs that are asked for. Parameters of a request change no
+    numbers; how the answer is written (JSON, binary, its id) is no part of it.
     Every part has its length in front, so that no two requests read alike.
     """
 

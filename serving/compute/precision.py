@@ -52,8 +52,9 @@ def choose(load: Callable[[bool], Any], golden: Path | None, name: str) -> tuple
     half = None
     try:
         cases = read_golden(golden)
-        if unfed := [spec.name for spec in full.signature.inputs if not spec.optional and spec.name not in cases.inputs]:
-            return full, f"fp32: its golden cases are not the graph's inputs ({', '.join(unfed)}), as those of texts are"
+        needed = (spec.name for spec in full.signature.inputs if not spec.optional)
+        if unfed := ", ".join(name for name in needed if name not in cases.inputs):
+            return full, f"fp32: its golden cases are not the graph's inputs ({unfed}), as those of texts are"
         half = load(True)
         apart = agrees(full, half, cases) if half.precision == "fp16" else "it does not compute on the device"
     except Exception as error:  # a model that cannot be halved fails in ways of its own: full precision serves

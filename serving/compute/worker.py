@@ -72,8 +72,8 @@ class Computing:
             work.started = started
         try:
             runs = self._compute_single(batch[0]) if len(batch) == 1 else self._compute_together(batch)
-        except Exception as error:  # beside the model (memory that ran out there too): the thread has the next to compute
-            runs = 1
+        except Exception as error:
+            runs = 1  # it was beside the model, where memory may run out too: the thread has the next to compute
             for work in batch:
                 if not work.answer and work.failure is None:
                     work.failure, work.finished = self.failure(error), self._clock()

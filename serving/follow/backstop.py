@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ class Backstop:
         # Neither a registry that hangs nor a large copy may stand before an emergency.
         self._urgent = ThreadPoolExecutor(2, thread_name_prefix="hold")
         self._background = ThreadPoolExecutor(1, thread_name_prefix="keep")
+        self._saving = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._done: tuple[str, int] | None = None
         self._looked = float("-inf")
@@ -74,7 +75,7 @@ class Backstop:
         route of its model has changed. Raises UnavailableError, StorageError.
         """
         done = False
-        for hold in list(self.holds.by_model.values()):
+        for hold in self.holds.to_write_back():
             if not await self._due(hold, seen):
                 continue
             write = partial(rollbacks.write_back, self.database, hold, replica=self.replica_id)
@@ -90,10 +91,14 @@ class Backstop:
                 await self._note_refused(hold, seen, f"{type(error).__name__}: {error}", unexpected=error)
                 continue
             log.warning("the hold of %s on version %s is over: %s", hold.model, hold.to, outcome)
-            self.holds.drop(hold)
-            await self._save()
+            self.holds.came_home(hold)
             done = True
         return done
+
+    async def settle(self, served: LastState) -> None:
+        """What the registry wanted is served as far as it goes: let go of the holds whose place that takes."""
+        if self.holds.drop_replaced(served):
+            await self._save()
 
     async def _due(self, hold: Hold, seen: tuple[str, int]) -> bool:
         refused = self.holds.refused.get(hold.model)
@@ -194,22 +199,25 @@ class Backstop:
         log.warning("the hold of %s on version %s was released by %s: %s", hold.model, hold.to, who.actor, reason)
         return hold
 
-    def look(self, state: LastState, loaded: Callable[[], set[str]]) -> None:
+    def look(self, state: LastState, wanted: Callable[[], Collection[Wanted]], loaded: Callable[[], set[str]]) -> None:
         """See in the background that what the points need is here, and that nothing else is. For after the routes are served.
 
-        `loaded` gives the digests of what is in memory.
+        `wanted` gives the versions that are wanted by then, also by a round under way, `loaded` the digests of what is in memory.
         """
         fresh = (state.epoch, state.generation) != self._done
         if self._task is not None or self._monotonic() - self._looked < (_AGAIN_SECONDS if fresh else _LOOK_SECONDS):
             return
-        self._task = asyncio.create_task(self._look(state, loaded))
+        self._task = asyncio.create_task(self._look(state, wanted, loaded))
 
-    async def _look(self, state: LastState, loaded: Callable[[], set[str]]) -> None:
+    async def _look(
+        self, state: LastState, wanted: Callable[[], Collection[Wanted]], loaded: Callable[[], set[str]]
+    ) -> None:
         try:
             steps, versions = await self._in(self._background, lambda: self._needed(state))
             await self._in(self._background, lambda: self.kept.bring(steps, versions))
-            files = {str(file["digest"]) for wanted in (*versions, *state.versions) for file in wanted.files}
-            artifacts = {wanted.digest for wanted in (*versions, *state.versions)} | loaded()
+            needed = [*versions, *wanted()]  # asked now: bringing copies takes minutes
+            files = {str(file["digest"]) for version in needed for file in version.files}
+            artifacts = {version.digest for version in needed} | loaded()
             dropped = await self._in(self._background, lambda: self.kept.clean(artifacts, files))
             if dropped:
                 log.info("dropped %d artifacts that no route and no rollback point needs", len(dropped))
@@ -230,11 +238,17 @@ class Backstop:
             return steps, [*state.versions, *(wanted_of(row) for row in rows)]
 
     async def _save(self) -> str | None:
-        try:
-            await self._in(self._urgent, self.holds.save)
-        except OSError as error:
-            log.error("the holds could not be kept in %s, a restart would forget them: %s", self.holds.path, error)
-            return f"{self.holds.path} could not be written: {error.strerror or error}"
+        """Keep the holds on the disk. Returns why that failed, None where it did not."""
+        # Who gives up waiting does not end the writing: what comes next shall not be overtaken by it.
+        return await asyncio.shield(asyncio.ensure_future(self._save_in_turn()))
+
+    async def _save_in_turn(self) -> str | None:
+        async with self._saving:
+            try:
+                await self._in(self._urgent, self.holds.save)
+            except OSError as error:
+                log.error("the holds could not be kept in %s, a restart would forget them: %s", self.holds.path, error)
+                return f"{self.holds.path} could not be written: {error.strerror or error}"
         return None
 
     async def stop(self) -> None:

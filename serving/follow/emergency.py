@@ -240,6 +240,7 @@ class Emergency:
 
 def make_room_at_once(reconciler: Reconciler, version: Wanted) -> None:
     """The least recently used models go for this version, as far as they have to, and nobody waits until they have gone."""
+    reconciler.hurry_for(version)
     going = reconciler.residency.evict_for(version)
     if going:
         models = ", ".join(sorted({v.model for v in going}))

@@ -39,6 +39,9 @@ class Holds:
         self.by_model: dict[str, Hold] = {}
         self.refused: dict[str, Refused] = {}
         """Those that the registry did not take over, though it answers."""
+        self._home: dict[str, Hold] = {}
+        """Those that the registry has decided about. They stay until the route that takes their place is served: it may go away again
+        before it has said which that is."""
 
     def recall(self) -> None:
         """Read what a process before this one held. A file that cannot be read is said loudly: what it held is not held."""
@@ -54,13 +57,36 @@ class Holds:
 
     def put(self, hold: Hold) -> None:
         self.by_model[hold.model] = hold
-        self.refused.pop(hold.model, None)
+        self._forget(hold.model)
 
     def drop(self, hold: Hold) -> None:
         """Let go of this very hold; one that was put in its place meanwhile stays."""
         if self.by_model.get(hold.model) == hold:
             del self.by_model[hold.model]
-            self.refused.pop(hold.model, None)
+            self._forget(hold.model)
+
+    def came_home(self, hold: Hold) -> None:
+        """The registry has decided about this very hold: it is not asked again."""
+        if self.by_model.get(hold.model) == hold:
+            self._forget(hold.model)
+            self._home[hold.model] = hold
+
+    def to_write_back(self) -> list[Hold]:
+        """Those that the registry has not decided about."""
+        return [hold for model, hold in self.by_model.items() if model not in self._home]
+
+    def drop_replaced(self, served: LastState) -> bool:
+        """Let go of those that the registry has decided about, where another route is served by now. Whether there were any."""
+        in_force = {hold.model for route in served.routes if (hold := self.of(route, served.epoch)) is not None}
+        over = [hold for model, hold in self._home.items() if model not in in_force]
+        for hold in over:
+            self.drop(hold)
+        return bool(over)
+
+    def _forget(self, model: str) -> None:
+        """What was known of the hold before."""
+        self.refused.pop(model, None)
+        self._home.pop(model, None)
 
     def save(self) -> None:
         """Replace the file in one step, on the disk when this returns. Raises OSError."""

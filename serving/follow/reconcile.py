@@ -92,7 +92,9 @@ class Reconciler:
         self.loader = serving.loader = Loader(
             lambda version: self.load(version), self.loading.fetch, limit_seconds=self.loading.limit_seconds
         )
-        self._leaving = Leaving(self.caretaker, drain_seconds=settings.server.drain_seconds)
+        self._leaving = Leaving(
+            self.caretaker, drain_seconds=settings.server.drain_seconds, text_seconds=settings.text.timeout_seconds
+        )
         self.watchdog = Watchdog.of(settings, serving, self._leaving.versions, self.room.budget_bytes)
         self._leaving.left_behind = self.watchdog.left_behind
         self.watchdog.abandoned = lambda: self.loader.abandoned(self._served(), self.room.need)
@@ -103,8 +105,10 @@ class Reconciler:
         self.loader.found, self.loader.changed = self.loading.hangs, self._wake.set
         self._last: LastState | None = None
         self.applied: LastState | None = None  # as the registry wanted it, without the holds
+        self._planned: Collection[Wanted] = ()  # by the last round, or the one under way
         self._behind: list[str] = []
         self._tidying: asyncio.Task[None] | None = None
+        self._due = False  # whether a candidate that was held back is to come
         self._retry: tuple[float, float] | None = None  # (when, pause) of the next try to load what failed
         self.reporter = Reporter(serving, database, monotonic=monotonic)
         self._waker = Waker(self)
@@ -166,13 +170,17 @@ class Reconciler:
                 if state is not None:
                     async with self._lock:
                         await self._apply(state, remember=True)
+                if self.applied is not None:
+                    await self.backstop.settle(self.applied)
                 if report:
                     async with asyncio.timeout(patience_seconds):
                         await self.keyring.agree(self.database, self.serving.replica_id, self._in_thread)
                         await self.reporter.report(self._in_thread, self._said)
                 await self.residency.use.keep()
                 if self.applied is not None:
-                    self.backstop.look(self.applied, lambda: {v.digest for v in self.serving.loaded.values()})
+                    self.backstop.look(
+                        self.applied, self._needed_here, lambda: {v.digest for v in self.serving.loaded.values()}
+                    )
             except TimeoutError:
                 log.error(
                     "the registry did not answer within %g s; going on with the last good state", patience_seconds
@@ -264,14 +272,16 @@ class Reconciler:
         await self.unloads.tell(self.database, self._in_thread)
         if await self.backstop.write_back((pulse.epoch, pulse.generation)):
             pulse = await self._upstream.pulse() or pulse
-        due = self._retry is not None and self._monotonic() >= self._retry[0]
-        due |= self.caretaker.take_back_due()
+        # The caretaker says it once, and the registry may go away before it has given the state.
+        self._due |= self.caretaker.take_back_due()
+        due = self._due or (self._retry is not None and self._monotonic() >= self._retry[0])
         if not due and (pulse.epoch, pulse.generation) == (self.serving.epoch, self.serving.generation):
             return None
         state = await self._upstream.desired()
         for crashed in self.caretaker.crashed(state.routes, state.by_key()):
             if await self._upstream.take_out(crashed):
                 state = await self._upstream.desired()
+        self._due = False
         return state
 
     async def _care(self) -> None:
@@ -331,8 +341,13 @@ class Reconciler:
     def _plan(self, wanted: LastState) -> Plan:
         state = self.backstop.over(wanted)
         self.serving.unloaded = self.unloads.reasons()
-        self.residency.decide(state, held=self.backstop.holds.by_model, unloaded=self.serving.unloaded)
-        return plan_of(state, self.serving, self.caretaker, self.room)
+        self._decide(state)
+        plan = plan_of(state, self.serving, self.caretaker, self.room)
+        self._planned = plan.versions.values()
+        return plan
+
+    def _decide(self, state: LastState, *, later: Collection[str] = ()) -> None:
+        self.residency.decide(state, held=self.backstop.holds.by_model, unloaded=self.serving.unloaded, later=later)
 
     def _served(self) -> LastState | None:
         """What is wanted, with the holds over it."""
@@ -380,6 +395,9 @@ class Reconciler:
         brought = await exchange.bring_back({key[0] for key in errors if key in stable_ones})
         state = self.backstop.over(wanted)  # somebody may have put a hold while this was loading
         errors = self.residency.settled(state.routes, errors, took)
+        later = {model for model, name in pending if (model, name) in stable_ones and not serves(self.serving, model)}
+        if later:  # who was to go for them, and is here still, serves on until they have come
+            self._decide(state, later=later)
         self._note_errors(state, errors | {key: _plain(why) for key, why in brought.items()})
         routes = {
             route.model: servable(
@@ -402,6 +420,7 @@ class Reconciler:
         unneeded = self.serving.install(routes, loaded, state.epoch, state.generation) + vain
         coming = {model for model, _ in pending if not serves(self.serving, model)}
         self.serving.gate.close(coming)
+        self.residency.coming = coming
         self.residency.settle(exchange.closed | coming)
         self._behind = sorted(
             route.model
@@ -421,10 +440,10 @@ class Reconciler:
         self.caretaker.settled(state.routes, routes, loaded)
         self.loading.forget_all_but([*self._known(), *self.room.owed.values()])
         self.let_go(unneeded + self.loader.unclaimed(plan.versions.values()), loaded)
-        if remember and not errors:
-            self._last = wanted
+        if remember:
+            self._last = last = laststate.as_it_loads(wanted, errors, self._last)
             try:
-                await self._in_thread(lambda: laststate.write(self.state_file, wanted), self._disk)
+                await self._in_thread(lambda: laststate.write(self.state_file, last), self._disk)
             except OSError as error:
                 log.error("the last state could not be kept in %s: %s", self.state_file, error)
         return errors
@@ -433,6 +452,10 @@ class Reconciler:
         """Versions whose files this server knows."""
         states = [state for state in (self.applied, self._last) if state is not None]
         return [*(v for state in states for v in state.versions), *self.backstop.kept.versions.values()]
+
+    def _needed_here(self) -> list[Wanted]:
+        """Versions whose files are needed now: those that are known, and those of a round or a load under way."""
+        return [*self._known(), *self._planned, *(attempt.version for attempt in self.loader.attempts)]
 
     def switch(self, route: Route, version: LoadedVersion) -> None:
         """Send a model's traffic elsewhere now, against its route. What that makes needless goes when the round under way is over."""
@@ -477,6 +500,12 @@ class Reconciler:
 
     def let_go(self, unneeded: list[LoadedVersion], loaded: Collection[Key]) -> None:
         self._leaving.let_go(unneeded, loaded)
+
+    def hurry_for(self, version: Wanted) -> None:
+        """Give those that are on their way out no more time than a stop gives, where the memory for this version is theirs."""
+        gone = self._leaving.versions
+        if gone and self.room.over([version], [*self.serving.loaded.values(), *gone]) > 0:
+            self._leaving.hurry()
 
     def load(self, version: Wanted) -> LoadedVersion:
         return self.loading.load(version)

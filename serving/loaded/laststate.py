@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,30 @@ class LastState:
     def by_key(self) -> dict[tuple[str, str], Wanted]:
         """The versions by (model, version)."""
         return {(version.model, version.version): version for version in self.versions}
+
+
+def as_it_loads(state: LastState, errors: Collection[tuple[str, str]], before: LastState | None) -> LastState:
+    """The state without the versions that do not load here, which are `errors`, by (model, version).
+
+    Of their models it has the stable version alone, and where that one does not load, the one of the state `before`. Its generation is
+    one that the registry never has again: who starts with it has not followed yet, and tries the rest when the registry answers.
+    """
+    if not errors:
+        return state
+    versions, earlier = state.by_key(), {} if before is None else before.by_key()
+    stable_before = {} if before is None else {route.model: route.stable for route in before.routes}
+    failing, routes = {model for model, _ in errors}, []
+    for route in state.routes:
+        if route.model in failing:
+            route = replace(route, candidate=None, weight=0.0, shadow=False)
+            key = (route.model, stable_before.get(route.model) or "")
+            if (route.model, route.stable) in errors and key in earlier:
+                versions[key] = earlier[key]
+                route = replace(route, stable=key[1])
+        routes.append(route)
+    named = {(route.model, name) for route in routes for name in (route.stable, route.candidate)}
+    kept = tuple(version for key, version in versions.items() if key in named)
+    return LastState(state.epoch, state.generation - 1, tuple(routes), kept)
 
 
 def write(path: Path, state: LastState) -> None:

@@ -97,6 +97,8 @@ class Residency:
         self.queue: dict[str, None] = {}
         """Models that are to wake, in the order in which they were asked for."""
         self.waking: str | None = None
+        self.coming: set[str] = set()
+        """Models that are not here, and whose load goes on though the round that began it is over."""
         self.fetching: set[str] = set()
         """Models whose files take so long to come that others wake meanwhile."""
         self.later: list[str] = []
@@ -108,6 +110,7 @@ class Residency:
         self._must: set[str] = set()
         self._held: set[str] = set()
         self._here: set[str] = set()
+        self._slept: set[str] = set()
         self.use = Use(serving, path, monotonic=monotonic, clock=clock)
         self._since: dict[str, tuple[float, float]] = {}
         """When a model came (monotonic), and how long it stays at least."""
@@ -210,13 +213,21 @@ class Residency:
         if model in self.later:
             self.later.remove(model)
 
-    def decide(self, state: LastState, *, held: Collection[str] = (), unloaded: Collection[str] = ()) -> None:
+    def decide(
+        self,
+        state: LastState,
+        *,
+        held: Collection[str] = (),
+        unloaded: Collection[str] = (),
+        later: Collection[str] = (),
+    ) -> None:
         """Who sleeps from now on, if this is to be served: all that does not fit, by use.
 
         First what must be here: models under judgement (a candidate, a watch), those that an emergency holds, those here whose route
-        changed, the one that is being woken. Then others with a new route, then those that came just now, then the rest of what is here,
-        the one that was asked last first, then what has not been loaded yet. Without swapping those that are here go before new ones.
-        Where not even those fit that must be here, they are loaded all the same, with a warning.
+        changed, the one that is being woken, those whose load goes on. Then others with a new route, then those that came just now, then
+        the rest of what is here, the one that was asked last first, then what has not been loaded yet. Without swapping those that are
+        here go before new ones. Where not even those fit that must be here, they are loaded all the same, with a warning. Those that come
+        `later`, in another round, neither sleep nor does anybody go for them yet.
         """
         named, here = state.by_key(), {key[0] for key in self._serving.loaded}
         self._held = set(held)
@@ -224,7 +235,9 @@ class Residency:
         for model in self.sleeping.keys() - {route.model for route in state.routes}:
             self.forget(model)
         ranks = [
-            self._rank(route, named, here, route.model in held) for route in state.routes if route.model not in unloaded
+            self._rank(route, named, here, route.model in held)
+            for route in state.routes
+            if route.model not in unloaded and route.model not in later
         ]
         ranks.sort(key=lambda rank: (not rank.must, rank.order))
         self._must = {rank.model for rank in ranks if rank.must}
@@ -236,7 +249,7 @@ class Residency:
             if rank.order == _ASLEEP or not (rank.must or fits or not count):
                 asleep[rank.model] = self.sleeping.get(rank.model) or (_LEAST_USED if rank.here else _NO_ROOM)
                 continue
-            if not fits:
+            if not fits and rank.model not in self.coming:  # that one is not here yet, and others go when it has come
                 self._warn(rank.model)
             bytes_, count = bytes_ + rank.need, count + rank.count
         fresh = [model for model in asleep if model not in self.sleeping]
@@ -260,6 +273,8 @@ class Residency:
         recent = -self.use.at(model)
         if held or _judged(route) or model == self.waking or (rank.here and (changed or instead)):
             rank.must, rank.order = True, (0.0,)
+        elif model in self.coming:  # its load cannot be ended, and would be thrown away
+            rank.must, rank.order = True, (0.5,)
         elif changed:
             rank.order = (1.0 if self.settings.enable_model_swapping else 4.0, recent)
         elif rank.here:
@@ -271,7 +286,7 @@ class Residency:
     def _state(self, model: str) -> str:
         if model in self._serving.unloaded:
             return "unloaded"
-        if model == self.waking:
+        if model == self.waking or model in self.coming:
             return "loading"
         return "dormant" if model in self.sleeping else "resident"
 
@@ -303,14 +318,14 @@ class Residency:
         return min(rest for name, rest in young.items() if name not in fixed)
 
     def fits(self, model: str) -> bool:
-        """Whether a model that sleeps fits beside all that is here."""
+        """Whether a model that sleeps fits beside all that is here or on its way."""
         return self._fits_beside(model, {key[0] for key in self._serving.loaded})
 
     def _fits_beside(self, model: str, others: Collection[str]) -> bool:
         state = self.state()
-        coming = [] if state is None else [v for v in state.versions if v.model == model]
+        coming = [] if state is None else [v for v in state.versions if v.model == model or v.model in self.coming]
         there = [v for v in self._serving.loaded.values() if v.model != model and v.model in others]
-        if not there:
+        if not there and not self.coming - {model}:
             return True
         limit = self.limit_bytes()
         bytes_ = sum(v.claim_bytes for v in there) + sum(map(self._room.need, coming))
@@ -338,6 +353,7 @@ class Residency:
         before = self.failed.get(model)
         pause = _AGAIN_FIRST_SECONDS if before is None else min(2 * before.pause_seconds, _AGAIN_MOST_SECONDS)
         self.failed[model] = Failed(self._monotonic() + pause, pause, why)
+        self.coming.discard(model)
         self.figures.setdefault(model, Figures()).failures += 1
         self.sleeping.setdefault(model, _NOT_YET)
         log.error("%s does not load: %s; tried again when it is asked for after %g s", model, why, pause)
@@ -389,13 +405,16 @@ class Residency:
         self._here = loaded
         gate.close(self.sleeping)
         gate.open([m for m in gate.closed if m not in self.sleeping and m not in shut])
-        gate.look_again([m for m in self.sleeping if m in self.failed])
+        # Who waits for one that was on its way or exchanged, and sleeps now, has not knocked for that.
+        gate.look_again([m for m in self.sleeping if m in self.failed or m not in self._slept])
+        self._slept = set(self.sleeping)
 
     def woke(self, model: str) -> None:
         """It is here, by another way: an emergency brought it."""
         self.sleeping.pop(model, None)
         self.queue.pop(model, None)
         self.failed.pop(model, None)
+        self.coming.discard(model)
         self._serving.gate.open([model])
 
     def evict_for(self, version: Wanted) -> list[LoadedVersion]:
@@ -434,6 +453,7 @@ class Residency:
         self.sleeping.pop(model, None)
         self.queue.pop(model, None)
         self.failed.pop(model, None)
+        self.coming.discard(model)
         if model in self.later:
             self.later.remove(model)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -177,6 +178,39 @@ def test_a_stop_ends_a_stream_with_a_last_event_within_its_time(tmp_path: Path) 
         last = events[-1]
         assert last.get("finish_reason") == "length" or (last["status"] == 503 and "stopping" in last["error"])
         assert process.wait(PATIENCE_SECONDS) == 0
+
+
+def test_streams_run_to_their_end_while_their_version_is_exchanged(tmp_path: Path) -> None:
+    """One after the other, so that the last are at work long after a stop's time to drain is over."""
+    drain_seconds = 1.0
+    with box(tmp_path, extra={"MODELKEEP_SERVER__DRAIN_SECONDS": "1", "MODELKEEP_TEXT__MAX_RUNNING": "1"}) as server:
+        for version, seed in (("1", 0), ("2", 1)):
+            server.register(version, _text_model.kept(seed) / "model", model=MODEL)
+        server.settle_by_hand("1", model=MODEL)
+        server.serve()
+        asked = {"max_tokens": 250, "ignore_eos": True}
+        cold = generate(server, "a", **asked).json()
+        alone = generate(server, "a", **asked).json()
+        count = max(4, min(60, round(6 * drain_seconds / alone["seconds"])))
+        with ThreadPoolExecutor(count) as pool:
+            streams = [pool.submit(lambda: (_streamed(server, "a", **asked), time.monotonic())) for _ in range(count)]
+            prompts = 'modelkeep_text_tokens_total{kind="prompt",model="writer",version="1"}'
+            tokens = (count + 2) * alone["usage"]["prompt_tokens"]
+            wait_for("all streams", lambda: _metric(server, prompts) == tokens)
+            server.settle_by_hand("2", model=MODEL)
+            wait_for("version 2", lambda: server.info()["models"][MODEL]["stable"] == "2")
+            exchanged = time.monotonic()
+            during = generate(server, PROMPTS[0])
+            ended = [stream.result() for stream in streams]
+        assert {text for text, _ in ended} == {cold["text"]}
+        assert max(at for _, at in ended) > exchanged + drain_seconds, "the streams were too short to show anything"
+        assert during.headers["x-model-version"] == "2" and during.json()["text"] == golden(PROMPTS[0], 24, seed=1)
+        wait_for("the end of version 1", lambda: _states(server)["1"] == "ARCHIVED")
+        assert _metric(server, "modelkeep_text_errors_total") == 0
+
+
+def _states(server: Box) -> dict[str, str]:
+    return {entry["version"]: entry["state"] for entry in server.info()["states"]}
 
 
 def test_many_streams_in_little_memory_end_right_a_candidate_repeats_them_and_they_are_kept(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from registry import routes
+from registry.actor import Who
 from registry.database import Database
 from registry.errors import ConflictError, RefusedError, UnavailableError
 from registry.rollbacks import Hold
@@ -21,10 +23,15 @@ from registry.settings import Settings
 from registry.store import DirectoryStore
 from serving.follow import backstop as backstops
 from serving.follow.backstop import Backstop
+from serving.follow.holds import Holds
 from serving.follow.reconcile import Reconciler
+from serving.loaded.laststate import LastState, Wanted
+from serving.process import documents
 from serving.state import Serving
+from serving.traffic.routing import Route
 from tests.unit.registry import kit
 from tests.unit.registry.kit import ENVIRONMENT, MODEL, Clock
+from tests.unit.serving.helpers import until
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +141,16 @@ def test_a_refused_hold_is_tried_ever_more_seldom_and_said_when_the_pause_grows(
     assert "digits 1 is archived" in text and "asked again every 300 s" in text
     registry.error = None
     polls(backstop, database, clock, 301)
-    assert backstop.holds.by_model == {} and backstop.holds.errors() == {}
+    asked = registry.asked
+    assert backstop.holds.errors() == {}
+    polls(backstop, database, clock, 301)
+    assert registry.asked == asked, "it has said what it had to say"
+    served = LastState(seen(database)[0], seen(database)[1], (Route(MODEL, kit.route(database).generation, "1"),), ())
+    asyncio.run(backstop.settle(served))
+    assert set(backstop.holds.by_model) == {MODEL}, "its route is served as it was"
+    newer = replace(served.routes[0], generation=served.routes[0].generation + 1)
+    asyncio.run(backstop.settle(replace(served, routes=(newer,))))
+    assert backstop.holds.by_model == {}
 
 
 def test_a_change_of_its_route_or_a_new_hold_starts_anew(
@@ -209,3 +225,71 @@ def test_what_the_registry_itself_refuses_is_among_the_errors_of_model_info(tmp_
     assert f"{MODEL} 2 has never been the stable version" in info["errors"][f"hold of {MODEL}"]
     assert "has never been the stable version" in info["holds"][0]["not_written_back"]
     assert kit.route(database).stable == "1"
+
+
+def test_a_save_that_is_given_up_does_not_overtake_the_next(
+    tmp_path: Path, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        entered, go_on, real, written = threading.Event(), threading.Event(), documents.replace, list[int]()
+
+        def slow(path: Path, document: dict[str, Any]) -> None:
+            if not entered.is_set():
+                entered.set()
+                assert go_on.wait(60)
+            real(path, document)
+            written.append(len(document["holds"]))
+
+        monkeypatch.setattr(documents, "replace", slow)
+        backstop = made(tmp_path, database, Clock())
+
+        def put(model: str) -> asyncio.Task[Any]:
+            state, route = LastState("e", 7, (), ()), Route(model, 7, "2")
+            return asyncio.create_task(
+                backstop.put(state, route, "1", who=Who("me"), reason="bad", serve=lambda _: None)
+            )
+
+        first = put("a")
+        await until(entered.is_set)
+        first.cancel()  # as a client that leaves does
+        second = put("b")
+        await asyncio.wait({second}, timeout=0.2)
+        go_on.set()
+        _, not_kept = await second
+        assert not_kept is None
+        await until(lambda: len(written) == 2)
+        again = Holds(backstop.holds.path)
+        again.recall()
+        assert sorted(again.by_model) == ["a", "b"], "what was put last is on the disk"
+        await backstop.stop()
+
+    asyncio.run(test())
+
+
+def test_what_is_wanted_again_while_files_are_brought_is_not_cleaned_up(tmp_path: Path, database: Database) -> None:
+    async def test() -> None:
+        backstop = made(tmp_path, database, Clock())
+        old = Wanted("m", "1", "a" * 64, "onnx", (), None, True)
+        loading = replace(old, version="2", digest="b" * 64)
+        for digest in (old.digest, loading.digest, "c" * 64):
+            (backstop.kept.cache / digest).mkdir(parents=True)
+        clean = backstop.kept.clean
+        backstop.kept.clean = lambda *given: clean(*given, grace_seconds=-1)  # type: ignore[method-assign]
+        entered, go_on = threading.Event(), threading.Event()
+
+        def bring(*_: Any) -> None:
+            entered.set()
+            assert go_on.wait(60)
+
+        backstop.kept.bring = bring  # type: ignore[method-assign, assignment]
+        wanted, loaded = list[Wanted](), set[str]()
+        backstop.look(LastState("e", 7, (), ()), lambda: wanted, lambda: loaded)
+        await until(entered.is_set)
+        wanted.append(loading)
+        loaded.add(old.digest)
+        go_on.set()
+        await until(lambda: backstop._task is None)
+        assert {path.name for path in backstop.kept.cache.iterdir()} == {old.digest, loading.digest}
+        await backstop.stop()
+
+    asyncio.run(test())

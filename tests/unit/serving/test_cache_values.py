@@ -16,9 +16,7 @@ from tests.unit.serving.caching import KEY
 from tests.unit.serving.helpers import Arrays, close, load
 
 
-def make(
-    model: str = "m", version: str = "1", digest: str = "d" * 64, platform: str = "onnx", *more: str
-) -> KeyMaker:
+def make(model: str = "m", version: str = "1", digest: str = "d" * 64, platform: str = "onnx", *more: str) -> KeyMaker:
     return KeyMaker(model, version, digest, platform, *more)
 
 

@@ -292,6 +292,37 @@ def test_what_had_no_traffic_cannot_be_what_is_wrong_without_the_registry_either
     run(test)
 
 
+def test_a_hold_stays_until_the_route_that_takes_its_place_is_served(
+    database: Database, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = kit.last_event(database)
+
+    async def test(reconciler: Reconciler, emergency: Emergency) -> None:
+        gone(reconciler)
+        await back(emergency)
+
+        async def away() -> None:
+            raise UnavailableError("it went away again")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(reconciler._upstream, "desired", away)
+            await reconciler.once()
+            assert stable(database) == "2", "it is on record"
+            await reconciler.once()
+            await reconciler.again()  # as a model that wakes has it done
+        assert reconciler.registry_error is not None
+        assert reconciler.serving.routes[MODEL].stable == "2", "what takes its place is not known here yet"
+        held = json.loads(reconciler.backstop.holds.path.read_text())["holds"]
+        assert [(hold["model"], hold["to"]) for hold in held] == [(MODEL, "2")], "a restart serves it as well"
+        await reconciler.once()
+        assert reconciler.serving.routes[MODEL].stable == "2"
+        assert reconciler.backstop.holds.by_model == {}
+        assert json.loads(reconciler.backstop.holds.path.read_text())["holds"] == []
+
+    run(test)
+    assert [action for action in kit.actions(database, before) if action.startswith("hold")] == ["hold.written-back"]
+
+
 # faults
 
 

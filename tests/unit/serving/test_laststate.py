@@ -30,6 +30,35 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
+def test_of_a_model_that_does_not_load_it_has_what_loads_and_of_the_others_what_is_wanted() -> None:
+    def wanted(model: str, version: str) -> Wanted:
+        return Wanted(model, version, version * 64, "onnx", (), None, True)
+
+    before = LastState(
+        "e",
+        7,
+        (Route("a", 3, "1"), Route("b", 7, "1", "2", 0.5)),
+        (wanted("a", "1"), wanted("b", "1"), wanted("b", "2")),
+    )
+    new = LastState(
+        "e", 9, (Route("a", 8, "2"), Route("b", 9, "2", "3", 0.5), Route("c", 4, "1")),
+        (wanted("a", "2"), wanted("b", "2"), wanted("b", "3"), wanted("c", "1")),
+    )  # fmt: skip
+
+    def routes(*errors: tuple[str, str], last: LastState | None = before) -> list[tuple[str | None, str | None]]:
+        found = laststate.as_it_loads(new, errors, last)
+        assert {route.generation for route in found.routes} == {8, 9, 4} and found.generation == 8
+        named = {(route.model, name) for route in found.routes for name in (route.stable, route.candidate) if name}
+        assert found.by_key().keys() == named
+        return [(route.stable, route.candidate) for route in found.routes]
+
+    assert laststate.as_it_loads(new, (), before) is new
+    assert routes(("b", "3")) == [("2", None), ("2", None), ("1", None)]
+    assert routes(("b", "2")) == [("2", None), ("1", None), ("1", None)], "the new candidate is not judged beside that"
+    assert routes(("a", "2"), ("c", "1")) == [("1", None), ("2", "3"), ("1", None)], "c has none before it"
+    assert routes(("a", "2"), last=None) == [("2", None), ("2", "3"), ("1", None)]
+
+
 def test_no_file_is_no_state(tmp_path: Path) -> None:
     assert laststate.read(tmp_path / "last-state.json") is None
 

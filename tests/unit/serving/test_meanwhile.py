@@ -12,19 +12,20 @@ import pytest
 
 from registry.actor import Who
 from registry.database import Database
-from registry.errors import ArtifactError
+from registry.errors import ArtifactError, UnavailableError
 from serving.follow.emergency import Emergency, make_room_at_once
 from serving.follow.orders import Orders
 from serving.follow.reconcile import Reconciler
 from serving.follow.unloads import Order, Unloads
+from serving.loaded import laststate
 from serving.loaded.caretaker import Caretaker
-from serving.loaded.laststate import Wanted
+from serving.loaded.laststate import LastState, Wanted
 from serving.loaded.lifecycle import ModelState
 from serving.process import documents
 from tests.unit.registry import kit
 from tests.unit.serving.boxes import VALUE, Box, Run
 from tests.unit.serving.helpers import until
-from tests.unit.serving.rounds import stable
+from tests.unit.serving.rounds import following, stable
 
 WHO = Who("somebody")
 Test = Callable[[Box, Orders], Awaitable[None]]
@@ -342,3 +343,54 @@ def test_who_is_behind_is_told_so_also_when_another_model_is_unloaded(run: Run, 
         assert next(one.behind for one in reconciler.reporter._reached) == ("a", "b")
 
     run(test)
+
+
+def test_a_version_that_does_not_load_keeps_no_other_route_from_the_last_state(run: Run, database: Database) -> None:
+    async def test(box: Box, orders: Orders) -> None:
+        reconciler = box.reconciler
+        box.bad = {"b"}
+        stable(database, "b", "2")
+        await reconciler.once()
+        stable(database, "a", "2")
+        await reconciler.once()
+        assert ("b", "2") in reconciler.errors
+        kept = laststate.read(reconciler.state_file)
+        assert kept is not None and reconciler.applied is not None
+        wanted = {route.model: route for route in reconciler.applied.routes}
+        routes = {route.model: route for route in kept.routes}
+        assert (routes["a"], routes["c"]) == (wanted["a"], wanted["c"])
+        assert (routes["b"].stable, routes["b"].generation) == ("1", wanted["b"].generation), (
+            "a hold over it stays in force"
+        )
+        assert {key for key in kept.by_key() if key[0] != "c"} == {("a", "2"), ("b", "1")}
+        assert kept.generation < reconciler.applied.generation, (
+            "else a server that starts with it follows the registry no more"
+        )
+        box.bad = set()
+        reconciler._retry = (0.0, 1.0)
+        await reconciler.once()
+        assert laststate.read(reconciler.state_file) == reconciler.applied
+
+    run(test, max_concurrent_models=3)
+
+
+def test_a_candidate_that_was_held_back_comes_though_the_registry_goes_away_in_that_moment(
+    tmp_path: Path, template: Path, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit.canary(database, kit.begin(database, "2", model="a"))
+
+    async def test() -> None:
+        async with following(database, tmp_path, template) as reconciler:
+            assert ("a", "2") not in reconciler.serving.loaded, "the stable versions come first"
+
+            async def away() -> LastState:
+                raise UnavailableError("it went away")
+
+            with monkeypatch.context() as patched:
+                patched.setattr(reconciler._upstream, "desired", away)
+                await reconciler.once()
+            assert reconciler.registry_error is not None
+            await reconciler.once()
+            assert ("a", "2") in reconciler.serving.loaded
+
+    asyncio.run(test())

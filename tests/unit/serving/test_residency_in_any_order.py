@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.unit.registry import kit
 from tests.unit.serving.boxes import REQUEST, Box
 from tests.unit.serving.helpers import until
 from tests.unit.serving.rounds import MODELS, following, stable, three_models
+from tests.unit.serving.test_hanging_loads import turning
 
 CLIENTS, STEPS, LONG_STEPS = 8, 15, 300
 WHO = Who("somebody")
@@ -36,7 +38,7 @@ class Chaos:
         self.random = random.Random(seed)
         self.orders = Orders(self.reconciler, database, timeout_seconds=60.0)
         self.over = False
-        self.failing = 0.15
+        self.failing, self.slow_seconds = 0.15, 0.0
         self.statuses: dict[int, int] = {}
         self._real = self.reconciler.load
         self.reconciler.load = self._load  # type: ignore[method-assign]
@@ -44,6 +46,7 @@ class Chaos:
     def _load(self, version: Wanted) -> LoadedVersion:
         if self.random.random() < self.failing:
             raise ArtifactError("it fails now and then")
+        time.sleep(self.random.random() * self.slow_seconds)
         return self._real(version)
 
     async def client(self) -> None:
@@ -124,15 +127,18 @@ class Chaos:
 
 
 @pytest.mark.parametrize(
-    ("models", "steps"),
+    ("models", "steps", "slow_seconds"),
     [
-        pytest.param({"max_concurrent_models": 2}, STEPS, id="two places"),
-        pytest.param({"max_concurrent_models": 1}, STEPS, id="one place"),
-        pytest.param({"max_concurrent_models": 2, "prewarm": False}, LONG_STEPS, id="long", marks=pytest.mark.long),
+        pytest.param({"max_concurrent_models": 2}, STEPS, 0.0, id="two places"),
+        pytest.param({"max_concurrent_models": 1}, STEPS, 0.0, id="one place"),
+        pytest.param({"max_concurrent_models": 1}, STEPS, 0.1, id="slow loads"),
+        pytest.param(
+            {"max_concurrent_models": 2, "prewarm": False}, LONG_STEPS, 0.0, id="long", marks=pytest.mark.long
+        ),
     ],
 )
 def test_no_request_hangs_or_gets_a_wrong_answer_and_in_the_end_all_is_well(
-    tmp_path: Path, models: dict[str, Any], steps: int
+    tmp_path: Path, models: dict[str, Any], steps: int, slow_seconds: float
 ) -> None:
     for folder in ("template", "home"):
         (tmp_path / folder).mkdir()
@@ -143,6 +149,10 @@ def test_no_request_hangs_or_gets_a_wrong_answer_and_in_the_end_all_is_well(
     async def test() -> None:
         async with following(database, tmp_path / "home", template, models=models) as reconciler:
             chaos = Chaos(Box(reconciler), database, seed=steps + len(models))
+            chaos.slow_seconds = slow_seconds
+            following_by_itself = contextlib.AsyncExitStack()
+            if slow_seconds:
+                await following_by_itself.enter_async_context(turning(chaos.box))
             await chaos.run(steps)
             for model in MODELS:
                 while (await chaos.box.ask(model)).status != 200:
@@ -158,8 +168,10 @@ def test_no_request_hangs_or_gets_a_wrong_answer_and_in_the_end_all_is_well(
                     and not reconciler.residency.queue
                     and reconciler.residency.waking is None
                     and not reconciler._lock.locked()
+                    and not reconciler.loader.attempts
                 )
             )
+            await following_by_itself.aclose()
             serving = reconciler.serving
             assert (serving.gate.waiting, serving.in_flight) == (0, 0)
             assert all(version.references == 0 for version in serving.loaded.values())
