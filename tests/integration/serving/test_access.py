@@ -485,12 +485,17 @@ def test_servers_share_a_rate_in_redis_and_go_on_alone_without_it(
 def test_the_script_keeps_to_the_rate_by_the_clock_of_redis_alone_and_in_a_cluster(
     program: Callable[[str], Path], tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
+    def ready(found: SharedBuckets) -> bool:
+        """Whether every node is there that has one of these keys: of a cluster, each is connected to by itself."""
+        keys = (found._prefix + key for key in ("k0", "k1", "k2", "bad"))
+        return found.usable and (not found._cluster or all(map(found._client.ready, keys)))
+
     async def scenario(url: str, poison: Callable[[str], object]) -> None:
         one, other = (SharedBuckets(url, "test", timeout_seconds=2.0) for _ in range(2))
         for found in (one, other):
             found.start()
         try:
-            await soon(lambda: one.usable and other.usable)
+            await soon(lambda: ready(one) and ready(other))
             rate = Rate(20, 1)
             began = time.monotonic()
             verdicts = await asyncio.gather(
