@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -182,28 +184,35 @@ def test_a_stop_ends_a_stream_with_a_last_event_within_its_time(tmp_path: Path) 
 
 def test_streams_run_to_their_end_while_their_version_is_exchanged(tmp_path: Path) -> None:
     """One after the other, so that the last are at work long after a stop's time to drain is over."""
-    drain_seconds = 1.0
-    with box(tmp_path, extra={"MODELKEEP_SERVER__DRAIN_SECONDS": "1", "MODELKEEP_TEXT__MAX_RUNNING": "1"}) as server:
+    drain_seconds = 0.2
+    extra = {"MODELKEEP_SERVER__DRAIN_SECONDS": str(drain_seconds), "MODELKEEP_TEXT__MAX_RUNNING": "1"}
+    with box(tmp_path, extra=extra) as server:
         for version, seed in (("1", 0), ("2", 1)):
             server.register(version, _text_model.kept(seed) / "model", model=MODEL)
         server.settle_by_hand("1", model=MODEL)
         server.serve()
         asked = {"max_tokens": 250, "ignore_eos": True}
-        cold = generate(server, "a", **asked).json()
         alone = generate(server, "a", **asked).json()
-        count = max(4, min(60, round(6 * drain_seconds / alone["seconds"])))
-        with ThreadPoolExecutor(count) as pool:
-            streams = [pool.submit(lambda: (_streamed(server, "a", **asked), time.monotonic())) for _ in range(count)]
-            prompts = 'modelkeep_text_tokens_total{kind="prompt",model="writer",version="1"}'
-            tokens = (count + 2) * alone["usage"]["prompt_tokens"]
-            wait_for("all streams", lambda: _metric(server, prompts) == tokens)
-            server.settle_by_hand("2", model=MODEL)
-            wait_for("version 2", lambda: server.info()["models"][MODEL]["stable"] == "2")
-            exchanged = time.monotonic()
-            during = generate(server, PROMPTS[0])
-            ended = [stream.result() for stream in streams]
-        assert {text for text, _ in ended} == {cold["text"]}
-        assert max(at for _, at in ended) > exchanged + drain_seconds, "the streams were too short to show anything"
+        body = json.dumps({"model": MODEL, "prompt": "a", "temperature": 0, "stream": True, **asked})
+        # All are asked before anything is read: the clients take no time from the server meanwhile.
+        streams = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=120) for _ in range(60)]
+        for stream in streams:
+            stream.request("POST", "/v1/generate", body, {"Content-Type": "application/json"})
+        prompts = 'modelkeep_text_tokens_total{kind="prompt",model="writer",version="1"}'
+        tokens = (len(streams) + 1) * alone["usage"]["prompt_tokens"]
+        wait_for("all streams", lambda: _metric(server, prompts) == tokens)
+        server.settle_by_hand("2", model=MODEL)
+        wait_for("version 2", lambda: server.info()["models"][MODEL]["stable"] == "2")
+        during = generate(server, PROMPTS[0])
+        time.sleep(2 * drain_seconds)
+        sent = [stream.sock.recv(1 << 20, socket.MSG_PEEK) for stream in streams]
+        assert not all(data.endswith(b"0\r\n\r\n") for data in sent), "the streams were too short to show anything"
+        for stream in streams:
+            answer = stream.getresponse()
+            events = [json.loads(line.removeprefix(b"data: ")) for line in answer.read().splitlines() if line]
+            assert events[-1].get("finish_reason") == "length", events[-1]
+            assert "".join(event["text"] for event in events) == alone["text"]
+            stream.close()
         assert during.headers["x-model-version"] == "2" and during.json()["text"] == golden(PROMPTS[0], 24, seed=1)
         wait_for("the end of version 1", lambda: _states(server)["1"] == "ARCHIVED")
         assert _metric(server, "modelkeep_text_errors_total") == 0
