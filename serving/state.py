@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from random import random as uniform
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from registry.errors import NotFoundError, UnavailableError
 from serving.access.places import Places
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from serving.http.handshakes import Handshakes
     from serving.loaded.loader import Loader
     from serving.loaded.residency import Residency
+    from serving.text.version import TextVersion
 
 _TELEMETRY_KEPT = 64
 _NAMED_IN_ERRORS = 20
@@ -93,6 +95,8 @@ class Serving:
         """Connections that have not agreed on TLS yet; none where it is not spoken."""
         self.access: AccessLog | None = None
         """The access log; none where the settings want none."""
+        self.writing: WeakSet[TextVersion] = WeakSet()
+        """Versions that were asked for a text: among them those that are on their way out, and finish what they have."""
         self._telemetry: dict[tuple[str, str], VersionTelemetry] = {}
         self._watch: dict[tuple[str, str], dict[int, WatchCounts]] = {}
 

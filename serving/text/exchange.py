@@ -9,7 +9,6 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
-from weakref import WeakSet
 
 import orjson
 from starlette.responses import Response
@@ -42,8 +41,6 @@ _EVENTS = (
     (b"x-accel-buffering", b"no"),  # nginx would hold the events back
 )
 _RETRY_AFTER = (b"retry-after", b"1")
-_asked: WeakSet[TextVersion] = WeakSet()
-"""Versions of this process that were asked for a text: among them those that are on their way out, and finish what they have."""
 
 
 class TextLimits(Protocol):
@@ -146,7 +143,7 @@ class TextAnswer(Response):
             if left <= 0:
                 raise DeadlineError(f"the text's {asked.timeout_seconds:g} seconds were over before its turn came")
         generation = version.generate(wanted, route, mark, key)
-        _asked.add(version)
+        self._desk.serving.writing.add(version)
         request_id = named[0][1].decode("latin-1")
         about = About(asked, request_id, version.version, version.words, len(wanted.prompt))
         own = left is not None and left < self._desk.limits.timeout_seconds
@@ -286,10 +283,10 @@ class TextAnswer(Response):
 
 
 def end_texts(serving: Serving) -> None:
-    """The process stops: every open text is ended now, so that its stream gets its last event in time."""
+    """The server stops: every open text is ended now, so that its stream gets its last event in time."""
     error = UnavailableError("the server is stopping: send the request again, another process takes it")
     loaded = {version for version in serving.loaded.values() if isinstance(version, TextVersion)}
-    for version in loaded.union(_asked):
+    for version in loaded.union(serving.writing):
         version.end_texts(error)
 
 
