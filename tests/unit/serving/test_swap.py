@@ -14,8 +14,10 @@ from registry.database import Database
 from registry.errors import ArtifactError, UnavailableError
 from serving.api import create_app
 from serving.compute.engine import LoadedVersion
+from serving.compute.onnx_runtime import OnnxRuntime
 from serving.follow.desired import desired
 from serving.follow.reconcile import Reconciler
+from serving.loaded import loading
 from serving.loaded.laststate import Wanted
 from serving.loaded.swap import Room, staying
 from serving.state import Serving
@@ -417,3 +419,33 @@ def test_what_is_on_its_way_out_is_waited_for_before_anybody_else_has_to_go(
         assert by(await server.post(INFER, REQUEST)) == (200, "3")
 
     run(test)
+
+
+def test_the_model_of_a_version_that_cannot_be_made_is_closed_and_it_is_tried_again(
+    database: Database, tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each try would leave a model in memory that nobody knows of."""
+    closed: list[Any] = []
+    close = OnnxRuntime.close
+
+    def told(runtime: OnnxRuntime) -> None:
+        closed.append(runtime)
+        close(runtime)
+
+    def none_can_be_made(*_: Any) -> Any:
+        def make(*arguments: Any, **options: Any) -> Any:
+            raise RuntimeError("can't start new thread")
+
+        return make
+
+    async def scenario() -> None:
+        monkeypatch.setattr(OnnxRuntime, "close", told)
+        with monkeypatch.context() as patched:
+            patched.setattr(loading, "engine_of", none_can_be_made)
+            async with following(database, tmp_path, template) as reconciler:
+                assert not reconciler.serving.loaded and len(closed) == 1
+                patched.undo()
+                await reconciler.again()
+                assert (MODEL, "1") in reconciler.serving.loaded and len(closed) == 1
+
+    asyncio.run(scenario())
