@@ -264,18 +264,19 @@ class LoadedVersion(Computing):
         work.future.set_exception(reason)
 
     def count_output_error(self, work: Work) -> None:
-        """The answer could not be encoded: after all, the version failed this request, unless that came with what was asked. One from the
-        cache is none of its requests.
+        """The answer could not be encoded: after all, the version failed this request. One from the cache is none of its requests.
+
+        A judge hears of all, since he knows how the stable version did and of whom they come. For the version's health none counts
+        where what is not finite came with the request.
         """
         if cached_by(work) is not None:
             return
-        if not all(np.isfinite(array).all() for array in work.inputs.values() if array.dtype.kind == "f"):
-            return  # what is not finite came with the request
-        self.telemetry.total.record_error(work.batch, None)
-        self.telemetry.total.error_seconds_total += work.finished - work.enqueued
-        self.telemetry.askers.failed(work.asker)
         if work.counts is not None:
             work.counts.record_error(work.batch, work.mark)
+        if all(np.isfinite(array).all() for array in work.inputs.values() if array.dtype.kind == "f"):
+            self.telemetry.total.record_error(work.batch, None)
+            self.telemetry.total.error_seconds_total += work.finished - work.enqueued
+            self.telemetry.askers.failed(work.asker)
 
     def offer(self, copy: Copy) -> bool:
         """Queue a shadow copy, where there is nothing live to do and room for it."""
