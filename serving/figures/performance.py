@@ -15,7 +15,7 @@ from registry.errors import UnavailableError
 from registry.profiles import MEBIBYTE
 from serving.device.devices import Device
 from serving.device.memory_limits import Pressure
-from serving.figures.telemetry import LATENCY_BOUNDS_SECONDS, VersionTelemetry
+from serving.figures.telemetry import LATENCY_BOUNDS_SECONDS, VersionTelemetry, latency_rows
 from serving.process.rings import Ring
 
 WINDOW_SECONDS = 60.0
@@ -113,19 +113,22 @@ class _Counts:
     errors: int = 0
     seconds: float = 0.0
     out_of_memory: int = 0
-    latency: tuple[int, ...] = ()
+    latency: Sequence[int] = ()
 
 
 def counts_of(telemetry: Iterable[VersionTelemetry], at: float) -> _Counts:
     """What all versions have counted until now."""
     every = list(telemetry)
+    latency = latency_rows.take()
+    for place, counts in enumerate(zip(*(one.total.latency for one in every), strict=True)):
+        latency[place] = sum(counts)
     return _Counts(
         at,
         sum(one.total.requests for one in every),
         sum(one.total.errors for one in every),
         sum(one.total.latency_seconds_total for one in every),
         sum(one.out_of_memory for one in every),
-        tuple(map(sum, zip(*(one.total.latency for one in every), strict=True))),
+        latency,
     )
 
 
@@ -306,7 +309,7 @@ def advice(pressure: Pressure, fragmentation: float, clean_ups: int, *, warned: 
     return found or ["Memory is in good order"]
 
 
-def _p95(before: tuple[int, ...], now: tuple[int, ...]) -> float | None:
+def _p95(before: Sequence[int], now: Sequence[int]) -> float | None:
     """The bound that 95 % of the latencies between the two were within; None without any, or beyond the last bound."""
     gained = [new - (before[number] if number < len(before) else 0) for number, new in enumerate(now)]
     wanted, seen = 0.95 * sum(gained), 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from serving.figures.clusters import KEYS_KEPT, Clusters
+from serving.process.rows import Rows
 
 if TYPE_CHECKING:
     from serving.text.counts import TextCounts
@@ -32,6 +34,8 @@ METRIC_BUCKETS_SECONDS: tuple[float, ...] = (
 """The coarse buckets of the Prometheus histogram; each is one of LATENCY_BOUNDS_SECONDS."""
 
 _BUCKETS = len(LATENCY_BOUNDS_SECONDS) + 1
+latency_rows = Rows(_BUCKETS)
+"""Where the histograms are: they outlive the versions that they are of."""
 _NAMES = (*(f"{bound:.4g}" for bound in LATENCY_BOUNDS_SECONDS), "inf")
 
 
@@ -78,7 +82,7 @@ class WatchCounts:
         self.latency_seconds_total = 0.0
         self.error_seconds_total = 0.0
         """What `latency_seconds_total` has of bad requests. For statistics; the judge does not ask."""
-        self.latency = [0] * _BUCKETS
+        self.latency = latency_rows.take()
         self.error_clusters = Clusters()
         self.slow_clusters = Clusters()
 
@@ -238,7 +242,7 @@ class VersionTelemetry:
         self.codes[code] = self.codes.get(code, 0) + 1
 
 
-def cumulative_buckets(latency: list[int]) -> list[tuple[str, float]]:
+def cumulative_buckets(latency: Sequence[int]) -> list[tuple[str, float]]:
     """The histogram in the coarse buckets of /metrics, as (le, cumulative count), "+Inf" last."""
     buckets: list[tuple[str, float]] = []
     done = total = 0
