@@ -60,9 +60,9 @@ class InferRequest:
 
 _JSON_NUMPY = orjson.OPT_SERIALIZE_NUMPY
 _NO_PARAMETERS: dict[str, Any] = {}
-_MOST_ELEMENTS = 2**59
+_MOST_ELEMENTS = 2**26
+"""Of a shape with its zeros left out: it costs its sender nothing, and a model may make a tensor of a dimension that it is told."""
 _MOST_SHOWN = 20
-"""Of a shape with its zeros left out: numpy counts the bytes of an array, empty ones too, in 63 bits."""
 
 
 class Codec:
