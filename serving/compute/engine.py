@@ -90,6 +90,8 @@ class LoadedVersion(Computing):
         self.deterministic = deterministic
         self.quality: Mapping[str, float] = {}
         """By metric, as its validation measured it; for /metrics."""
+        self.load_seconds = 0.0
+        """What its loading took, with the fetch of its files, also where nobody waited for it."""
         self.answers: VersionAnswers | None = None
         """Its part of the cache, where there is one and the version is deterministic; see serving.caching.cache."""
         self.codec = Codec(runtime.signature, labels)

@@ -380,10 +380,9 @@ class Reconciler:
                 continue
             elif self.residency.postpones(key[0]):
                 continue
-            began = self._monotonic()
             try:
                 loaded[key] = await self.loader.load(version, patient=self.loader.patient)
-                took[key[0]] = took.get(key[0], 0.0) + self._monotonic() - began
+                took[key[0]] = took.get(key[0], 0.0) + loaded[key].load_seconds
             except StillLoadingError as error:
                 pending |= {} if key in stayed else {key: str(error)}
             except ModelkeepError as error:

@@ -114,7 +114,8 @@ class Loading:
             self._caches.note(loaded)
         self._caretaker.keep(loaded, slot)
         self._room.note(loaded)
-        log.info("loaded %s %s in %.3f s", version.model, version.version, self._monotonic() - started)
+        loaded.load_seconds = self._monotonic() - started
+        log.info("loaded %s %s in %.3f s", version.model, version.version, loaded.load_seconds)
         return loaded
 
     def _golden_cases(self, version: Wanted) -> Path | None:

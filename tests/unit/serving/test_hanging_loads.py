@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -203,6 +205,27 @@ def test_one_that_others_went_for_gives_them_back_when_it_hangs(run: Run) -> Non
         assert reconciler.residency.waking is None
 
     run(test)
+
+
+def test_what_came_in_a_later_round_counts_with_the_time_that_it_took(run: Run, database: Database) -> None:
+    """By that time it is decided how long a model stays before another has its place."""
+
+    async def test(box: Box) -> None:
+        reconciler, loading = box.reconciler, box.reconciler.loading
+        real = loading.fetch
+
+        def slow(version: Wanted) -> Path:
+            time.sleep(0.3)
+            return real(version)
+
+        loading.fetch = slow  # type: ignore[method-assign]
+        async with turning(box):
+            stable(database, "a", "2")
+            await until(lambda: any(attempt.left for attempt in reconciler.loader.attempts))
+            await until(lambda: ("a", "2") in reconciler.serving.loaded)
+            await until(lambda: box.of("a")["last_load_seconds"] >= 0.3)
+
+    run(test, ALL)
 
 
 def test_files_that_take_long_hold_up_nobody_else_who_wakes(run: Run) -> None:
