@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -126,9 +127,20 @@ def translate(error: DBAPIError, url: str) -> ModelkeepError | DBAPIError:
         return UnavailableError(
             f"the registry {url} lacks a table or column ({said}); bring it to this release: modelkeep db upgrade"
         )
+    if "database is locked" in message:
+        return UnavailableError(
+            f"the registry {url}: another process has its lock for writing, and nothing was written here; repeat the command. If "
+            f"it lasts, one stands still within a write (stopped, or its machine asleep): fuser {_file(url)} names those that "
+            f"have it open; let that one go on (kill -CONT) or end it (kill -KILL), and nothing is left of what it had begun"
+        )
     if isinstance(error, OperationalError) or error.connection_invalidated:
         return UnavailableError(f"the registry {url} does not answer: {said}")
     return error
+
+
+def _file(url: str) -> str:
+    """The path in the URL of SQLite."""
+    return shlex.quote(url.partition("///")[2])
 
 
 def _code(error: DBAPIError) -> int | str | None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -158,6 +159,32 @@ def wait_for(what: str, test: Callable[[], Any], *, seconds: float = PATIENCE_SE
         assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s"
         time.sleep(every)
     return found
+
+
+def stand_still(pid: int, database: Database) -> None:
+    """SIGSTOP, at a moment when the process is not within a write to the registry.
+
+    On SQLite a process that stands still within one holds up every other writer, also whoever would withdraw its promotion, for
+    as long as it stands. That has a test of its own: tests/integration/registry/test_database.py.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    os.kill(pid, signal.SIGSTOP)
+    while database.sqlite and not _takes_writes(str(database.url.database)):
+        os.kill(pid, signal.SIGCONT)
+        assert time.monotonic() < deadline, f"process {pid} is within a write to the registry at every look"
+        time.sleep(0.02)
+        os.kill(pid, signal.SIGSTOP)
+
+
+def _takes_writes(path: str) -> bool:
+    with contextlib.closing(sqlite3.connect(path, timeout=2, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            assert "locked" in str(error), error
+            return False
+        connection.execute("ROLLBACK")
+        return True
 
 
 @dataclass(slots=True)

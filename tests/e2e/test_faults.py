@@ -16,7 +16,7 @@ from sqlalchemy import update
 
 from registry import routes
 from registry.schema import Environment
-from tests.e2e.harness import POLICY, Box, box, go, wait_for
+from tests.e2e.harness import POLICY, Box, box, go, stand_still, wait_for
 from tests.unit.registry import kit
 
 LONG = POLICY | {"stages": [0.25, 1.0], "dwell_seconds": 300.0, "deadline_seconds": 600.0}
@@ -57,7 +57,7 @@ def test_a_flow_that_was_stopped_longer_than_its_lease_writes_nothing_when_it_wa
         found.add("2")
         found.serve()
         sleeper = in_canary(found, "2")
-        os.kill(sleeper.pid, signal.SIGSTOP)
+        stand_still(sleeper.pid, found.database)
         wait_for("the withdrawal", lambda: state(found, "2") == "withdrawn")
         events = kit.last_event(found.database)
         os.kill(sleeper.pid, signal.SIGCONT)
@@ -74,7 +74,7 @@ def test_of_two_flows_that_both_believe_to_hold_the_lease_one_writes(tmp_path: P
         found.add("3")
         found.serve()
         sleeper = in_canary(found, "2")
-        os.kill(sleeper.pid, signal.SIGSTOP)
+        stand_still(sleeper.pid, found.database)
         wait_for("the withdrawal", lambda: state(found, "2") == "withdrawn")
         other = in_canary(found, "3")
         os.kill(sleeper.pid, signal.SIGCONT)
@@ -94,7 +94,7 @@ def test_a_server_that_was_stopped_comes_back_to_what_is_wanted_now(tmp_path: Pa
         found.serve()
         runner = in_canary(found, "2")
         child = found.child_pid()
-        os.kill(child, signal.SIGSTOP)
+        stand_still(child, found.database)
         runner.kill()
         runner.wait(timeout=10)
         # No server observes the lease now: the next run for the model does.

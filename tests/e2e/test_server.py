@@ -21,7 +21,7 @@ import pytest
 
 from modelkeep.demo.traffic import content_end, json_request, parse
 from registry.promotions import ACTIVE
-from tests.e2e.harness import MODEL, Box, box, build, free_port, go, images, kill, lives, lost_in, wait_for
+from tests.e2e.harness import MODEL, Box, box, build, free_port, go, images, kill, lives, lost_in, stand_still, wait_for
 
 
 @pytest.fixture
@@ -443,7 +443,7 @@ def test_a_run_that_was_stopped_and_comes_back_after_its_lease_ran_out_changes_n
     sleeper = found.promote("2", "--unvalidated")
     go(sleeper)
     wait_for("a canary", lambda: found.weighs("2"))
-    os.kill(sleeper.pid, signal.SIGSTOP)
+    stand_still(sleeper.pid, found.database)
     wait_for("the withdrawal", lambda: (row := found.promotion("2")) and row["state"] == "withdrawn")
     following = found.promote("3", "--unvalidated")
     go(following)

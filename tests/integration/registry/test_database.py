@@ -117,8 +117,9 @@ def test_a_lock_that_is_never_given_back_is_an_error_and_not_a_wait_for_ever(
     impatient = opened(tmp_path, answer_seconds=0.2)
     with database.write() as transaction:
         transaction.session.get(Model, "a")
-        with pytest.raises(UnavailableError, match="does not answer: database is locked"):
+        with pytest.raises(UnavailableError, match="another process has its lock for writing") as caught:
             add_models(impatient, "a")
+        assert f"fuser {tmp_path / 'registry.db'} names those" in str(caught.value)
     add_models(impatient, "a")
     impatient.dispose()
     assert models(database) == 1
@@ -175,6 +176,26 @@ def test_a_kill_in_the_middle_of_a_transaction_leaves_nothing_of_it(database: Da
     assert whole(database).events == 1
     add_models(database, "after")
     assert (models(database), whole(database).events) == (2, 2)
+
+
+def test_one_that_stands_still_within_a_write_holds_up_the_writers_until_it_is_ended(
+    database: Database, tmp_path: Path
+) -> None:
+    """SQLite has nobody who would take its lock away from it, as a server does after a minute: the message says who to end."""
+    add_models(database, "before")
+    impatient = opened(tmp_path, answer_seconds=0.2)
+    with writer(tmp_path, "inside") as process:
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(UnavailableError, match="one stands still within a write"):
+            add_models(impatient, "refused")
+        assert models(impatient) == 1, "readers are not held up"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        add_models(impatient, "after")
+    impatient.dispose()
+    with database.read() as session:
+        assert set(session.scalars(select(Model.name))) == {"before", "after"}
+    assert whole(database).events == 2
 
 
 def test_kills_at_any_moment_leave_whole_transactions_only(database: Database, tmp_path: Path) -> None:
