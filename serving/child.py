@@ -29,6 +29,7 @@ from serving.access.keyring import Keyring
 from serving.api import create_app
 from serving.caching.cache import ResponseCache
 from serving.caching.cache_shared import SharedStore
+from serving.device import devices
 from serving.figures.performance import Performance
 from serving.follow.emergency import REGISTRY_SECONDS, Emergency
 from serving.follow.orders import Orders
@@ -227,7 +228,8 @@ async def serve(
         rules,
     )
     freeze_startup_objects()
-    headroom.take()
+    with devices.apart():
+        headroom.take()
     config = entry.config(app, settings, tls)
     # Those who connected while no server was there come all at once: nobody of them is told to try again later.
     serving.catching_up = True

@@ -5,13 +5,14 @@ What is done with the figures is serving.device.memory's; how a runtime uses the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -83,15 +84,15 @@ class CpuDevice:
     def __init__(self, budget_bytes: int, *, models: Callable[[], int] = int) -> None:
         self.budget_bytes = budget_bytes
         self._models = models
-        self._resident = resident_bytes() - _frameworks["resident"]
+        self._resident = resident_bytes() - _apart["resident"]
         begun = _in_use_bytes()
-        self._in_use = None if begun is None else begun - _frameworks["in use"]
+        self._in_use = None if begun is None else begun - _apart["in use"]
 
     def figures(self) -> Figures:
         now = _in_use_bytes()
-        grown = self._models() if now is None or self._in_use is None else now - self._in_use - _frameworks["in use"]
+        grown = self._models() if now is None or self._in_use is None else now - self._in_use - _apart["in use"]
         allocated = max(grown, 0)
-        reserved = max(resident_bytes() - self._resident - _frameworks["resident"], allocated)
+        reserved = max(resident_bytes() - self._resident - _apart["resident"], allocated)
         return Figures(self.budget_bytes, allocated, reserved, max(self.budget_bytes - reserved, 0))
 
     def release(self) -> None:
@@ -237,6 +238,12 @@ def _cuda(index: int, models: Callable[[], int]) -> CudaDevice | str:
         return f"device {index} does not answer: {error}"
 
 
+SURPLUS_BYTES = 8 << 20
+"""What the C library may hold without using it, so that it need not be asked for again: twice the room that is there from the start
+(serving.process.headroom).
+"""
+
+
 class _MallInfo(ctypes.Structure):
     """The C library's `struct mallinfo2`."""
 
@@ -264,6 +271,18 @@ def give_back() -> None:
         trim(0)
 
 
+def give_back_surplus() -> None:
+    """`give_back`, where it is worth it: SURPLUS_BYTES or more lie free. Otherwise the pages stay, for who asks next.
+
+    To give back what a version of a few hundred kilobytes leaves, ten seconds before the next one needs as much, is work for nothing,
+    and what is taken again is other pages: each time some that hold a little of what stays. Small versions that followed each other for hours
+    spread it over ever more pages, a dozen kilobytes an hour.
+    """
+    mallinfo = getattr(_c_library(), "mallinfo2", None)
+    if mallinfo is None or int(mallinfo().fordblks) >= SURPLUS_BYTES:
+        give_back()
+
+
 def _in_use_bytes() -> int | None:
     """What was allocated and not freed; None where the C library has no figures (other than glibc, or before 2.33)."""
     mallinfo = getattr(_c_library(), "mallinfo2", None)
@@ -273,18 +292,24 @@ def _in_use_bytes() -> int | None:
     return int(found.uordblks) + int(found.hblkhd)
 
 
-_frameworks = {"resident": 0, "in use": 0}
+_apart = {"resident": 0, "in use": 0}
 
 
 def imported(name: str) -> Any:
     """A framework that computes models. What it takes by itself is none of any model's, and none of the budget for them."""
     if name in sys.modules:
         return importlib.import_module(name)
+    with apart():
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """What the process takes within it is none of any model's, and none of the budget for them."""
     resident, in_use = resident_bytes(), _in_use_bytes() or 0
-    module = importlib.import_module(name)
-    _frameworks["resident"] += max(resident_bytes() - resident, 0)
-    _frameworks["in use"] += max((_in_use_bytes() or 0) - in_use, 0)
-    return module
+    yield
+    _apart["resident"] += max(resident_bytes() - resident, 0)
+    _apart["in use"] += max((_in_use_bytes() or 0) - in_use, 0)
 
 
 _arena = threading.Lock()

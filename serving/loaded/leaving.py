@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable
 
 from serving.compute.engine import LoadedVersion
-from serving.device.devices import give_back
+from serving.device.devices import give_back_surplus
 from serving.loaded.caretaker import Caretaker
 from serving.text.version import TextVersion
 
@@ -60,8 +60,8 @@ class Leaving:
             self.left_behind(version)
         self.versions.discard(version)
         self._caretaker.gone(version)
-        # What its allocations leave between others is held by the C library, on every thread that ever had any: more with each version.
-        await asyncio.to_thread(give_back)
+        # What its allocations leave between others is held by the C library.
+        await asyncio.to_thread(give_back_surplus)
 
     def hurry(self) -> None:
         """Somebody needs the memory of those that are on their way out now: their texts have no more than the time that a stop gives."""

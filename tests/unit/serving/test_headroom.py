@@ -1,4 +1,4 @@
-"""Python's heap of a serving process has room that it touched at its start."""
+"""The heaps of a serving process have room that it touched at its start."""
 
 from __future__ import annotations
 
@@ -33,3 +33,37 @@ def growth(how: str) -> int:
 def test_what_python_needs_within_its_headroom_touches_no_new_memory() -> None:
     assert growth("without") > 500_000
     assert growth("with") < 100_000
+
+
+C_GROWTH = """
+import os, sys
+from serving.device import devices
+from serving.process import headroom
+def resident():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon:"))
+if sys.argv[1] != "without":
+    headroom.take(0)
+if sys.argv[1] == "used up":
+    used = [os.urandom(1024) for _ in range(headroom.C_HEADROOM_BYTES >> 10)]
+before = resident()
+stays = []
+for _ in range(200):  # each leaves a little that stays behind much that goes
+    goes = [b"2" * 10_000 for _ in range(100)]
+    stays.append(b"2" * 10_000)
+    del goes
+    (devices.give_back if sys.argv[1] == "given back" else devices.give_back_surplus)()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="NOT TESTED: what the C library's heap touches: it is not glibc"
+)
+def test_what_stays_of_each_version_within_the_c_librarys_headroom_touches_no_new_memory() -> None:
+    def growth(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", C_GROWTH, how], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert growth("with") < 100_000
+    assert growth("without") > 1_500_000
+    assert growth("used up") > 1_500_000, "a leak shows once the room is used up"
