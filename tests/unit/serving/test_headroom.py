@@ -67,3 +67,25 @@ def test_what_stays_of_each_version_within_the_c_librarys_headroom_touches_no_ne
     assert growth("with") < 100_000
     assert growth("without") > 1_500_000
     assert growth("used up") > 1_500_000, "a leak shows once the room is used up"
+
+
+SURPLUS = """
+import os
+from serving.device import devices
+def resident():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon:"))
+goes = [os.urandom(10_000) for _ in range(3_000)]
+stays = os.urandom(10_000)
+del goes
+before = resident()
+devices.give_back_surplus()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="NOT TESTED: what the C library's heap holds: it is not glibc"
+)
+def test_much_that_lies_free_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", SURPLUS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 25_000_000
