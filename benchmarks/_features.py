@@ -122,13 +122,15 @@ def cost_of_models(
                     folder / f"loaded-{count}", {SMALL: model}, {"MODELKEEP_MODELS__MAX_CONCURRENT_MODELS": str(count)}
                 )
             )
-            more = [f"more-{number}" for number in range(1, count)]
+            more = [
+                f"more{number}" for number in range(1, count)
+            ]  # a name that ends with "-28" would say the side of its images
             for name in more:
                 add_model(one, name, model)
             running[f"{count} loaded"] = _one(stack, one, key, core, more)
         one, key = stack.enter_context(registered(folder / "registered", {SMALL: model}, {}))
         for number in range(registered_only):
-            add_model(one, f"more-{number}", model, routed=False)
+            add_model(one, f"more{number}", model, routed=False)
         running[f"1 loaded, {registered_only:,} more registered"] = _one(stack, one, key, core)
         found: dict[str, dict[str, list[Turn]]] = {name: {} for name in running}
         for kind, shown in (("json", "JSON"), ("binary", "binary")):
