@@ -283,7 +283,8 @@ class SharedStore:
 
     async def _warm(self) -> None:
         """Connections for requests, which themselves have no time to wait for one."""
-        await asyncio.gather(*(_awaited(self._client.exists(self._prefix + "marks")) for _ in range(CONNECTIONS)))
+        client: Any = self._client
+        await asyncio.gather(*(client.exists(self._prefix + "marks") for _ in range(CONNECTIONS)))
 
 
 def connect(url: str, timeout_seconds: float) -> Redis | ClusterClient:
@@ -300,13 +301,16 @@ def _open(url: str) -> Redis:
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
 
-    return Redis.from_url(
+    client = Redis.from_url(
         url,
         retry=Retry(NoBackoff(), 0),
-        socket_timeout=_CONNECT_SECONDS,
         socket_connect_timeout=_CONNECT_SECONDS,
         max_connections=2 * CONNECTIONS + _WRITES_WAITING,
     )
+    # Whoever asks has a time-out of their own. With one of redis-py's, also one from the URL, each command is sent within
+    # `asyncio.wait_for`, which before Python 3.12 swallows a cancellation that comes as it ends: a stop would wait for ever.
+    client.connection_pool.connection_kwargs["socket_timeout"] = None
+    return client
 
 
 def _cluster_of(client: Any) -> ClusterClient | None:

@@ -182,6 +182,29 @@ def test_equal_requests_at_once_ask_redis_once(server: RedisServer) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("query", ["", "?socket_timeout=1"])
+def test_a_stop_at_any_moment_ends(server: RedisServer, query: str) -> None:
+    """redis-py with its own time-out lost the cancellation of some: the store was looked after for ever, and the stop waited."""
+
+    async def scenario() -> None:
+        for turns in range(300):
+            store = SharedStore(
+                server.url + query,
+                "test",
+                timeout_seconds=2.0,
+                ttl_seconds=60.0,
+                models=lambda: ["m"],
+                changed=lambda model: None,
+            )
+            store.start()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            async with asyncio.timeout(30):
+                await store.stop()
+
+    asyncio.run(scenario())
+
+
 def test_a_server_without_its_redis_starts_and_answers(free_port: Callable[[], int]) -> None:
     async def scenario() -> None:
         async with inference(f"redis://127.0.0.1:{free_port()}/0") as (one, runtime, store):
