@@ -122,9 +122,8 @@ def cost_of_models(
                     folder / f"loaded-{count}", {SMALL: model}, {"MODELKEEP_MODELS__MAX_CONCURRENT_MODELS": str(count)}
                 )
             )
-            more = [
-                f"more{number}" for number in range(1, count)
-            ]  # a name that ends with "-28" would say the side of its images
+            # No "-": a name that ends with "-28" would say the side of its images.
+            more = [f"more{number}" for number in range(1, count)]
             for name in more:
                 add_model(one, name, model)
             running[f"{count} loaded"] = _one(stack, one, key, core, more)
