@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import URL, Connection
+from sqlalchemy import URL, Connection, make_url
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError
 
 from registry.errors import ConflictError, ModelkeepError, RefusedError, StorageError, UnavailableError
@@ -139,8 +139,8 @@ def translate(error: DBAPIError, url: str) -> ModelkeepError | DBAPIError:
 
 
 def _file(url: str) -> str:
-    """The path in the URL of SQLite."""
-    return shlex.quote(url.partition("///")[2])
+    """The path in the URL of SQLite, as a shell takes it."""
+    return shlex.quote(make_url(url).database or "")
 
 
 def _code(error: DBAPIError) -> int | str | None:
