@@ -238,12 +238,6 @@ def _cuda(index: int, models: Callable[[], int]) -> CudaDevice | str:
         return f"device {index} does not answer: {error}"
 
 
-SURPLUS_BYTES = 8 << 20
-"""What the C library may hold without using it, so that it need not be asked for again: twice the room that is there from the start
-(serving.process.headroom).
-"""
-
-
 class _MallInfo(ctypes.Structure):
     """The C library's `struct mallinfo2`."""
 
@@ -264,11 +258,23 @@ def _c_library() -> Any:
     return library
 
 
+def _heap() -> _MallInfo | None:
+    """The C library's figures of its heap; None where it has none (other than glibc, or before 2.33)."""
+    mallinfo = getattr(_c_library(), "mallinfo2", None)
+    return None if mallinfo is None else mallinfo()
+
+
 def give_back() -> None:
     """Give back to the system what the C library holds without using it. Takes milliseconds; for a thread that may wait."""
     trim = getattr(_c_library(), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+SURPLUS_BYTES = 8 << 20
+"""What the C library may hold without using it, so that it need not be asked for again: twice the room that is there from the start
+(serving.process.headroom).
+"""
 
 
 def give_back_surplus() -> None:
@@ -278,18 +284,15 @@ def give_back_surplus() -> None:
     and what is taken again is other pages: each time some that hold a little of what stays. Small versions that followed each other for hours
     spread it over ever more pages, a dozen kilobytes an hour.
     """
-    mallinfo = getattr(_c_library(), "mallinfo2", None)
-    if mallinfo is None or int(mallinfo().fordblks) >= SURPLUS_BYTES:
+    heap = _heap()
+    if heap is None or int(heap.fordblks) >= SURPLUS_BYTES:
         give_back()
 
 
 def _in_use_bytes() -> int | None:
-    """What was allocated and not freed; None where the C library has no figures (other than glibc, or before 2.33)."""
-    mallinfo = getattr(_c_library(), "mallinfo2", None)
-    if mallinfo is None:
-        return None
-    found = mallinfo()
-    return int(found.uordblks) + int(found.hblkhd)
+    """What was allocated and not freed; None as for `_heap`."""
+    heap = _heap()
+    return None if heap is None else int(heap.uordblks) + int(heap.hblkhd)
 
 
 _apart = {"resident": 0, "in use": 0}

@@ -25,10 +25,9 @@ _kept: list[bytes] = []
 def take(size: int = HEADROOM_BYTES, c_size: int = C_HEADROOM_BYTES) -> None:
     """Touch `size` bytes of what Python's heap would take next, and `c_size` of what the C library's would, once.
 
-    They stay for as long as the process lives; the C library's until so much lies free that it is given back (serving.device.devices).
-
-    Arenas that are in use already come first, as they will when the memory is needed. Where Python allocates otherwise
-    (`PYTHONMALLOC=malloc`), it does no harm.
+    Python's stays for as long as the process lives, the C library's until so much lies free that it is given back
+    (serving.device.devices). Python's arenas that are in use already come first, as they will when the memory is needed. Where it
+    allocates otherwise (`PYTHONMALLOC=malloc`), this does no harm.
     """
     head = b"".__sizeof__()
     _kept.extend([bytes(_BLOCK - head) for _ in range(size // _BLOCK)][::_APART])
