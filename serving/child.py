@@ -40,6 +40,7 @@ from serving.http.tls import certificates
 from serving.process import headroom, threads
 from serving.process.collector import collect, freeze_startup_objects
 from serving.process.pulse import Pulse
+from serving.process.tasks import ended
 from serving.state import Serving
 from serving.text import api as text_api
 from serving.text.exchange import end_texts
@@ -246,12 +247,7 @@ async def serve(
         if following is not None:
             following.cancel()
         await entry.end(serving)
-        collecting.cancel()
-        watching.cancel()
-        looking.cancel()
-        polling.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await polling
+        await ended(task for task in (collecting, watching, looking, polling, following) if task is not None)
         for version in serving.loaded.values():
             version.close()
         serving.capture.end()
@@ -260,7 +256,7 @@ async def serve(
         reconciler.caretaker.end()
         await reconciler.stop()
         if beating is not None:
-            beating.cancel()
+            await ended([beating])
         reconciler.watchdog.leave(serving.loaded.values(), loading=reconciler.loader.at_work())
 
 

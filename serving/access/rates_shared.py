@@ -20,6 +20,7 @@ from registry.redaction import redact
 from serving.access.rates import Verdict, verdict
 from serving.caching.breaker import Breaker
 from serving.caching.cache_shared import connect
+from serving.process.tasks import ended
 
 log = logging.getLogger("modelkeep.rates")
 
@@ -106,8 +107,7 @@ class SharedBuckets:
     async def stop(self) -> None:
         tasks = [lease.asking for lease in self._leases.values() if lease.asking is not None]
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await ended([self._task])
         await asyncio.gather(*tasks, return_exceptions=True)
         with suppress(*self._errors):
             async with asyncio.timeout(_CLOSE_SECONDS):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from registry.redaction import redact
+from serving.process.tasks import all_of
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -167,7 +168,7 @@ class ClusterClient:
         if ranges != self._ranges or self._moved:
             self._follow(ranges)
         masters = {self._node(addresses[0]) for _, _, addresses in self._ranges}
-        await asyncio.gather(*(self._try(node) for node in masters if not node.usable))
+        await all_of(self._try(node) for node in masters if not node.usable)
 
     async def _views(self, nodes: Iterable[Node]) -> list[tuple[int, tuple[Range, ...]]]:
         """(epoch, ranges) of those whose cluster works, from whoever answers first and all that answer just after."""
@@ -222,7 +223,7 @@ class ClusterClient:
         """Open connections to a node, which requests have no time for, and use it if it then answers in time."""
         try:
             async with asyncio.timeout(_VIEW_SECONDS):
-                await asyncio.gather(*(_ping(node.client) for _ in range(self._warm)))
+                await all_of(_ping(node.client) for _ in range(self._warm))
                 started = time.monotonic()
                 await _ping(node.client)
                 if time.monotonic() - started <= self._timeout_seconds:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from registry.redaction import redact
 from serving.caching.breaker import FAILURES, Breaker
 from serving.caching.cache_values import Answer, is_longer, pack, unpack
+from serving.process.tasks import all_of, ended
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -96,9 +97,7 @@ class SharedStore:
 
     async def stop(self) -> None:
         tasks = [*self._writes, *([self._task] if self._task is not None else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await ended(tasks)
         with suppress(*self._errors):
             async with asyncio.timeout(_CONNECT_SECONDS):
                 await self._client.aclose()
@@ -284,7 +283,7 @@ class SharedStore:
     async def _warm(self) -> None:
         """Connections for requests, which themselves have no time to wait for one."""
         client: Any = self._client
-        await asyncio.gather(*(client.exists(self._prefix + "marks") for _ in range(CONNECTIONS)))
+        await all_of(client.exists(self._prefix + "marks") for _ in range(CONNECTIONS))
 
 
 def connect(url: str, timeout_seconds: float) -> Redis | ClusterClient:
@@ -300,15 +299,17 @@ def _open(url: str) -> Redis:
     from redis.asyncio import Redis
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
+    from redis.maint_notifications import MaintNotificationsConfig
 
     client = Redis.from_url(
         url,
         retry=Retry(NoBackoff(), 0),
         socket_connect_timeout=_CONNECT_SECONDS,
         max_connections=2 * CONNECTIONS + _WRITES_WAITING,
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
-    # Whoever asks has a time-out of their own. With one of redis-py's, also one from the URL, each command is sent within
-    # `asyncio.wait_for`, which before Python 3.12 swallows a cancellation that comes as it ends: a stop would wait for ever.
+    # Whoever asks has a time-out of their own. With one of redis-py's, also one from the URL or set by such a notification, each
+    # command is sent within `asyncio.wait_for`, which before Python 3.12 swallows a cancellation that comes as it ends.
     client.connection_pool.connection_kwargs["socket_timeout"] = None
     return client
 

@@ -5,7 +5,6 @@ Where both fit, nothing of this happens: the new version is loaded beside the ol
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from registry.settings import Settings
 from serving.compute.engine import LoadedVersion
 from serving.loaded.caretaker import Caretaker
 from serving.loaded.laststate import LastState, Wanted
+from serving.process.tasks import all_of
 from serving.state import Serving
 from serving.traffic.routing import Route
 
@@ -246,7 +246,7 @@ class Exchange:
             for version in self._going:
                 log.info("%s %s goes before others come: they do not all fit", version.model, version.version)
                 self._caretaker.leaving(version, replaced=False)
-            await asyncio.gather(*(self._drain(version) for version in self._going))
+            await all_of(self._drain(version) for version in self._going)
         except BaseException:
             serving.gate.open(self.closed - serving.sleeping.keys())
             raise

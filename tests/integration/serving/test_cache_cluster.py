@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import uvloop
 from redis.crc import key_slot
 
 from serving.caching import cache_shared
@@ -28,6 +29,7 @@ from serving.caching.cache import ResponseCache
 from serving.caching.cache_cluster import ClusterClient
 from serving.caching.cache_shared import SharedStore
 from tests.e2e.records import record
+from tests.integration.serving.test_cache_redis import stops_at_any_moment
 from tests.redis_server import RedisCluster, wait
 from tests.unit.serving.helpers import PythonRuntime, Server, close, load, serve, until
 
@@ -199,6 +201,12 @@ def test_two_servers_share_answers_on_all_masters_and_one_node_of_their_list_may
             assert name_of(one, number) == name_of(other, number)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_stop_at_any_moment_ends(cluster: RedisCluster, loop: Callable[[], Any]) -> None:
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(stops_at_any_moment(cluster.url_of(0, 1, 2)))
 
 
 @pytest.mark.parametrize("fault", ["killed", "stopped"])

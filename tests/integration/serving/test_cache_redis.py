@@ -6,13 +6,14 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
+import uvloop
 
 from serving.caching import cache_shared
 from serving.caching.cache import ResponseCache
@@ -182,25 +183,60 @@ def test_equal_requests_at_once_ask_redis_once(server: RedisServer) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 @pytest.mark.parametrize("query", ["", "?socket_timeout=1"])
-def test_a_stop_at_any_moment_ends(server: RedisServer, query: str) -> None:
+def test_a_stop_at_any_moment_ends(server: RedisServer, query: str, loop: Callable[[], Any]) -> None:
     """redis-py with its own time-out lost the cancellation of some: the store was looked after for ever, and the stop waited."""
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(stops_at_any_moment(server.url + query))
+
+
+async def stops_at_any_moment(url: str) -> None:
+    for turns in range(300):
+        store = SharedStore(
+            url, "test", timeout_seconds=2.0, ttl_seconds=60.0, models=lambda: ["m"], changed=lambda model: None
+        )
+        store.start()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        looking = store._task
+        assert looking is not None
+        looking.cancel()
+        await asyncio.wait([looking], timeout=30)
+        assert looking.cancelled(), f"its cancellation was lost after {turns} turns"
+        await store.stop()
+
+
+def test_a_redis_that_tells_of_its_maintenance_sets_no_time_out_of_its_own() -> None:
+    """Redis Enterprise and others do, to those who ask them to: each command had a time-out of redis-py's from then on."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        commands = 0
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while line := await reader.readline():
+                words = []
+                for _ in range(int(line[1:])):
+                    length = int((await reader.readline())[1:])
+                    words.append((await reader.readexactly(length + 2))[:-2].upper())
+                if words[0] == b"HELLO":
+                    writer.write(b"%1\r\n$5\r\nproto\r\n:3\r\n")
+                elif words[0] == b"EXISTS":
+                    commands += 1
+                    writer.write({2: b">3\r\n$9\r\nMIGRATING\r\n:1\r\n:10\r\n"}.get(commands, b"") + b":1\r\n")
+                else:
+                    writer.write(b"+OK\r\n")
+        writer.close()
 
     async def scenario() -> None:
-        for turns in range(300):
-            store = SharedStore(
-                server.url + query,
-                "test",
-                timeout_seconds=2.0,
-                ttl_seconds=60.0,
-                models=lambda: ["m"],
-                changed=lambda model: None,
-            )
-            store.start()
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            async with asyncio.timeout(30):
-                await store.stop()
+        fake = await asyncio.start_server(talk, "127.0.0.1", 0)
+        client: Any = cache_shared.connect(f"redis://127.0.0.1:{fake.sockets[0].getsockname()[1]}/0", 1.0)
+        for _ in range(4):
+            assert await client.exists("x") == 1
+            [connection] = client.connection_pool._available_connections
+            assert connection.socket_timeout is None
+        await client.aclose()
+        fake.close()
+        await fake.wait_closed()
 
     asyncio.run(scenario())
 

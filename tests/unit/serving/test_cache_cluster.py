@@ -12,6 +12,7 @@ from redis.exceptions import ClusterDownError, MovedError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from registry.sections import check_redis_url
+from serving.caching import cache_cluster
 from serving.caching.breaker import FAILURES
 from serving.caching.cache_cluster import SLOTS, ClusterClient
 from serving.caching.cache_shared import SharedStore
@@ -145,6 +146,33 @@ def test_a_node_that_stands_still_counts_as_one_that_fails_and_holds_up_nobody_w
         assert not client.ready(name_on(1))
         await client.refresh()
         assert client.ready(name_on(2)) and await client.getrange(name_on(2), 0, 9) == b""
+
+    asyncio.run(scenario())
+
+
+def test_connections_to_a_node_are_given_up_together_where_one_of_them_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_cluster, "_VIEW_SECONDS", 0.05)
+
+    async def scenario() -> None:
+        cluster, waiting, turns = FakeCluster(), [0], itertools.count()
+
+        async def ping(node: FakeNode) -> None:
+            if next(turns) % 2 == 0:
+                raise RedisConnectionError("gone")
+            waiting[0] += 1
+            try:
+                await asyncio.Event().wait()
+            finally:
+                waiting[0] -= 1
+
+        monkeypatch.setattr(FakeNode, "ping", ping)
+        client = cluster.client()
+        for _ in range(3):
+            await client.refresh()
+            assert waiting == [0] and not client.ready(name_on(1))
+        monkeypatch.undo()
+        await client.refresh()
+        assert client.ready(name_on(1))
 
     asyncio.run(scenario())
 

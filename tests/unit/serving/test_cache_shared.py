@@ -152,6 +152,66 @@ def test_a_redis_that_hangs_is_left_after_its_time_and_holds_no_more_than_a_few_
     asyncio.run(scenario())
 
 
+class HalfGone(FakeRedis):
+    """Of the commands that open connections the first fails, and the others are not answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = 0
+        self.waiting = 0
+        self.failing: asyncio.Future[int] | None = None
+
+    async def exists(self, name: str) -> int:
+        self.begun += 1
+        if self.begun % CONNECTIONS == 1:
+            self.failing = asyncio.get_running_loop().create_future()
+            return await self.failing
+        self.waiting += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.waiting -= 1
+        raise AssertionError("nobody answers")
+
+
+def test_connections_that_are_not_answered_are_given_up_with_the_one_that_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each holds one of those that there are at most: left alone, they were all taken after ten looks, and none was used again."""
+    monkeypatch.setattr(cache_shared, "_CONNECT_SECONDS", 0.05)
+
+    async def scenario() -> None:
+        redis = HalfGone()
+        store = shared(redis)
+        looking = asyncio.create_task(store._settle())
+        await until(lambda: redis.waiting == CONNECTIONS - 1)
+        assert redis.failing is not None
+        redis.failing.set_exception(RedisConnectionError("gone"))
+        assert await looking is False
+        assert redis.waiting == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_stop_counts_when_a_connection_fails_in_the_same_turn(turns: int) -> None:
+    async def scenario() -> None:
+        redis = HalfGone()
+        store = shared(redis)
+        store.start()
+        await until(lambda: redis.waiting == CONNECTIONS - 1)
+        assert redis.failing is not None
+        redis.failing.set_exception(RedisConnectionError("gone"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert store._task is not None
+        store._task.cancel()
+        await asyncio.wait([store._task], timeout=30)
+        assert store._task.cancelled()
+
+    asyncio.run(scenario())
+
+
 def test_writes_that_pile_up_are_left_out() -> None:
     async def scenario() -> None:
         redis = FakeRedis()
