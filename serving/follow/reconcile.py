@@ -181,11 +181,11 @@ class Reconciler:
                     self.backstop.look(
                         self.applied, self._needed_here, lambda: {v.digest for v in self.serving.loaded.values()}
                     )
-            except TimeoutError:
-                log.error(
-                    "the registry did not answer within %g s; going on with the last good state", patience_seconds
-                )
-                self.registry_error = f"no answer within {patience_seconds:g} s"
+            except TimeoutError as error:
+                # The system's own, of a file system or a connection, where nobody set one here.
+                late = f"in time ({error})" if patience_seconds is None else f"within {patience_seconds:g} s"
+                log.error("the registry did not answer %s; going on with the last good state", late)
+                self.registry_error = f"no answer {late}"
             except ModelkeepError as error:
                 if self.registry_error is None:
                     log.error("going on with the last good state: %s", error)
@@ -204,10 +204,13 @@ class Reconciler:
             try:
                 async with asyncio.timeout(_LAST_REPORT_SECONDS), self._round:
                     await self.reporter.report(self._in_thread, self._said)
-            except (TimeoutError, ModelkeepError) as error:
-                waiting = len(self.serving.feedback)
+            except Exception as error:  # whatever it is, the rest is to be ended too
+                expected = isinstance(error, (TimeoutError, ModelkeepError))
                 log.error(
-                    "the last counts and %d verdicts did not reach the registry: %s", waiting, error or "no answer"
+                    "the last counts and %d verdicts did not reach the registry: %s",
+                    len(self.serving.feedback),
+                    str(error) or "no answer",
+                    exc_info=None if expected else error,
                 )
         self._waker.stop()
         if self._tidying is not None:

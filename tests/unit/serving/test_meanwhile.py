@@ -245,6 +245,39 @@ def test_a_round_that_fails_by_our_own_fault_is_tried_again(run: Run, monkeypatc
     run(test)
 
 
+def test_a_time_out_of_the_system_ends_one_round_and_not_the_following(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(box: Box, orders: Orders) -> None:
+        async def late() -> None:
+            raise TimeoutError(110, "Connection timed out")
+
+        monkeypatch.setattr(box.reconciler, "_wanted", late)
+        await box.reconciler.once()
+        assert box.reconciler.registry_error == "no answer in time ([Errno 110] Connection timed out)"
+        monkeypatch.undo()
+        await box.reconciler.once()
+        assert box.reconciler.registry_error is None
+
+    run(test)
+
+
+def test_whatever_keeps_the_last_report_from_the_registry_the_rest_is_ended(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(box: Box, orders: Orders) -> None:
+        async def fault(*_: Any) -> None:
+            raise ValueError("a fault of our own")
+
+        monkeypatch.setattr(box.reconciler.reporter, "report", fault)
+        await box.reconciler.stop()
+        assert "did not reach the registry: a fault of our own" in caplog.text
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            box.reconciler._thread.submit(int)
+
+    run(test)
+
+
 def test_a_save_that_is_given_up_does_not_overtake_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         entered, go_on, real = threading.Event(), threading.Event(), documents.replace
