@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,8 +84,10 @@ def load(
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait for something that another thread does; the test's own time-out is the limit."""
+    """Wait for something that another thread or task does. Its own limit: pytest-timeout's may hit another task, and end only that one."""
+    deadline = time.monotonic() + 120
     while not condition():
+        assert time.monotonic() < deadline, "waited 120 s in vain"
         await asyncio.sleep(0.002)
 
 
