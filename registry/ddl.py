@@ -43,6 +43,8 @@ def alone(connection: sa.Connection, *, patience_seconds: float = UPGRADE_SECOND
             _wait(deadline)
         try:
             yield
+            # Before anybody else has the lock, who would else read the revision before this one.
+            connection.exec_driver_sql("COMMIT")
         finally:
             if not connection.invalidated:
                 connection.execute(sa.text("SELECT RELEASE_LOCK(:name)"), {"name": name})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Engine, event, func, inspect, select, text
 
-from registry import audit, clock, migrate
+from registry import audit, clock, ddl, migrate
 from registry.database import Database
 from registry.errors import UsageError
 from registry.schema import REVISION, AuditHead, Base, Model, Route, Version
@@ -204,6 +205,27 @@ def test_processes_that_upgrade_at_once_do_it_once(blank: Blank) -> None:
         assert session.scalars(select(AuditHead.seq)).all() == [0]
         assert session.execute(text("SELECT count(*) FROM alembic_version")).scalar() == 1
     assert differences(database) == []
+
+
+def test_who_upgrades_next_sees_what_the_one_before_did(blank: Blank) -> None:
+    """On MariaDB the lock was free before the revision was on record: both did the last step, and the second failed."""
+    database = blank()
+    database.prepare()
+    writer = database.engine.execution_options(modelkeep_write=True)
+    seen: list[Any] = []
+
+    def follow() -> None:
+        with writer.connect() as connection, connection.begin(), ddl.alone(connection):
+            seen.append(connection.execute(text("SELECT version_num FROM alembic_version")).scalar())
+
+    follower = threading.Thread(target=follow)
+    with writer.connect() as connection, connection.begin():
+        with ddl.alone(connection):
+            connection.execute(text("UPDATE alembic_version SET version_num = 'next'"))
+        follower.start()
+        follower.join(timeout=1)  # until the first has ended it may well wait
+    follower.join()
+    assert seen == ["next"]
 
 
 @pytest.mark.server
