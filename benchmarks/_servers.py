@@ -25,7 +25,7 @@ import psutil
 import pytest
 
 from benchmarks._report import HEAVY, KEPT, KEPT_28, SMALL, SMALL_28
-from benchmarks._turns import Driver, Target, Turn, in_turns, pinned
+from benchmarks._turns import Driver, Target, Turn, in_turns, pinned, two_cores
 from registry import keys, versions
 from registry.actor import Who
 from tests.e2e.harness import Box
@@ -396,8 +396,7 @@ def beside_triton(
 
     Each server has the first core, wrk the last. Raises Absent.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    serving, driving = (cores[0], cores[-1]) if len(cores) > 1 else (None, None)
+    serving, driving = two_cores()
     driver = Driver(folder, driving)
     found: dict[str, dict[str, list[Turn]]] = {}
     with ExitStack() as stack:

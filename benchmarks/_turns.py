@@ -125,6 +125,12 @@ class Driver:
         return replace(found, cpu_seconds=(computed() - before) / requests)
 
 
+def two_cores() -> tuple[int, int] | tuple[None, None]:
+    """One for the servers, another for the load; none to stay on where there is but one."""
+    cores = sorted(os.sched_getaffinity(0))
+    return (cores[0], cores[-1]) if len(cores) > 1 else (None, None)
+
+
 @contextmanager
 def pinned(core: int | None) -> Iterator[None]:
     """Processes that are started in here stay on this core; None: anywhere."""

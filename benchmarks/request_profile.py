@@ -10,7 +10,6 @@ innermost of Python: what the kernel or a library does for it without giving the
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from benchmarks import _servers as servers
 from benchmarks._report import KINDS
-from benchmarks._turns import Driver, Turn, pinned, table
+from benchmarks._turns import Driver, Turn, pinned, table, two_cores
 
 RATE = 400
 """Samples a second."""
@@ -84,21 +83,13 @@ def record(server: servers.Server, seconds: int, place: Path, core: int | None) 
     if tool is None:
         raise RuntimeError("py-spy is not on the path: pip install py-spy")
     child = servers.family(server.pid)[1]
-    command = [
-        tool,
-        "record",
-        "--pid",
-        str(child),
-        "--rate",
-        str(RATE),
-        "--duration",
-        str(seconds),
-        "--threads",
-        "--gil",
-    ]
+    how = ["--rate", str(RATE), "--duration", str(seconds), "--threads", "--gil", "--format", "raw"]
     with pinned(core):
         done = subprocess.run(
-            [*command, "--format", "raw", "--output", str(place)], capture_output=True, text=True, check=False
+            [tool, "record", "--pid", str(child), *how, "--output", str(place)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     if done.returncode or not place.exists():
         raise RuntimeError(f"py-spy: {done.stderr[-500:]}")
@@ -112,8 +103,7 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--seconds", type=int, default=20)
     options = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0))
-    first, last = (cores[0], cores[-1]) if len(cores) > 1 else (None, None)
+    first, last = two_cores()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = servers.write_models(folder / "models", (options.model,))

@@ -47,7 +47,7 @@ from benchmarks._report import (
     markdown,
 )
 from benchmarks._servers import Absent, Alone, Server
-from benchmarks._turns import Driver, Turn, in_turns
+from benchmarks._turns import Driver, Turn, in_turns, two_cores
 
 CONNECTIONS = (1, 16, 64)
 PROBES = 300
@@ -294,8 +294,7 @@ def main() -> int:
     if shutil.which("wrk") is None:
         print("SKIPPED: wrk is not installed (Debian: apt-get install wrk), so nothing was measured")
         return 0
-    cores = sorted(os.sched_getaffinity(0))
-    pair = (cores[0], cores[-1]) if len(cores) > 1 else (None, None)
+    pair = two_cores()
     plan = QUICK if options.quick else FULL
     began = time.monotonic()
     load = os.getloadavg()[0]
