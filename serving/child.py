@@ -244,8 +244,6 @@ async def serve(
     try:
         await Server(config, serving).serve(sockets=[listener])
     finally:
-        if following is not None:
-            following.cancel()
         await entry.end(serving)
         await ended(task for task in (collecting, watching, looking, polling, following) if task is not None)
         for version in serving.loaded.values():
